@@ -1,0 +1,196 @@
+"""The calls that the GPU ledger counts and that `make gpu-check` runs and times: one table for both.
+
+A case is an operation and the arguments of its provider function, so that Triton, CUDA C++ and the reference take the
+same call; `twin` is what a user would write with torch's own operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESNET18 = [
+    *[(64, 3, 3, 3)],
+    *[(64, 64, 3, 3)] * 4,
+    *[(128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1), (128, 128, 3, 3), (128, 128, 3, 3)],
+    *[(256, 128, 3, 3), (256, 256, 3, 3), (256, 128, 1, 1), (256, 256, 3, 3), (256, 256, 3, 3)],
+    *[(512, 256, 3, 3), (512, 512, 3, 3), (512, 256, 1, 1), (512, 512, 3, 3), (512, 512, 3, 3)],
+    *[(10, 512)],
+]
+
+
+class Case(NamedTuple):
+    op: str
+    name: str
+    arguments: tuple[Any, ...]
+    twin: Callable[..., Any] | None = None
+    peak: str = "float32"  # what multiplies: float32, tf32 or half
+
+    def inputs(self) -> list[Tensor]:
+        return tensors(self.arguments)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for v in values for t in tensors(v)] if isinstance(values, (list, tuple)) else []
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """All calls, one at a time so that their tensors need not be held together."""
+    yield from noise_cases(device)
+    yield from mask_cases(device)
+    yield from convolution_cases(device)
+
+
+def _rand(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(shape, device=device).to(dtype)
+
+
+def noise_cases(device: torch.device) -> Iterator[Case]:
+    def noisy(x: Tensor, n: int, sigma: float, *rest: Any) -> Tensor:
+        dtype, memory_format = rest[-2:]
+        batch = x.repeat((n, 1, 1, 1))
+        return (batch + torch.randn_like(batch) * sigma).to(dtype).contiguous(memory_format=memory_format)
+
+    for name, size, n, dtype, layout in (
+        ("400x3x32x32 bf16 channels_last", 32, 400, torch.bfloat16, torch.channels_last),
+        ("400x3x32x32 float32", 32, 400, torch.float32, torch.contiguous_format),
+        ("4000x3x32x32 fp16 channels_last", 32, 4000, torch.float16, torch.channels_last),
+        ("64x3x224x224 bf16", 224, 64, torch.bfloat16, torch.contiguous_format),
+    ):
+        x = _rand(3, size, size, device=device)
+        yield Case("smoothing_noise", name, (x, n, 0.25, 7, 0, 0, dtype, layout), noisy)
+
+    def votes(logits: Tensor, out: Tensor) -> None:
+        out += torch.bincount(logits.argmax(1), minlength=len(out))
+
+    for rows, classes, dtype in ((400, 10, torch.bfloat16), (100_000, 10, torch.float32), (4096, 1000, torch.bfloat16)):
+        logits = _rand(rows, classes, device=device, dtype=dtype)
+        out = torch.zeros(classes, dtype=torch.int64, device=device)
+        yield Case("count_votes", f"{rows}x{classes} {str(dtype)[6:]}", (logits, out), votes)
+
+    def rotated(x: Tensor, params: Tensor) -> Tensor:
+        angle = params[:, 0].deg2rad()
+        cosine, sine, zero = angle.cos() / params[:, 3], angle.sin() / params[:, 3], torch.zeros_like(angle)
+        theta = torch.stack((cosine, -sine, zero, sine, cosine, zero), 1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(params), *x.shape], align_corners=False)
+        moved = F.grid_sample(x.expand(len(params), -1, -1, -1), grid, align_corners=False)
+        return (params[:, 5].view(-1, 1, 1, 1) * moved + params[:, 6].view(-1, 1, 1, 1)).clamp(0, 1)
+
+    for name, blur in (("400x3x32x32 rotation, contrast", 0.0), ("400x3x32x32 blur", 1.0)):
+        params = torch.tensor([0.0, 0, 0, 1, blur, 1, 0, 1], device=device).repeat(400, 1)
+        params[:, 0] = 20 * _rand(400, device=device) - 10
+        params[:, 5] = 0.8 + 0.4 * _rand(400, device=device)
+        x = _rand(3, 32, 32, device=device)
+        yield Case("semantic_batch", name, (x, params), None if blur else rotated)
+
+
+def mask_cases(device: torch.device) -> Iterator[Case]:
+    theta = [torch.randn(s, device=device) for s in RESNET18]
+    masks = [_rand(*s, device=device) for s in RESNET18]
+    grads = [torch.randn(s, device=device) for s in RESNET18]
+
+    def moved(masks: list[Tensor], kind: str, radius: float, rho: float, grads: list[Tensor]) -> list[Tensor]:
+        if kind == "plain":
+            return masks
+        if kind == "uniform":
+            return [(m + torch.empty_like(m).uniform_(-radius, radius)).clamp_(0, 1) for m in masks]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        return [(m + rho / norm * g).clamp_(0, 1) for m, g in zip(masks, grads, strict=True)]
+
+    def perturbed(masks: list[Tensor], kind: str, radius: float, rho: float, grads: list[Tensor], *_: Any) -> Any:
+        return moved(masks, kind, radius, rho, grads)
+
+    def effective(w: list[Tensor], masks: list[Tensor], kind: str, radius: float, rho: float, *rest: Any) -> Any:
+        noisy = moved(masks, kind, radius, rho, rest[0])
+        return [(t * m).to(rest[-2]) for t, m in zip(w, noisy, strict=True)]
+
+    for kind in ("uniform", "adversarial"):
+        given = grads if kind == "adversarial" else []
+        yield Case("perturb_masks", f"ResNet-18 {kind}", (masks, kind, 0.1, 0.05, given, "global", 7, 3), perturbed)
+    for kind in ("plain", "uniform", "adversarial"):
+        given = grads if kind == "adversarial" else []
+        arguments = (theta, masks, kind, 0.1, 0.05, given, "global", 7, 3, torch.bfloat16, 0)
+        yield Case("effective_weights", f"ResNet-18 {kind} to bf16", arguments, effective)
+
+    def triple(grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], *_: Any) -> Any:
+        dtheta = [g * m for g, m in zip(grads, masks, strict=True)]
+        dmask = [g * w for g, w in zip(grads, weights, strict=True)]
+        return dtheta, dmask, torch.stack([d.double().square().sum() for d in dmask]).sum()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [g.to(dtype) for g in grads]
+        yield Case("mask_gradients", f"ResNet-18 G {str(dtype)[6:]}", (given, theta, masks, 0, True, True), triple)
+
+    filters = [_rand(s[0], *[1] * (len(s) - 1), device=device) for s in RESNET18]
+    yield Case("mask_gradients", "ResNet-18 filter masks", (grads, theta, filters, 0, True, True))
+
+    def scaled(weights: list[Tensor], tau: float) -> list[Tensor]:
+        magnitudes = [w.abs() for w in weights]
+        return [(m / m.flatten().kthvalue(math.ceil(tau * m.numel())).values).clamp(0, 1) for m in magnitudes]
+
+    yield Case("percentile_init", "ResNet-18 tau 0.9", (theta, 0.9), scaled)
+
+    def largest(scores: list[Tensor], keep: list[int], scope: str) -> list[Tensor]:
+        flat = torch.cat([s.flatten() for s in scores])
+        threshold = flat.kthvalue(flat.numel() - keep[0] + 1).values
+        return [s >= threshold for s in scores]
+
+    total = sum(m.numel() for m in masks)
+    yield Case("binarize", "ResNet-18 global 70 %", (masks, [-(-3 * total // 10)], "global"), largest)
+
+
+def convolution_cases(device: torch.device) -> Iterator[Case]:
+    """Layers of ResNet-18 on CIFAR, batch 64, 70 % of the weights pruned; dense and grouped, forward and backward."""
+
+    def convolution(x: Tensor, w: Tensor, m: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        return F.conv2d(x, (w * m).to(x.dtype), bias, *rest[:4])
+
+    def backward(grad: Tensor, x: Tensor, w: Tensor, m: Tensor, *rest: Any) -> Any:
+        stride, padding, dilation, groups, _, need = rest
+        arguments = (stride, padding, dilation, False, [0, 0], groups, [need[0], True, False])
+        dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, (w * m).to(x.dtype), None, *arguments)
+        return dx, dw * m, dw * w
+
+    layers = (
+        ("64->64 3x3 32x32", 64, 64, 3, 1, 32, 1),
+        ("128->128 3x3 16x16", 128, 128, 3, 1, 16, 1),
+        ("256->512 3x3/2 8x8", 256, 512, 3, 2, 8, 1),
+        ("512->512 3x3 4x4", 512, 512, 3, 1, 4, 1),
+        ("64->128 1x1/2 32x32", 64, 128, 1, 2, 32, 1),
+        ("256 depthwise 3x3 16x16", 256, 256, 3, 1, 16, 256),
+    )
+    for name, channels, filters, kernel, stride, size, groups in layers:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = torch.randn(64, channels, size, size, device=device).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(filters, channels // groups, kernel, kernel, device=device)
+            mask = _rand(*weight.shape, device=device) < 0.3
+            options = ([stride] * 2, [kernel // 2] * 2, [1, 1], groups, 0)
+            label = f"{name} {str(dtype)[6:]}"
+            peak = "float32" if dtype is torch.float32 else "half"
+            yield Case("masked_conv2d", label, (x, weight, mask, None, *options), convolution, peak)
+            if dtype is torch.float16:
+                continue
+            out = -(-size // stride)
+            grad = torch.randn(64, filters, out, out, device=device).to(dtype)
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            soft = dtype is torch.bfloat16  # a bool mask has no gradient
+            given = _rand(*weight.shape, device=device) if soft else mask
+            arguments = (grad, x, weight, given, *options, [True, True, soft])
+            yield Case("masked_conv2d_backward", label, arguments, backward, peak)
+    x, weight = torch.randn(256, 512, device=device).to(torch.bfloat16), torch.randn(1000, 512, device=device)
+    mask = _rand(1000, 512, device=device) < 0.3
+    yield Case(
+        "masked_linear",
+        "256x512->1000 bf16",
+        (x, weight, mask, None, 0),
+        lambda x, w, m, *_: F.linear(x, (w * m).to(x.dtype)),
+        "half",
+    )

@@ -1,0 +1,169 @@
+"""For whoever has a GPU: `make gpu-check` runs every provider on the card against the reference, then times it.
+
+Correctness comes first and a difference beyond the tolerance table of the tests ends with exit code 1. Timings are
+medians of interleaved rounds against torch's own operators (cuDNN convolution on the materialised product and the rest
+of `gpu_cases.py`), with the bandwidth and the share of the card's peak that the call reaches; they are written to
+bench/results/gpu-<card>.csv. `--case TEXT` keeps the cases whose operation or name holds TEXT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import csam
+from bench_search import CORE, LR, RHO, SPARSITY, TAU, TorchStep
+from bench_smooth import BATCH, SIGMA, N, cohen_counts
+from csam_kernels import backend, reference
+from gpu_cases import Case, cases, tensors
+
+ROUNDS = 51
+# (rtol, atol) by the dtype that the operands had; the table of tests/conftest.py, and TF32 stays off
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (2e-3, 2e-3)}
+FIELDS = ("device", "torch", "triton", "op", "case", "provider", "ms", "twin_ms", "ratio", "gb_per_s", "max_error")
+
+
+def fresh(values: Any) -> Any:
+    """Arguments that a call may write to."""
+    if isinstance(values, Tensor):
+        return values.clone() if values.dtype is torch.int64 else values
+    return type(values)(fresh(v) for v in values) if isinstance(values, (list, tuple)) else values
+
+
+def results(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What a call returns, or what it wrote where it returns nothing."""
+    given = fresh(arguments)
+    out = function(*given)
+    return tensors(out if out is not None else given[-1])
+
+
+def difference(actual: list[Tensor], expected: list[Tensor], case: Case) -> tuple[float, bool]:
+    """Largest absolute error, and whether all values are within the table; integers must be equal."""
+    worst, good = 0.0, len(actual) == len(expected)
+    dtypes = [t.dtype for t in case.inputs() + expected if t.dtype in TOLERANCE]
+    rtol, atol = max((TOLERANCE[d] for d in dtypes), default=(0.0, 0.0))
+    for a, e in zip(actual, expected, strict=False):
+        a, e = a.to("cpu", torch.float64), e.to("cpu", torch.float64)
+        if e.numel():
+            worst = max(worst, float((a - e).abs().max()))
+        sums = "conv" in case.op or "linear" in case.op  # errors of long sums grow with the size of what is summed
+        good &= torch.allclose(a, e, rtol=rtol, atol=atol * max(1.0, float(e.abs().max())) if sums else atol)
+    return worst, good
+
+
+def median_ms(functions: list[Callable[[], Any]]) -> list[float]:
+    """Median time of each function, one call of each in turn, by CUDA events; the L2 cache is cleared in between."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions * 3:
+        function()
+    for _ in range(ROUNDS):
+        for function, mine in zip(functions, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            mine.append(start.elapsed_time(end))
+    return [statistics.median(t) for t in times]
+
+
+def whole_jobs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """What people run: a C-SAM step against the compiled plain-torch step, Smooth against Cohen's loop."""
+    x = torch.rand(64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (64,), device=device)
+    model = csam.models.build("resnet18").to(device, memory_format=torch.channels_last).train()
+    search = csam.MaskSearch(csam.convert(model), SPARSITY, rho=RHO, lr=LR, tau=TAU, dtype=torch.bfloat16, **CORE)
+    step = TorchStep(model, torch.bfloat16, **CORE)
+    step.model.compile()
+    yield "C-SAM step, ResNet-18, batch 64, bf16", lambda: search.step(x, y), lambda: step.step(x, y)
+    for name in ("resnet20", "resnet18"):
+        network = csam.models.build(name).to(device).eval()
+        smooth = csam.Smooth(network, num_classes=10, sigma=SIGMA, dtype=torch.bfloat16, tile=BATCH)
+        loop = cohen_counts(network, x[0])
+        yield f"Smooth, {name}, n = {N}, bf16", lambda s=smooth: s.counts(x[0], N), loop  # type: ignore[misc]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--case", default="", help="only operations or cases that hold this text")
+    parser.add_argument("--no-timing", action="store_true", help="correctness only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu-check: torch sees no CUDA device; nothing was run", file=sys.stderr)
+        return 2
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device, card = torch.device("cuda"), torch.cuda.get_device_name()
+    reasons = {name: backend.backends()[name] for name in ("triton", "cuda")}
+    print(card, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    providers = {n: importlib.import_module(f"csam_kernels.{n}") for n, r in reasons.items() if r == "available"}
+    rows, faults = [], 0
+    for case in cases(device):
+        if options.case not in f"{case.op} {case.name}":
+            continue
+        expected = results(getattr(reference, case.op), case.arguments)
+        for name, module in providers.items():
+            serve = getattr(module, case.op, None)
+            if serve is None:
+                continue
+            error, good = difference(results(serve, case.arguments), expected, case)
+            faults += not good
+            row = {"op": case.op, "case": case.name, "provider": name, "max_error": f"{error:.3g}"}
+            print(f"{'ok  ' if good else 'FAIL'} {name:7}{case.op:24}{case.name:36} largest error {error:.3g}", end="")
+            if not options.no_timing:
+                row |= timing(case, serve)
+                print(f"  {row['ms']} ms, torch {row['twin_ms'] or '-'} ms, {row['gb_per_s']} GB/s", end="")
+            print()
+            rows.append({"device": card, "torch": torch.__version__, "triton": _triton_version()} | row)
+    if not options.no_timing:
+        base = {"device": card, "torch": torch.__version__, "triton": _triton_version(), "provider": "all"}
+        for name, ours, twin in whole_jobs(device):
+            if options.case not in name:
+                continue
+            mine, theirs = median_ms([ours, twin])
+            print(f"     {name}: {mine:.3f} ms, torch {theirs:.3f} ms")
+            result = {"ms": f"{mine:.4f}", "twin_ms": f"{theirs:.4f}", "ratio": f"{theirs / mine:.2f}"}
+            rows.append(base | {"op": "whole", "case": name} | result)
+        path = Path(__file__).parent / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"wrote {path}")
+    print(f"{len(rows)} calls, {faults} beyond tolerance")
+    return 1 if faults else 0
+
+
+def timing(case: Case, serve: Callable[..., Any]) -> dict[str, Any]:
+    given = fresh(case.arguments)
+    functions = [lambda: serve(*given)]
+    if case.twin:
+        twin = case.twin
+        functions.append(lambda: twin(*given))
+    ours, *theirs = median_ms(functions)
+    least = sum(t.nbytes for t in case.inputs() + results(serve, case.arguments))
+    return {
+        "ms": f"{ours:.4f}",
+        "twin_ms": f"{theirs[0]:.4f}" if theirs else "",
+        "ratio": f"{theirs[0] / ours:.2f}" if theirs else "",
+        "gb_per_s": f"{least / ours / 1e6:.0f}",
+    }
+
+
+def _triton_version() -> str:
+    return str(importlib.import_module("triton").__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Who serves a call, and why not the others.
+
+A provider is a module with one function an operation, named as the operation. `CSAM_BACKEND` forces one
+(`cpu`, `cuda`, `triton` or `reference`); otherwise the first provider that has the operation and serves the device is
+taken. The reference is never taken unasked: it would be a silent loss of speed. Under `TRITON_INTERPRET=1` the triton
+provider serves CPU tensors, on request only, through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, cuda, device
+
+PROVIDERS = ("cpu", "cuda", "triton", "reference")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_UNASKED = ("cpu", "cuda", "triton")
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda",)}
+_ON_HOST = ("philox_uniform",)  # takes no tensor and gives one on the CPU, whoever is forced for the rest
+_MISSING = {
+    "cpu": "csam_kernels._C does not load ({}); build it with `pip install .` (needs g++)",
+    "cuda": "csam_kernels._CUDA does not load ({}); it is built by `pip install .` where nvcc is found",
+    "triton": "Triton does not import ({}); `pip install triton` brings it",
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """No provider can serve the call; the message says what each one lacks."""
+
+
+@cache
+def _load(provider: str) -> tuple[ModuleType | None, str]:
+    """The provider's module, or None and the reason in words."""
+    try:
+        return importlib.import_module(f"csam_kernels.{provider}"), ""
+    except ImportError as error:
+        return None, _MISSING.get(provider, "{}").format(error)
+
+
+def _why_not(op: str, provider: str, where: device) -> str:
+    module, reason = _load(provider)
+    if module is None:
+        return reason
+    if provider != "reference" and where.type not in _DEVICES[provider]:
+        return f"serves {_DEVICES[provider][0]} tensors, the call is on {where}"
+    if not hasattr(module, op):
+        return f"has no {op}"
+    return ""
+
+
+def backends() -> dict[str, str]:
+    """Every provider, and `"available"` or the reason why it is not."""
+    return {name: _load(name)[1] or _no_device(name) or "available" for name in PROVIDERS}
+
+
+def _no_device(provider: str) -> str:
+    if _DEVICES.get(provider) == ("cuda",) and not cuda.is_available():
+        return "loads, but torch sees no CUDA device (torch.cuda.is_available() is False)"
+    return ""
+
+
+def serve(op: str, where: device) -> Callable[..., Any]:
+    """The function that serves `op` for tensors on `where`.
+
+    Raises:
+        ValueError: `CSAM_BACKEND` names no provider.
+        BackendUnavailable: nothing can serve the device, or the forced provider cannot.
+    """
+    return _function(op, os.environ.get("CSAM_BACKEND", ""), where)
+
+
+@cache
+def _function(op: str, forced: str, where: device) -> Callable[..., Any]:
+    if forced and forced not in PROVIDERS:
+        raise ValueError(f"CSAM_BACKEND must be one of {', '.join(PROVIDERS)}, got {forced!r}")
+    if op in _ON_HOST and forced in ("cuda", "triton") and not INTERPRETED:
+        forced = "cpu"
+    candidates = (forced,) if forced else _UNASKED
+    reasons = {name: _why_not(op, name, where) for name in candidates}
+    for name, reason in reasons.items():
+        if not reason:
+            function: Callable[..., Any] = getattr(_load(name)[0], op)
+            return function
+    raise BackendUnavailable(f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def explain(op: str, *args: Any) -> str:
+    """Who would serve `op` on these arguments, and why the others would not; one line a provider.
+
+    Raises:
+        ValueError: `op` is not an operation of this library.
+    """
+    import csam_kernels
+
+    if op not in csam_kernels.OPERATIONS:
+        raise ValueError(f"op must be one of {', '.join(csam_kernels.OPERATIONS)}, got {op!r}")
+    where = next((t.device for t in _tensors(args)), device("cpu"))
+    forced = os.environ.get("CSAM_BACKEND", "")
+    lines, taken = [], False
+    for name in PROVIDERS:
+        reason = _why_not(op, name, where)
+        if not reason and forced and name != forced:
+            reason = f"CSAM_BACKEND={forced}"
+        elif not reason and not forced and (name == "reference" or (name == "triton" and INTERPRETED)):
+            reason = f"only on request (CSAM_BACKEND={name})"
+        elif not reason and taken:
+            reason = "an earlier provider serves the call"
+        taken = taken or not reason
+        lines.append(f"{name}: {'serves ' + op if not reason else 'no, ' + reason}")
+    return "\n".join(lines)
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    if isinstance(args, Tensor):
+        return [args]
+    if isinstance(args, (list, tuple)):
+        return [t for a in args for t in _tensors(a)]
+    return []

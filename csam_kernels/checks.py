@@ -1,0 +1,104 @@
+"""Argument checks shared by the public operations: every message names the argument, what came, what would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] = FLOATS, ndim: int | None = None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call .to_dense()")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def tensors(name: str, value: Any, **kwargs: Any) -> list[Tensor]:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, got {type(value).__name__}")
+    return [tensor(f"{name}[{i}]", t, **kwargs) for i, t in enumerate(value)]
+
+
+def same_length(**lists: Sequence[Any]) -> None:
+    if len({len(v) for v in lists.values()}) > 1:
+        sizes = ", ".join(f"len({k})={len(v)}" for k, v in lists.items())
+        raise ValueError(f"lists must have one entry a layer and equal length, got {sizes}")
+
+
+def same_device(**named: Tensor | Sequence[Tensor] | None) -> torch.device:
+    found: dict[torch.device, str] = {}
+    for name, value in named.items():
+        group = [value] if isinstance(value, Tensor) else (value or [])
+        for t in group:
+            found.setdefault(t.device, name)
+    if len(found) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in found.items())
+        raise ValueError(f"all tensors must be on one device, got {where}")
+    return next(iter(found), torch.device("cpu"))
+
+
+def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    value = value.__index__()
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return value
+
+
+def real(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be > {above:g}, got {value:g}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be >= {least:g}, got {value:g}")
+    return value
+
+
+def sparsity(value: Any) -> float:
+    value = real("sparsity", value)
+    if not 0 <= value < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {value:g}")
+    return value
+
+
+def seed(value: Any) -> int:
+    """A seed of 0..2^64-1, as the signed 64-bit integer that operator schemas carry."""
+    value = integer("seed", value, low=0, high=2**64 - 1)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def mask_for(name: str, mask: Any, weight: Tensor, block_size: int) -> Tensor:
+    """A mask that lies over the weight: broadcastable of equal rank, or [O, ceil(cols/n)] with block_size=n."""
+    mask = tensor(name, mask, dtypes=(torch.bool, *FLOATS))
+    shape, target = tuple(mask.shape), tuple(weight.shape)
+    if block_size:
+        want = (target[0], math.ceil(math.prod(target[1:]) / block_size))
+        if shape != want:
+            raise ValueError(f"{name} must have shape {want} with block_size={block_size}, got {shape}")
+    elif len(shape) != len(target) or any(m not in (1, w) for m, w in zip(shape, target, strict=True)):
+        raise ValueError(f"{name} must broadcast to the weight's shape {target} axis by axis, got {shape}")
+    return mask

@@ -1,0 +1,66 @@
+"""How a mask lies over a weight: one description for every granularity.
+
+A weight [O, ...] is seen as `rows` filters of `cols` flattened weights. The mask value of weight (o, r) is
+`mask.flatten()[o * row_stride + (r // span) * col_stride]`:
+
+| granularity | mask shape | row_stride | span | col_stride |
+|---|---|---|---|---|
+| weight | [O, I, kH, kW] | cols | 1 | 1 |
+| filter | [O, 1, 1, 1] | 1 | cols | 0 |
+| channel | [1, I, 1, 1] | 0 | kH*kW | 1 |
+| kernel | [O, I, 1, 1] | I | kH*kW | 1 |
+| block of n | [O, ceil(cols/n)] | ceil(cols/n) | n | 1 |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MaskLayout(NamedTuple):
+    rows: int
+    cols: int
+    row_stride: int
+    span: int
+    col_stride: int
+
+
+def mask_layout(weight_shape: torch.Size, mask_shape: torch.Size, block_size: int = 0) -> MaskLayout | None:
+    """The strides above; None for a broadcast that has no such form (it is then expanded first)."""
+    rows = weight_shape[0] if weight_shape else 1
+    cols = math.prod(weight_shape[1:])
+    if block_size:
+        return MaskLayout(rows, cols, math.ceil(cols / block_size), block_size, 1)
+    # An axis of length one is broadcast and kept at once, so it counts as kept wherever that helps.
+    own = [m == w for m, w in zip(mask_shape, weight_shape, strict=True)]
+    tail = math.prod(mask_shape[1:])
+    row_stride = tail if mask_shape[0] == rows else 0
+    if tail == 1:
+        return MaskLayout(rows, cols, row_stride, max(cols, 1), 0)
+    if all(own[1:]):
+        return MaskLayout(rows, cols, row_stride, 1, 1)
+    if own[1] and math.prod(mask_shape[2:]) == 1:
+        return MaskLayout(rows, cols, row_stride, math.prod(weight_shape[2:]), 1)
+    return None
+
+
+def expand_mask(mask: Tensor, weight_shape: torch.Size, block_size: int = 0) -> Tensor:
+    """The mask at the weight's full shape (a view where broadcasting allows it)."""
+    if not block_size:
+        return mask.expand(weight_shape)
+    cols = math.prod(weight_shape[1:])
+    return mask.repeat_interleave(block_size, dim=1)[:, :cols].reshape(weight_shape)
+
+
+def reduce_to_mask(full: Tensor, mask_shape: torch.Size, block_size: int = 0) -> Tensor:
+    """Sum a weight-shaped tensor over everything that one mask value covers."""
+    if not block_size:
+        return full.sum_to_size(mask_shape)
+    rows, blocks = mask_shape
+    flat = full.flatten(1)
+    padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.shape[1]))
+    return padded.reshape(rows, blocks, block_size).sum(2)

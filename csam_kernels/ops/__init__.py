@@ -1,0 +1,1 @@
+"""One file an operation: public function, schema, fake and autograd."""

@@ -1,0 +1,297 @@
+"""Naive plain-torch twin of every operation: slow, obviously right, the ground truth of the tests and benchmarks.
+
+Each function has the name and the signature that the dispatcher in `csam_kernels.backend` calls; arguments have
+already been checked by the public function in `csam_kernels.ops`. Nothing here is chosen automatically:
+`CSAM_BACKEND=reference` asks for it by name.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csam_kernels.layout import expand_mask, reduce_to_mask
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+PERTURB_DOMAIN = 0x6D61736B  # "mask": keeps mask noise apart from smoothing noise of the same seed
+UNIFORM_DOMAIN = 0x756E6966  # "unif"
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int], rounds: int = 10) -> Tensor:
+    """Philox-4x32 (Salmon et al., SC'11): int64 counters [..., 4] of 32-bit words -> int64 words [..., 4]."""
+    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
+    k0, k1 = key
+    for _ in range(rounds):
+        hi0, lo0 = _mulhilo(c0, PHILOX_MULTIPLIERS[0])
+        hi1, lo1 = _mulhilo(c2, PHILOX_MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & _WORD, (k1 + PHILOX_WEYL[1]) & _WORD
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a*b without overflowing int64: multiply by the two 16-bit halves of b."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return (high >> 16) & _WORD, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_words(elements: int, samples: Tensor, *, seed: int, stream: int, domain: int = 0) -> Tensor:
+    """int64 words [len(samples), elements]: word e of sample i comes from counter (e//4, i low, i high, stream)."""
+    quads = torch.arange((elements + 3) // 4)
+    counter = torch.empty(len(samples), len(quads), 4, dtype=torch.int64)
+    counter[..., 0] = quads
+    counter[..., 1] = (samples & _WORD)[:, None]
+    counter[..., 2] = ((samples >> 32) & _WORD)[:, None]
+    counter[..., 3] = stream
+    words = philox4x32(counter, (seed & _WORD, ((seed >> 32) & _WORD) ^ domain))
+    return words.flatten(1)[:, :elements]
+
+
+def normal_deviates(words: Tensor) -> Tensor:
+    """Box-Muller on pairs of words: u1 = (w+1)/2^32 in (0,1], angle 2*pi*w'/2^32; float64 [..., even]."""
+    u1 = (words[..., 0::2] + 1).double() * 2.0**-32
+    angle = words[..., 1::2].double() * (2 * math.pi * 2.0**-32)
+    r = torch.sqrt(-2 * torch.log(u1))
+    return torch.stack((r * torch.cos(angle), r * torch.sin(angle)), dim=-1).flatten(-2)
+
+
+def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
+    samples = torch.arange(n) + first_sample
+    words = philox_words(k, samples, seed=seed, stream=stream, domain=UNIFORM_DOMAIN)
+    return (words >> 8).float() * 2.0**-24
+
+
+def smoothing_noise(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    samples = torch.arange(n) + first_sample
+    elements = x.numel()
+    words = philox_words(4 * ((elements + 3) // 4), samples, seed=seed, stream=stream)
+    noise = normal_deviates(words)[:, :elements].float().reshape(n, *x.shape).to(x.device)
+    return (x.float() + sigma * noise).to(dtype).contiguous(memory_format=memory_format)
+
+
+def perturb_masks(
+    masks: list[Tensor],
+    kind: str,
+    radius: float,
+    rho: float,
+    grads: list[Tensor],
+    norm: str,
+    seed: int,
+    step: int,
+) -> list[Tensor]:
+    if kind == "uniform":
+        return [(m + _uniform_noise(m, radius, seed, step, layer)).clamp(0, 1) for layer, m in enumerate(masks)]
+    squares = [g.double().square().sum() for g in grads]
+    if norm == "global":
+        squares = [sum(squares, torch.zeros((), dtype=torch.float64))] * len(masks)
+    scales = [float(rho / s.sqrt()) if s > 0 else 0.0 for s in squares]
+    return [(m + scale * g.to(m.dtype)).clamp(0, 1) for m, g, scale in zip(masks, grads, scales, strict=True)]
+
+
+def _uniform_noise(m: Tensor, radius: float, seed: int, step: int, layer: int) -> Tensor:
+    words = philox_words(m.numel(), torch.tensor([step]), seed=seed, stream=layer, domain=PERTURB_DOMAIN)[0]
+    signed = torch.where(words >= 2**31, words - 2**32, words)
+    scale = torch.tensor(radius, dtype=m.dtype) * 2.0**-31
+    return (signed.to(m.dtype) * scale).reshape(m.shape).to(m.device)
+
+
+def effective_weights(
+    weights: list[Tensor],
+    masks: list[Tensor],
+    kind: str,
+    radius: float,
+    rho: float,
+    grads: list[Tensor],
+    norm: str,
+    seed: int,
+    step: int,
+    dtype: torch.dtype | None,
+    block_size: int,
+) -> list[Tensor]:
+    if kind != "plain":
+        masks = perturb_masks(masks, kind, radius, rho, grads, norm, seed, step)
+    return [
+        _product(w, expand_mask(m, w.shape, block_size), dtype or w.dtype) for w, m in zip(weights, masks, strict=True)
+    ]
+
+
+def _product(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * mask in float32 (float64 for float64 weights), rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) * mask.to(wide)).to(dtype)
+
+
+def mask_gradients(
+    grad_weights: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    block_size: int,
+    need_weight: bool,
+    need_mask: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    dtheta, dmask = [], []
+    norm = torch.zeros((), dtype=torch.float64, device=weights[0].device if weights else None)
+    for grad, w, m in zip(grad_weights, weights, masks, strict=True):
+        grad = grad.to(w.dtype)
+        if need_weight:
+            dtheta.append(grad * expand_mask(m, w.shape, block_size).to(w.dtype))
+        dm = reduce_to_mask(grad * w, m.shape, block_size)
+        norm = norm + dm.double().square().sum()
+        if need_mask:
+            dmask.append(dm)
+    return dtheta, dmask, norm
+
+
+def binarize(scores: list[Tensor], keep: list[int], scope: str) -> list[Tensor]:
+    if scope == "layer":
+        return [_keep_largest(s.flatten(), k).reshape(s.shape) for s, k in zip(scores, keep, strict=True)]
+    flat = _keep_largest(torch.cat([s.flatten() for s in scores]), keep[0])
+    return [
+        part.reshape(s.shape).clone() for part, s in zip(flat.split([s.numel() for s in scores]), scores, strict=True)
+    ]
+
+
+def _keep_largest(flat: Tensor, keep: int) -> Tensor:
+    order = torch.sort(flat, descending=True, stable=True).indices
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    mask[order[:keep]] = True
+    return mask
+
+
+def percentile_init(weights: list[Tensor], tau: float) -> list[Tensor]:
+    out = []
+    for w in weights:
+        magnitude = w.abs()
+        if not w.numel():
+            out.append(magnitude)
+            continue
+        ordered = magnitude.flatten().sort().values
+        position = tau * (w.numel() - 1)
+        low = math.floor(position)
+        high = min(low + 1, w.numel() - 1)
+        quantile = ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        out.append((magnitude / quantile).clamp(0, 1) if quantile > 0 else (magnitude > 0).to(w.dtype))
+    return out
+
+
+def count_votes(logits: Tensor, out: Tensor) -> None:
+    logits = logits[~logits.isnan().any(1)]
+    if len(logits):
+        winners = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+        out += torch.bincount(winners, minlength=out.numel())
+
+
+def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
+    return torch.stack([_semantic_one(x.double(), row) for row in params.double()]).float()
+
+
+def _semantic_one(x: Tensor, row: Tensor) -> Tensor:
+    rotation, tx, ty, scale, blur, contrast, brightness, gamma = row.tolist()
+    y = _affine(x, math.radians(rotation), tx, ty, scale)
+    if blur > 0:
+        y = _gaussian_blur(y, blur)
+    return (contrast * y + brightness).clamp(0, 1) ** gamma
+
+
+def _affine(x: Tensor, angle: float, tx: float, ty: float, scale: float) -> Tensor:
+    """One bilinear resampling about the image centre: output pixel p reads input R(angle) (p - t) / scale."""
+    _, h, w = x.shape
+    v, u = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing="ij")
+    dx, dy = u - (w - 1) / 2 - tx * w, v - (h - 1) / 2 - ty * h
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    sx = cos * dx - sin * dy + (w - 1) / 2
+    sy = sin * dx + cos * dy + (h - 1) / 2
+    x0, y0 = sx.floor(), sy.floor()
+    out = torch.zeros_like(x)
+    for oy in (0, 1):
+        for ox in (0, 1):
+            px, py = x0 + ox, y0 + oy
+            weight = (1 - (sx - px).abs()) * (1 - (sy - py).abs())
+            inside = (px >= 0) & (px < w) & (py >= 0) & (py < h)
+            value = x[:, py.clamp(0, h - 1).long(), px.clamp(0, w - 1).long()]
+            out += value * (weight * inside)
+    return out
+
+
+def _gaussian_blur(y: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian of radius ceil(3*sigma), edges replicated."""
+    radius = math.ceil(3 * sigma)
+    t = torch.arange(-radius, radius + 1).double()
+    kernel = torch.exp(-0.5 * (t / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(y.dtype)
+    y = y[:, None]
+    y = F.conv2d(F.pad(y, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    y = F.conv2d(F.pad(y, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
+    return y[:, 0]
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+) -> Tensor:
+    w = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
+    return torch.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+
+
+def masked_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    need: list[bool],
+) -> list[Tensor]:
+    effective = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
+    args = (stride, padding, dilation, False, [0, 0], groups, [True, True, False])
+    dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, effective, None, *args)
+    return _needed(dx, *_chain(dw, weight, mask, block_size), need=need)
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, block_size: int) -> Tensor:
+    w = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def masked_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, block_size: int, need: list[bool]
+) -> list[Tensor]:
+    effective = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
+    return _needed(grad @ effective, *_chain(grad.T @ x, weight, mask, block_size), need=need)
+
+
+def _chain(dw: Tensor, weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """dL/dtheta = G * M and dL/dM = sum of G * theta, in the dtypes of theta and M."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtheta = _product(dw.to(wide), expand_mask(mask, weight.shape, block_size), weight.dtype)
+    dmask = reduce_to_mask(dw.to(wide) * weight.to(wide), mask.shape, block_size).to(mask.dtype)
+    return dtheta, dmask
+
+
+def _needed(*grads: Tensor, need: list[bool]) -> list[Tensor]:
+    return [g for g, n in zip(grads, need, strict=True) if n]

@@ -1,0 +1,566 @@
+"""Masked convolution as implicit GEMM: weight * mask is formed in registers and never stored.
+
+All products put channels in rows and pixels in columns. A K-tile is a piece of the inner dimension: of the forward
+pass BLOCK_K input channels at one tap (taps of one channel block follow one another), or, when FLAT, BLOCK_K
+consecutive weights (c, kh, kw) of a filter; of the input's gradient BLOCK_K filters at one tap. With LISTED the K-tiles
+whose mask is not all zero come from a table, one row of it for each block of rows.
+
+Strides are in elements: x_b, x_c, x_h, x_w of x, and so on. The mask is addressed as a weight-shaped view (m_o, m_c,
+m_h, m_w, zeros where it is broadcast) or, when BLOCKED, as [O, ceil(cols/block)] with strides m_o, m_c.
+"""
+
+import triton
+import triton.language as tl
+
+from csam_kernels.triton.kernels.philox import noise_at, split_word
+from csam_kernels.triton.kernels.rounding import INTERPRETED, narrow
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # half arithmetic is wrong there; the products of the upcast operands are the same
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _columns(tile, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Channels [BLOCK_K] and taps ([BLOCK_K] when FLAT, else [1]) of a K-tile."""
+    k = tl.arange(0, BLOCK_K)
+    if FLAT:
+        c = (tile * BLOCK_K + k) // TAPS
+        tap = (tile * BLOCK_K + k) % TAPS
+    else:
+        c = tile // TAPS * BLOCK_K + k
+        tap = tile % TAPS + tl.arange(0, 1)
+    return c, tap
+
+
+@triton.jit
+def _mask_at(c, tap, m_c, m_h, m_w, block, TAPS: tl.constexpr, KERNEL_W: tl.constexpr, BLOCKED: tl.constexpr):
+    if BLOCKED:
+        return (c * TAPS + tap) // block * m_c
+    return c * m_c + tap // KERNEL_W * m_h + tap % KERNEL_W * m_w
+
+
+@triton.jit
+def _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE: tl.constexpr):
+    """weight * mask in float32, rounded once."""
+    weight = tl.load(weight_ptr + weight_at, valid, 0.0).to(tl.float32)
+    mask = tl.load(mask_ptr + mask_at, valid, 0).to(tl.float32)
+    return narrow(weight * mask, DTYPE)
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    o,
+    valid,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    RELU: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """relu((acc + bias) * scale + shift) a filter, each part when asked for; acc is float32 [filters, pixels]."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o, valid, 0.0).to(tl.float32)
+        acc += narrow(bias, DTYPE).to(tl.float32)[:, None]
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + o, valid, 0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + o, valid, 0.0).to(tl.float32)
+        acc = acc * scale[:, None] + shift[:, None]
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return acc
+
+
+@triton.jit
+def tile_flags_kernel(
+    mask_ptr,
+    flags_ptr,
+    channels,
+    filters,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    block,
+    row_blocks,
+    tiles,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    FLAT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """flags[row block, tile] = does the tile hold a live weight; a program a tile.
+
+    Rows are filters and the inner dimension channels; TRANSPOSED the other way round, and then one row block for each
+    residue of the pixel modulo the stride, for which only the taps that reach an output pixel count. `channels` and
+    `filters` are those of one group.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    tile = tl.program_id(0) % tiles
+    row = tl.program_id(0) // tiles
+    rows = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    outer = row // row_blocks
+    inner, tap = _columns(tile, TAPS, FLAT, BLOCK_K)
+    if TRANSPOSED:
+        group = outer // (STRIDE_H * STRIDE_W)
+        residue = outer % (STRIDE_H * STRIDE_W)
+        away_h = residue // STRIDE_W + PAD_H - tap // KERNEL_W * DILATION_H
+        away_w = residue % STRIDE_W + PAD_W - tap % KERNEL_W * DILATION_W
+        reached = (away_h % STRIDE_H == 0) & (away_w % STRIDE_W == 0)
+        column = _mask_at(rows, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
+        at = column[:, None] + ((group * filters + inner) * m_o)[None, :]
+        valid = (rows < channels)[:, None] & ((inner < filters) & reached)[None, :]
+    else:
+        column = _mask_at(inner, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
+        at = ((outer * filters + rows) * m_o)[:, None] + column[None, :]
+        valid = (rows < filters)[:, None] & (inner < channels)[None, :]
+    live = tl.load(mask_ptr + at, valid, 0) != 0
+    tl.store(flags_ptr + tl.program_id(0), tl.max(tl.max(live.to(tl.int32), 1), 0))
+
+
+@triton.jit
+def tile_list_kernel(flags_ptr, tiles_ptr, counts_ptr, tiles, CHUNK: tl.constexpr):
+    """Live tiles of a row of flags in ascending order, and how many there are; a program a row."""
+    row = tl.program_id(0).to(tl.int64) * tiles
+    count = 0
+    for start in range(0, tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        live = tl.load(flags_ptr + row + tile, tile < tiles, 0)
+        tl.store(tiles_ptr + row + count + tl.cumsum(live, 0) - 1, tile, live != 0)
+        count += tl.sum(live, 0)
+    tl.store(counts_ptr + tl.program_id(0), count)
+
+
+@triton.jit(do_not_specialize=["seed", "first_sample", "stream_word"])
+def masked_conv2d_kernel(
+    x_ptr,
+    weight_ptr,
+    mask_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    tiles_ptr,
+    counts_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    filters,
+    out_height,
+    out_width,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    out_b,
+    out_c,
+    out_h,
+    out_w,
+    block,
+    row_blocks,
+    rows,
+    tiles,
+    sigma,
+    seed,
+    first_sample,
+    stream_word,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    FLAT: tl.constexpr,
+    LISTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    RELU: tl.constexpr,
+    NOISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[b, o, oh, ow] = epilogue(sum over (c, kh, kw) of (weight * mask)[o, c, kh, kw] * x[b, c, ih, iw]).
+
+    A program: BLOCK_R filters of one group x BLOCK_P output pixels. The epilogue adds the bias, applies y * scale +
+    shift a filter and clips at zero, each when asked for. NOISE: x is one image [C, H, W] and x[b] = image + sigma *
+    eps of sample first_sample + b, rounded to out's dtype, is computed where it is loaded.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0) % rows
+    group = row // row_blocks
+    o = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    p = tl.program_id(0) // rows * BLOCK_P + tl.arange(0, BLOCK_P)
+    b = (p // (out_height * out_width)).to(tl.int64)
+    oh = p // out_width % out_height
+    ow = p % out_width
+    here = p < pixels
+    live_rows = o < filters
+    x_base = b * x_b + group * channels * x_c
+    o_all = group * filters + o
+
+    if NOISE:
+        k0, k1 = split_word(seed)
+        sample_low, sample_high = split_word(first_sample + b)
+    count = tiles
+    if LISTED:
+        count = tl.load(counts_ptr + row)
+    acc = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+    for i in range(count):
+        tile = i
+        if LISTED:
+            tile = tl.load(tiles_ptr + row.to(tl.int64) * tiles + i)
+        c, tap = _columns(tile, TAPS, FLAT, BLOCK_K)
+        kh = tap // KERNEL_W
+        kw = tap % KERNEL_W
+        weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
+        mask_at = (o_all * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
+        valid = live_rows[:, None] & (c < channels)[None, :]
+        weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
+        ih = (oh * STRIDE_H - PAD_H)[None, :] + (kh * DILATION_H)[:, None]
+        iw = (ow * STRIDE_W - PAD_W)[None, :] + (kw * DILATION_W)[:, None]
+        inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width) & here[None, :] & (c < channels)[:, None]
+        x_at = c[:, None] * x_c + ih * x_h + iw * x_w
+        if NOISE:
+            image = tl.load(x_ptr + group * channels * x_c + x_at, inside, 0.0).to(tl.float32)
+            element = (group * channels + c)[:, None] * (height * width) + ih * width + iw
+            noise = noise_at(element, sample_low[None, :], sample_high[None, :], stream_word.to(tl.uint32), k0, k1)
+            x = narrow(tl.where(inside, tl.fma(noise, sigma, image), 0.0), DTYPE)
+        else:
+            x = tl.load(x_ptr + x_base[None, :] + x_at, inside, 0.0)
+        acc = _dot(weight, x, acc, PRECISION)
+
+    acc = _epilogue(acc, bias_ptr, scale_ptr, shift_ptr, o_all, live_rows, HAS_BIAS, HAS_SCALE, RELU, DTYPE)
+    out = out_ptr + (b * out_b + oh * out_h + ow * out_w)[None, :] + (o_all * out_c)[:, None]
+    tl.store(out, narrow(acc, DTYPE), live_rows[:, None] & here[None, :])
+
+
+@triton.jit
+def masked_conv2d_input_gradient_kernel(
+    grad_ptr,
+    weight_ptr,
+    mask_ptr,
+    out_ptr,
+    tiles_ptr,
+    counts_ptr,
+    batch,
+    channels,
+    height,
+    width,
+    filters,
+    out_height,
+    out_width,
+    g_b,
+    g_c,
+    g_h,
+    g_w,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    out_b,
+    out_c,
+    out_h,
+    out_w,
+    block,
+    row_blocks,
+    rows,
+    tiles,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    LISTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx[b, c, ih, iw] = sum over (o, kh, kw) of (weight * mask)[o, c, kh, kw] * grad[b, o, oh, ow].
+
+    A program: BLOCK_R channels of one group x BLOCK_P pixels that are alike modulo the stride, so that a tap serves
+    all of them or none.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
+    row = tl.program_id(0) % rows
+    residue = row // row_blocks % (STRIDE_H * STRIDE_W)
+    group = row // row_blocks // (STRIDE_H * STRIDE_W)
+    c = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    p = tl.program_id(0) // rows * BLOCK_P + tl.arange(0, BLOCK_P)
+    few_h = (height + STRIDE_H - 1) // STRIDE_H
+    few_w = (width + STRIDE_W - 1) // STRIDE_W
+    b = (p // (few_h * few_w)).to(tl.int64)
+    ih = p // few_w % few_h * STRIDE_H + residue // STRIDE_W
+    iw = p % few_w * STRIDE_W + residue % STRIDE_W
+    here = (b < batch) & (ih < height) & (iw < width)
+    live_rows = c < channels
+    grad_base = b * g_b + group * filters * g_c
+
+    count = tiles
+    if LISTED:
+        count = tl.load(counts_ptr + row)
+    acc = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+    for i in range(count):
+        tile = i
+        if LISTED:
+            tile = tl.load(tiles_ptr + row.to(tl.int64) * tiles + i)
+        o, tap = _columns(tile, TAPS, False, BLOCK_K)
+        kh = tap // KERNEL_W
+        kw = tap % KERNEL_W
+        o_all = group * filters + o
+        weight_at = (c * w_c + kh * w_h + kw * w_w)[:, None] + (o_all * w_o)[None, :]
+        mask_at = _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[:, None] + (o_all * m_o)[None, :]
+        valid = live_rows[:, None] & (o < filters)[None, :]
+        weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
+        away_h = (ih + PAD_H)[None, :] - (kh * DILATION_H)[:, None]
+        away_w = (iw + PAD_W)[None, :] - (kw * DILATION_W)[:, None]
+        oh = away_h // STRIDE_H
+        ow = away_w // STRIDE_W
+        inside = (away_h >= 0) & (oh < out_height) & (away_w >= 0) & (ow < out_width)
+        if not LISTED:
+            inside &= (away_h % STRIDE_H == 0) & (away_w % STRIDE_W == 0)
+        inside = inside & here[None, :] & (o < filters)[:, None]
+        grad = tl.load(grad_ptr + grad_base[None, :] + (o[:, None] * g_c + oh * g_h + ow * g_w), inside, 0.0)
+        acc = _dot(weight, grad, acc, PRECISION)
+
+    out = out_ptr + (b * out_b + ih * out_h + iw * out_w)[None, :] + ((group * channels + c) * out_c)[:, None]
+    tl.store(out, narrow(acc, DTYPE), live_rows[:, None] & here[None, :])
+
+
+@triton.jit
+def masked_conv2d_weight_gradient_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    mask_ptr,
+    dweight_ptr,
+    dmask_ptr,
+    squares_ptr,
+    partial_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    filters,
+    out_height,
+    out_width,
+    g_b,
+    g_c,
+    g_h,
+    g_w,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    dw_o,
+    dw_c,
+    dw_h,
+    dw_w,
+    block,
+    row_blocks,
+    column_blocks,
+    split_pixels,
+    groups,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    FLAT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """G[o, (c, kh, kw)] = sum over (b, oh, ow) of grad[b, o, oh, ow] * x[b, c, ih, iw], and from it, in registers,
+    dweight = G * mask, dmask = G * weight and the program's part of the squared norm of dmask.
+
+    A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels. PARTIAL: G of that part goes to
+    partial[part, o, (c, kh, kw)] instead. Without the mask's gradient a tile of dead weights costs nothing.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    column_block = tl.program_id(0) % column_blocks
+    row = tl.program_id(0) // column_blocks
+    group = row // row_blocks
+    o = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_all = group * filters + o
+    c, tap = _columns(column_block, TAPS, FLAT, BLOCK_C)
+    kh = tap // KERNEL_W
+    kw = tap % KERNEL_W
+    exists = (o < filters)[:, None] & (c < channels)[None, :]
+    mask_at = (o_all * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
+
+    first = tl.program_id(1) * split_pixels
+    last = tl.minimum(first + split_pixels, pixels)
+    if not NEED_MASK:
+        live = tl.load(mask_ptr + mask_at, exists, 0) != 0
+        last = tl.where(tl.max(tl.max(live.to(tl.int32), 1), 0) != 0, last, first)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        p = start + tl.arange(0, BLOCK_K)
+        b = (p // (out_height * out_width)).to(tl.int64)
+        oh = p // out_width % out_height
+        ow = p % out_width
+        here = p < last
+        grad_at = (b * g_b + oh * g_h + ow * g_w)[None, :] + (o_all * g_c)[:, None]
+        grad = tl.load(grad_ptr + grad_at, (o < filters)[:, None] & here[None, :], 0.0)
+        ih = (oh * STRIDE_H - PAD_H)[:, None] + (kh * DILATION_H)[None, :]
+        iw = (ow * STRIDE_W - PAD_W)[:, None] + (kw * DILATION_W)[None, :]
+        inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width) & here[:, None] & (c < channels)[None, :]
+        x_base = (b * x_b + group * channels * x_c)[:, None]
+        x = tl.load(x_ptr + x_base + (c[None, :] * x_c + ih * x_h + iw * x_w), inside, 0.0)
+        acc = _dot(grad, x, acc, PRECISION)
+
+    if PARTIAL:
+        cols = channels * TAPS
+        at = (tl.program_id(1) * groups * filters + o_all).to(tl.int64)[:, None] * cols + (c * TAPS + tap)[None, :]
+        tl.store(partial_ptr + at, acc, exists)
+    else:
+        if NEED_WEIGHT:
+            mask = tl.load(mask_ptr + mask_at, exists, 0).to(tl.float32)
+            at = (o_all * dw_o)[:, None] + (c * dw_c + kh * dw_h + kw * dw_w)[None, :]
+            tl.store(dweight_ptr + at, narrow(acc * mask, dweight_ptr.dtype.element_ty), exists)
+        if NEED_MASK:
+            weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
+            weight = tl.load(weight_ptr + weight_at, exists, 0.0).to(tl.float32)
+            at = o_all[:, None] * (channels * TAPS) + (c * TAPS + tap)[None, :]
+            dmask = acc * weight
+            tl.store(dmask_ptr + at, narrow(dmask, dmask_ptr.dtype.element_ty), exists)
+            tl.store(squares_ptr + tl.program_id(0), tl.sum(dmask * dmask))
+
+
+@triton.jit
+def finish_gradients_kernel(
+    partial_ptr,
+    weight_ptr,
+    mask_ptr,
+    dweight_ptr,
+    dmask_ptr,
+    squares_ptr,
+    filters,
+    cols,
+    parts,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    dw_o,
+    dw_c,
+    dw_h,
+    dw_w,
+    block,
+    segments,
+    segment_blocks,
+    span,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_MASK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """G = sum of the parts of partial[parts, O, cols] in their order; dweight = G * mask and dmask[o, segment] = sum
+    of G * weight over the `span` consecutive weights of a segment, with the program's part of its squared norm.
+
+    A program: BLOCK_S segments of one filter.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    o = tl.program_id(0) // segment_blocks
+    segment = tl.program_id(0) % segment_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    sums = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(0, span, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        r = segment[:, None] * span + j[None, :]
+        exists = (segment < segments)[:, None] & (j < span)[None, :] & (r < cols)
+        g = tl.zeros((BLOCK_S, BLOCK_J), tl.float32)
+        for part in range(parts):
+            g += tl.load(partial_ptr + (part * filters + o).to(tl.int64) * cols + r, exists, 0.0)
+        c = r // TAPS
+        tap = r % TAPS
+        kh = tap // KERNEL_W
+        kw = tap % KERNEL_W
+        if NEED_WEIGHT:
+            mask_at = o * m_o + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
+            mask = tl.load(mask_ptr + mask_at, exists, 0).to(tl.float32)
+            dweight = narrow(g * mask, dweight_ptr.dtype.element_ty)
+            tl.store(dweight_ptr + o * dw_o + c * dw_c + kh * dw_h + kw * dw_w, dweight, exists)
+        if NEED_MASK:
+            weight = tl.load(weight_ptr + o * w_o + c * w_c + kh * w_h + kw * w_w, exists, 0.0).to(tl.float32)
+            sums += tl.sum(g * weight, 1)
+    if NEED_MASK:
+        dmask = narrow(sums, dmask_ptr.dtype.element_ty)
+        tl.store(dmask_ptr + o * segments + segment, dmask, segment < segments)
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(sums * sums, 0))
+
+
+@triton.jit
+def sum_rows_kernel(rows_ptr, out_ptr, squares_ptr, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out[cols] = sum over the rows of a float32 [rows, cols], and the program's part of its squared norm."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        acc += tl.load(rows_ptr + r[:, None] * cols + c[None, :], (r < rows)[:, None] & (c < cols)[None, :], 0.0)
+    sums = tl.sum(acc, 0)
+    tl.store(out_ptr + c, narrow(sums, out_ptr.dtype.element_ty), c < cols)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(sums * sums, 0))

@@ -1,0 +1,68 @@
+"""Noise batching: grid = tiles of the image times groups of samples."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from csam_kernels.triton import tuning
+from csam_kernels.triton.kernels.smoothing_noise import smoothing_noise as kernel
+from csam_kernels.triton.launch import launch
+
+_WORD = 2**64 - 1
+_FLOPS = 40  # a deviate: 25 of Box-Muller and x + sigma * eps, 15 integer ones of Philox, which take the same slots
+
+
+def smoothing_noise(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    channels, height, width = x.shape
+    pixels, elements = height * width, x.numel()
+    if elements >= 2**31:
+        raise ValueError(f"x must have fewer than 2^31 elements on a GPU, got shape {tuple(x.shape)}")
+    out = torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
+    row = tuning.SMOOTHING_NOISE[tuning.device_class(x.device)]
+    quads = row["QUADS"]
+    channels_last = memory_format is torch.channels_last and channels > 1 and pixels > 1
+    if channels_last:
+        quads = max(quads, triton.next_power_of_2(8 * channels))
+        tile_quads = quads // channels
+        tile_pixels = tile_quads // 4 * 16 if pixels % 4 == 0 else 4 * tile_quads - 3
+        tiles = triton.cdiv(pixels, tile_pixels)
+    else:
+        channels, pixels = 1, elements
+        tile_quads, tile_pixels = quads, 4 * quads
+        tiles = triton.cdiv(elements, tile_pixels)
+    samples = min(max(1, n * tiles // row["programs"]), row["samples"])
+    launch(
+        kernel,
+        (tiles * triton.cdiv(n, samples),),
+        reads=[x],  # again for each group of samples, but then from the cache
+        writes=[out],
+        flops=_FLOPS * out.numel(),
+        num_warps=row["num_warps"],
+        x_ptr=x.contiguous(),
+        out_ptr=out,
+        n=n,
+        channels=channels,
+        pixels=pixels,
+        tile_pixels=tile_pixels,
+        tile_quads=tile_quads,
+        tiles=tiles,
+        samples=samples,
+        sigma=sigma,
+        first_sample=first_sample,
+        seed=seed & _WORD,
+        stream_word=stream,
+        QUADS=quads,
+        CHANNELS_LAST=channels_last,
+    )
+    return out

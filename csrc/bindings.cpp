@@ -1,0 +1,131 @@
+// csam_kernels._C: the table of contents. Tensors arrive as addresses; the layer above has checked everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/philox.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using csam::kernels;
+using Address = uintptr_t;
+using Nogil = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+// (weight, mask, grad, out, out_mask, (rows, cols, row_stride, span, col_stride), scale)
+using LayerTuple = std::tuple<Address, Address, Address, Address, Address, std::array<int64_t, 5>, double>;
+
+struct Pass {
+  std::vector<csam::MaskLayer> layers;
+  csam::MaskPass pass;
+  Pass(const std::vector<LayerTuple>& tuples, std::array<int, 4> dtypes, int kind, uint64_t seed, uint64_t step) {
+    for (const auto& [weight, mask, grad, out, out_mask, y, scale] : tuples)
+      layers.push_back({at<void>(weight),
+                        at<void>(mask),
+                        at<void>(grad),
+                        at<void>(out),
+                        at<void>(out_mask),
+                        {y[0], y[1], y[2], y[3], y[4]},
+                        scale});
+    pass = {layers.data(), int64_t(layers.size()), dtypes[0], dtypes[1], dtypes[2], dtypes[3], kind, seed, step};
+  }
+};
+
+struct Block {
+  int64_t bytes;
+  void* memory;
+  explicit Block(int64_t n) : bytes(n), memory(csam::take_block(n)) {}
+  Block(const Block&) = delete;
+  ~Block() { csam::give_block(memory, bytes); }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Torch-free CPU kernels of csam_kernels.";
+  m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in force.");
+  m.def("isa_supported", [](const std::string& n) { return std::string(csam::isa_supported(n.c_str())); });
+  m.def("set_isa", [](const std::string& n) { csam::set_isa(n.c_str()); }, "auto, generic, avx2 or avx512.");
+  m.def("philox4x32", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
+    const csam::Words w = csam::philox4x32({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
+    return std::array<uint32_t, 4>{w.v[0], w.v[1], w.v[2], w.v[3]};
+  });
+
+  m.def(
+      "philox_uniform",
+      [](Address out, int64_t n, int64_t k, uint64_t seed, uint64_t first, uint32_t stream) {
+        kernels().philox_uniform(at<float>(out), n, k, seed, first, stream);
+      },
+      Nogil());
+  m.def(
+      "smoothing_noise",
+      [](Address x, int64_t n, int64_t channels, int64_t pixels, float sigma, uint64_t seed, uint64_t first,
+         uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
+        kernels().smoothing_noise(
+            {at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype, channels_last},
+            threads);
+      },
+      Nogil());
+  m.def(
+      "effective_weights",
+      [](const std::vector<LayerTuple>& l, std::array<int, 4> d, int kind, uint64_t seed, uint64_t step, int threads) {
+        kernels().effective_weights(Pass(l, d, kind, seed, step).pass, threads);
+      },
+      Nogil());
+  m.def(
+      "perturb_masks",
+      [](const std::vector<LayerTuple>& l, std::array<int, 4> d, int kind, uint64_t seed, uint64_t step, int threads) {
+        kernels().perturb_masks(Pass(l, d, kind, seed, step).pass, threads);
+      },
+      Nogil());
+  m.def(
+      "mask_gradients",
+      [](const std::vector<LayerTuple>& l, std::array<int, 4> d, int threads) {
+        return kernels().mask_gradients(Pass(l, d, csam::kPlain, 0, 0).pass, threads);
+      },
+      Nogil());
+  m.def(
+      "squared_norm",
+      [](Address g, int64_t n, int dtype, int threads) { return csam::squared_norm(at<void>(g), n, dtype, threads); },
+      Nogil());
+  m.def(
+      "binarize",
+      [](const std::vector<Address>& scores, const std::vector<int64_t>& sizes, int dtype, int64_t keep,
+         const std::vector<Address>& masks, int threads) {
+        csam::binarize(reinterpret_cast<const void* const*>(scores.data()), sizes.data(), int64_t(sizes.size()), dtype,
+                       keep, reinterpret_cast<uint8_t* const*>(masks.data()), threads);
+      },
+      Nogil());
+  m.def(
+      "percentile_init",
+      [](Address w, int64_t n, int dtype, double tau, Address out) {
+        csam::percentile_init(at<void>(w), n, dtype, tau, at<void>(out));
+      },
+      Nogil());
+  m.def(
+      "count_votes",
+      [](Address logits, int64_t n, int64_t classes, int64_t stride, int dtype, Address out, int threads) {
+        kernels().count_votes({at<void>(logits), n, classes, stride, dtype, at<int64_t>(out)}, threads);
+      },
+      Nogil());
+  m.def(
+      "semantic_batch",
+      [](Address x, int64_t n, int64_t channels, int64_t height, int64_t width, Address params, Address out,
+         int threads) {
+        kernels().semantic_batch({at<float>(x), n, channels, height, width, at<float>(params), at<float>(out)},
+                                 threads);
+      },
+      Nogil());
+  py::class_<Block>(m, "Block", py::buffer_protocol(),
+                    "Memory of a large result; torch.frombuffer makes a tensor of it.")
+      .def(py::init<int64_t>())
+      .def_buffer([](Block& b) { return py::buffer_info(static_cast<uint8_t*>(b.memory), b.bytes); });
+}

@@ -1,0 +1,95 @@
+// The table of kernels: one a instruction set, filled by cpu/table.cpp, chosen in cpu/dispatch.cpp at run time.
+// Kernels know raw pointers, sizes, strides and seeds; shapes were checked by the layer above.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/mask_math.h"
+
+namespace csam {
+
+inline int64_t element_size(int dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : dtype == kBool ? 1 : 2; }
+
+struct NoiseArgs {
+  const float* x;
+  int64_t n, channels, pixels;
+  float sigma;
+  uint64_t seed, first_sample;
+  uint32_t stream;
+  void* out;
+  int dtype;
+  bool channels_last;
+};
+
+enum Perturbation : int { kPlain = 0, kUniform = 1, kAdversarial = 2 };
+
+struct MaskLayer {     // one layer of a multi-tensor pass; unused pointers are null
+  const void* weight;  // theta
+  const void* mask;    // C
+  const void* grad;    // g = dL/dC for the adversarial arm, or G = dL/dW for mask_gradients
+  void* out;           // W, C~, or dL/dtheta
+  void* out_mask;      // dL/dM
+  MaskLayout layout;   // of the mask over the weight; perturb_masks sees [1, n]
+  double scale;        // radius * 2^-31 (uniform) or rho / ||g|| (adversarial)
+};
+
+struct MaskPass {
+  MaskLayer* layers;
+  int64_t count;
+  int weight_dtype, mask_dtype, grad_dtype, out_dtype;
+  int kind;
+  uint64_t seed, step;
+};
+
+struct SelectScan {  // one pass over scores: mask what is surely in, collect what lies in between
+  const void* scores;
+  int64_t n;
+  int dtype;
+  uint32_t low, high;  // ordered keys; above high is kept, below low is not
+  uint8_t* mask;
+  uint32_t first_index;  // of scores[0] in the whole selection
+  uint64_t* candidates;  // (key << 32 | ~index), room for n
+  int64_t found, above;  // results
+};
+
+struct VoteArgs {
+  const void* logits;
+  int64_t n, classes, row_stride;
+  int dtype;
+  int64_t* out;
+};
+
+struct SemanticArgs {
+  const float* x;
+  int64_t n, channels, height, width;
+  const float* params;  // [n, 8]
+  float* out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*philox_uniform)(float* out, int64_t n, int64_t k, uint64_t seed, uint64_t first, uint32_t stream);
+  void (*smoothing_noise)(const NoiseArgs&, int threads);
+  void (*effective_weights)(const MaskPass&, int threads);
+  void (*perturb_masks)(const MaskPass&, int threads);
+  double (*mask_gradients)(const MaskPass&, int threads);
+  void (*select_scan)(SelectScan&);
+  void (*count_votes)(const VoteArgs&, int threads);
+  void (*semantic_batch)(const SemanticArgs&, int threads);
+};
+
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;
+
+const Kernels& kernels();                // the table in force
+const char* isa_supported(const char*);  // "" or why not
+void set_isa(const char* name);          // "auto", "generic", "avx2", "avx512"
+
+// ISA-independent operations, built on the table.
+void binarize(const void* const* scores, const int64_t* sizes, int64_t count, int dtype, int64_t keep,
+              uint8_t* const* masks, int threads);
+void percentile_init(const void* weight, int64_t n, int dtype, double tau, void* out);
+double squared_norm(const void* g, int64_t n, int dtype, int threads);
+void* take_block(int64_t bytes);  // from the pool of memory for large results
+void give_block(void* block, int64_t bytes);
+
+}  // namespace csam

@@ -1,0 +1,5 @@
+"""`python -m csam`: the `csam` command."""
+
+from csam.cli import main
+
+main()

@@ -1,0 +1,243 @@
+"""CC-Cert (Pautov et al., AAAI 2022): a probabilistic certificate against random semantic transforms.
+
+For an image x with softmax output p, a transform T drawn from a distribution and p_T = p(T(x)), let
+Y = max_c |p_c - p_T,c| and a = (p_1 - p_2)/2, half the gap of the top two. Y < a suffices for the prediction
+to survive, so P(prediction changes) <= P(Y >= a) <= min_t E exp(tY) / exp(ta), the Chernoff bound. The
+expectation is estimated in k blocks of n draws; the largest of the k estimates, divided by delta in (0, 1),
+is reported.
+
+What it promises: the reported number is random. It falls below the true Chernoff bound only if in every block
+the sample mean of exp(tY) falls, at some t, below delta times its expectation. That becomes exponentially
+unlikely in k, but how unlikely depends on the spread of exp(tY), which nobody knows: this is no confidence
+interval of a stated level. Report n, k, delta and the t grid with every number (`CCCert.settings`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+from torch import Tensor, nn
+
+import csam_kernels
+from csam import smoothing
+from csam.transforms import Transform
+from csam_kernels import checks
+
+SMALLEST = float(np.nextafter(0.0, 1.0))
+
+
+def default_t() -> NDArray[np.float64]:
+    """The grid of the public code: linspace(1e-4, 1e4, 500)."""
+    return np.linspace(1e-4, 1e4, 500)
+
+
+def cc_cert_bound(
+    discrepancy: Tensor | ArrayLike,
+    margin: float,
+    delta: float = 0.9,
+    t: Tensor | ArrayLike | None = None,
+) -> float:
+    """Bound on P(prediction changes): max over blocks b of min over t of mean_j exp(t (Y_bj - a)) / delta.
+
+    Computed in float64 as logsumexp, so nothing overflows; clipped to 1, and to the smallest positive float64
+    rather than to 0, which would claim what no sample can show. A draw with Y >= a forces its block's ratio
+    to at least 1/n: a bound below 1/(n delta) needs every Y < a.
+
+    Args:
+        discrepancy: Y [k, n], >= 0: k blocks of n draws.
+        margin: a >= 0, half the gap of the top two probabilities.
+        delta: in (0, 1).
+        t: grid of Chernoff parameters, > 0; default `default_t()`.
+
+    Returns:
+        The bound in (0, 1].
+
+    Raises:
+        ValueError: not [k, n] with k, n >= 1, a negative or non-finite entry, delta outside (0, 1), t empty,
+            not one dimension or not > 0.
+    """
+    y = _array(discrepancy)
+    if y.ndim != 2 or y.size == 0:
+        raise ValueError(f"discrepancy must be [k, n] with k, n >= 1, got shape {y.shape}")
+    if not (np.isfinite(y).all() and (y >= 0).all()):
+        raise ValueError("discrepancy must be finite and >= 0")
+    margin = checks.real("margin", margin, least=0)
+    delta = _delta(delta)
+    grid = _grid(t)
+    ratios = [(logsumexp(np.outer(grid, block - margin), axis=1) - np.log(block.size)).min() for block in y]
+    return float(np.clip(np.exp(max(ratios) - np.log(delta)), SMALLEST, 1.0))
+
+
+@dataclass(frozen=True)
+class CCResult:
+    """What CC-Cert says of one image.
+
+    Attributes:
+        bound: on P(prediction changes under a drawn transform), in (0, 1].
+        prediction: class of the untouched image.
+        margin: a = (p_1 - p_2) / 2.
+        discrepancy: Y, float64 [k, n].
+        flips: how many of the k * n draws changed the prediction (an observation, not a bound).
+        n, k, delta, t: the settings that the bound was computed with.
+    """
+
+    bound: float
+    prediction: int
+    margin: float
+    discrepancy: Tensor
+    flips: int
+    n: int
+    k: int
+    delta: float
+    t: tuple[float, ...]
+
+
+class CCCert:
+    """CC-Cert for a network and a distribution of transforms.
+
+    Draw j of block b is sample b * n + j of (seed, stream): the same whatever the batch size or the thread
+    count, and evaluated in the same canonical tile (see `csam.smoothing`). The network is run as by
+    `csam.Smooth`; its logits go through a float64 softmax, and in a low `dtype` carry that dtype's rounding.
+
+    Args:
+        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K].
+        transform: distribution to draw from, e.g. `Rotation(10) | Brightness(0.2)`.
+        n, k: draws a block, and blocks; >= 1.
+        delta: in (0, 1).
+        t: grid of Chernoff parameters, > 0; default linspace(1e-4, 1e4, 500).
+        seed: 0 .. 2^64-1.
+        dtype, tile: as in `csam.Smooth`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or range, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Transform,
+        *,
+        n: int = 100,
+        k: int = 10,
+        delta: float = 0.9,
+        t: Sequence[float] | Tensor | NDArray[np.float64] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+    ) -> None:
+        if not isinstance(transform, Transform):
+            raise TypeError(f"transform must be a csam.transforms.Transform, got {type(transform).__name__}")
+        self.transform = transform
+        self.n = checks.integer("n", n, low=1)
+        self.k = checks.integer("k", k, low=1)
+        self.delta = _delta(delta)
+        self.t = _grid(t)
+        checks.seed(seed)
+        self.seed = operator.index(seed)
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile)
+
+    @property
+    def prepared(self) -> smoothing.Prepared | None:
+        """The network as it is executed (`.module`, `.steps`), None before the first image."""
+        return self._classifier.current
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be reported with a bound, as plain values; t as (first, last, number)."""
+        return {
+            "transform": str(self.transform),
+            "n": self.n,
+            "k": self.k,
+            "delta": self.delta,
+            "t": (float(self.t[0]), float(self.t[-1]), len(self.t)),
+            "seed": self.seed,
+            **self._classifier.settings,
+        }
+
+    def certify(self, x: Tensor, *, stream: int = 0, batch_size: int = 400) -> CCResult:
+        """Bound the probability that a drawn transform changes the prediction at x.
+
+        Args:
+            x: image [C, H, W] or [1, C, H, W], floating point, pixels in [0, 1].
+            stream: 0 .. 2^32-1, the image's index in its data set.
+            batch_size: hint of how many draws are in flight; no effect on the result.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
+        """
+        x = smoothing.image(x)
+        if float(x.min()) < 0 or float(x.max()) > 1:
+            raise ValueError(f"x must have pixels in [0, 1], got {float(x.min()):g} .. {float(x.max()):g}")
+        stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
+        batch_size = checks.integer("batch_size", batch_size, low=1)
+        prepared = self._classifier.prepare(x)
+        x = x.to(prepared.device)
+        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64)
+        drawn = torch.empty(self.k * self.n, prepared.num_classes, dtype=torch.float64)
+
+        def transformed(start: int) -> Tensor:
+            rows = self.transform.parameters(prepared.tile, seed=self.seed, first_sample=start, stream=stream)
+            batch = csam_kernels.semantic_batch(x, rows.to(prepared.device))
+            return smoothing.laid_out(batch.to(prepared.dtype), prepared.memory_format)
+
+        def untouched(start: int) -> Tensor:
+            copies = x.to(prepared.dtype).expand(prepared.tile, *x.shape)
+            return smoothing.laid_out(copies, prepared.memory_format)
+
+        def keep(out: Tensor, logits: Tensor, start: int) -> None:
+            out[start : start + len(logits)] = logits.double().softmax(1).cpu()
+
+        prepared.run(untouched, partial(keep, clean), 0, 1, batch_size)
+        prepared.run(transformed, partial(keep, drawn), 0, len(drawn), batch_size)
+        return self._result(clean[0], drawn)
+
+    def _result(self, clean: Tensor, drawn: Tensor) -> CCResult:
+        broken = int(torch.cat([clean[None], drawn]).isnan().any(1).sum())
+        if broken:
+            raise ValueError(f"model returned NaN probabilities for {broken} of {1 + len(drawn)} images")
+        first, second = clean.topk(2).values.tolist()
+        margin = (first - second) / 2
+        prediction = int(clean.argmax())
+        discrepancy = (drawn - clean).abs().amax(1).reshape(self.k, self.n)
+        return CCResult(
+            bound=cc_cert_bound(discrepancy, margin, self.delta, self.t),
+            prediction=prediction,
+            margin=margin,
+            discrepancy=discrepancy,
+            flips=int((drawn.argmax(1) != prediction).sum()),
+            n=self.n,
+            k=self.k,
+            delta=self.delta,
+            t=tuple(self.t.tolist()),
+        )
+
+
+def _array(values: Tensor | ArrayLike) -> NDArray[np.float64]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _delta(delta: float) -> float:
+    delta = checks.real("delta", delta)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta:g}")
+    return delta
+
+
+def _grid(t: Tensor | ArrayLike | None) -> NDArray[np.float64]:
+    grid = default_t() if t is None else _array(t)
+    if grid.ndim != 1 or grid.size == 0 or not (np.isfinite(grid).all() and (grid > 0).all()):
+        raise ValueError(f"t must be a non-empty list of numbers > 0, got {t!r}")
+    return grid
+
+
+__all__ = ["CCCert", "CCResult", "cc_cert_bound", "default_t"]

@@ -1,0 +1,485 @@
+"""The `csam` command: demo, train, certify, report, bench, info.
+
+Exit codes: 0 done, 1 failed (a full disk, a diverged training, no backend), 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import csam_kernels
+from csam import evaluation, microbench, models, pipeline, report, runs, training
+from csam.settings import PRESETS, PRETRAINED, Settings, override
+
+Command = Callable[..., Any]
+messages = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+
+class Interrupted(Exception):
+    """Ctrl-C in a job that can be continued."""
+
+
+class Failed(Exception):
+    """A job that ended for a reason outside its input."""
+
+
+class Values(click.ParamType):
+    """Comma-separated values of one type, as a tuple."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind = kind
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind(part.strip()) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of {self.name}", param, ctx)
+
+
+NUMBERS = Values(float, "NUMBER,...")
+NAMES = Values(str, "NAME,...")
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PLACE = click.Path(exists=True, path_type=Path)
+
+# (flag, place in Settings, type, help): the options that change a preset.
+DATA_OPTIONS = (
+    ("--train-subset", "train_subset", int, "Train on this many images, stratified (all)."),
+    ("--test-subset", "test_subset", int, "Test on this many images, stratified (all)."),
+    ("--model", "model", click.Choice(list(models.ARCHITECTURES)), "Network."),
+    (
+        "--normalization",
+        "normalization",
+        click.Choice(list(models.NORMALIZATION)),
+        "Pixel statistics of the network.",
+    ),
+    ("--transform", "transform", str, "Semantic transforms of training and CC-Cert, as kind:value,..."),
+    ("--seed", "seed", int, "Seed of everything random."),
+)
+TRAIN_OPTIONS = (
+    ("--weights", "weights", FILE, "Start from this safetensors file (then --epochs 3, --lr 0.02 if not given)."),
+    ("--sigma", "train.sigma", float, "Gaussian noise of training and smoothing, pixels in [0, 1]."),
+    ("--epochs", "train.epochs", int, "Epochs of the dense network."),
+    ("--search-epochs", "train.search_epochs", int, "Epochs of the mask search."),
+    ("--finetune-epochs", "train.finetune_epochs", int, "Epochs of fine-tuning after the search."),
+    ("--batch-size", "train.batch_size", int, "Images a step."),
+    ("--lr", "train.lr", float, "Learning rate of the dense network."),
+    ("--finetune-lr", "train.finetune_lr", float, "Learning rate of fine-tuning."),
+    ("--precision", "train.precision", click.Choice(training.PRECISIONS), "Arithmetic of training."),
+    (
+        "--granularity",
+        "train.granularity",
+        click.Choice(["weight", "filter", "channel", "block"]),
+        "One mask value a.",
+    ),
+    (
+        "--perturbation",
+        "search.perturbation",
+        click.Choice(["adversarial", "uniform", "none"]),
+        "Mask noise of C-SAM.",
+    ),
+    ("--rho", "search.rho", float, "Length of the adversarial step over all masks."),
+    ("--radius", "search.radius", float, "Half-width of the uniform mask noise."),
+    ("--joint", "search.joint", bool, "Train the weights during the mask search too (true, false)."),
+    ("--search-lr", "search.lr", float, "Learning rate of the mask scores."),
+    ("--tau", "search.tau", float, "Quantile of the initial masks."),
+    ("--structural", "search.structural", float, "Weight of the structural-stability term."),
+    ("--consistency", "search.consistency", float, "Weight of the soft/hard consistency term."),
+    ("--margin", "search.margin", float, "Weight of the margin term."),
+    ("--budget", "search.budget", float, "Weight of the sparsity term."),
+    ("--task", "search.task", float, "Weight of the cross-entropy."),
+)
+CERTIFY_OPTIONS = (
+    ("--images", "certify.images", int, "Certify this many test images, evenly spaced (all)."),
+    ("--n0", "certify.n0", int, "Noise samples that choose the class."),
+    ("--n", "certify.n", int, "Noise samples that certify it."),
+    ("--alpha", "certify.alpha", float, "Probability that a certificate is wrong."),
+    ("--dtype", "certify.dtype", click.Choice(["float32", "bfloat16"]), "Fast path in this arithmetic."),
+    ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
+    ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),
+    ("--cc-k", "certify.cc_k", int, "CC-Cert: blocks."),
+    ("--delta", "certify.delta", float, "CC-Cert: divisor of the bound."),
+    ("--eps", "certify.eps", NUMBERS, "CC-Cert: eps of the table."),
+)
+COMPARE_OPTIONS = (
+    ("--methods", "methods", NAMES, f"Rows of the comparison, among {', '.join(pipeline.METHODS)}."),
+    ("--sparsities", "sparsities", NUMBERS, "Fractions of the weights to remove."),
+)
+
+
+def setting_options(*groups: Sequence[tuple[str, str, Any, str]]) -> Callable[[Command], Command]:
+    """The click options of these groups; an option not given leaves the preset's value."""
+
+    def decorate(command: Command) -> Command:
+        for flag, place, kind, text in reversed([option for group in groups for option in group]):
+            values = {name: _shown(_lookup(PRESETS[name], place)) for name in PRESETS}
+            same = len(set(values.values())) == 1
+            shown = values["digits"] if same else ", ".join(f"{name}: {v}" for name, v in values.items())
+            command = click.option(flag, place.replace(".", "__"), type=kind, help=f"{text}  [{shown}]")(command)
+        return command
+
+    return decorate
+
+
+def _lookup(settings: Any, place: str) -> Any:
+    for name in place.split("."):
+        settings = getattr(settings, name)
+    return settings
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def common_options(command: Command) -> Command:
+    """Options of the commands that load data."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="CPU threads  [torch's choice]"),
+        click.option(
+            "--config", type=FILE, help="Settings from a JSON file: a run's config.json, or {setting: value}."
+        ),
+        click.option("--data-dir", type=PLACE, help="Where the data is (cifar10: a folder or a tar, any usual form)."),
+        click.option("--data", type=click.Choice(list(PRESETS)), help="Data set.  [digits]"),
+    ):
+        command = option(command)
+    return command
+
+
+def settings_from(
+    data: str | None, data_dir: Path | None, config: Path | None, threads: int | None, given: dict[str, Any]
+) -> Settings:
+    """The preset of the data set, changed by the configuration file, changed by the options given."""
+    if threads:
+        torch.set_num_threads(threads)
+    stored = _stored_settings(config) if config else {}
+    settings = PRESETS[data or stored.get("data", "digits")]
+    if given.get("weights"):
+        settings = override(settings, PRETRAINED)
+    settings = override(settings, stored)
+    nested: dict[str, Any] = {"data": data or settings.data}
+    if data_dir:
+        nested["data_dir"] = str(data_dir)
+    for name, value in given.items():
+        if value is None:
+            continue
+        *groups, last = name.split("__")
+        target = nested
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[last] = None if value == "none" else str(value) if isinstance(value, Path) else value
+    return override(settings, nested)
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    found = runs.read_json(path)
+    for key in ("config", "settings"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object of settings, got {type(found).__name__}")
+    if found.get("weights") and not Path(found["weights"]).exists():
+        raise ValueError(f"{path} was made with given weights, which a run does not keep; name the file with --weights")
+    return found
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; where that is no terminal, one line at the end."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda steps: progress.update(task, advance=steps)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Turn what may stop a long job from outside into a line that says how to go on."""
+    again = f"what was finished is in {folder}; give the same command again to continue"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {again}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        raise Failed(f"no space left on the disk{place}; {again} when there is space") from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(runs.version(), prog_name="csam")
+def cli() -> None:
+    """Prune networks by compression-aware sharpness minimisation (C-SAM) and certify what is left."""
+
+
+@cli.command()
+@common_options
+@setting_options(DATA_OPTIONS, TRAIN_OPTIONS, COMPARE_OPTIONS, CERTIFY_OPTIONS)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run folder."
+)
+def demo(
+    out: Path, data: str | None, data_dir: Path | None, config: Path | None, threads: int | None, **given: Any
+) -> None:
+    """Train, prune, fine-tune and certify: C-SAM beside magnitude pruning and the dense network.
+
+    Prints one table and writes summary.json, summary.csv and certified_accuracy.png into the run folder. Stopped
+    at any moment, the same command continues and ends with the same numbers.
+    """
+    settings = settings_from(data, data_dir, config, threads, given)
+    with resumable(out):
+        before = (out / "summary.json").exists()
+        summary = pipeline.demo(settings, out, bar)
+    show_demo(out, summary)
+    if before:
+        messages.print("(this run was finished before; --out another folder computes it afresh)", soft_wrap=True)
+
+
+def show_demo(folder: Path, summary: dict[str, Any]) -> None:
+    """Print a demo's table with all that its numbers depend on."""
+    settings = summary["settings"]
+    certify, images = settings["certify"], len(settings["certified_images"])
+    titles = {name: method.title for name, method in pipeline.METHODS.items()}
+    results.print(report.summary_table(summary["rows"], titles))
+    results.print(
+        f"{settings['dataset']['name']}, all in per cent: clean accuracy on "
+        f"{settings['dataset']['test_images']} test images, "
+        f"certificates on {images} of them (standard error <= {100 * report.standard_error(images):.1f} points). "
+        f"PCA: CC-Cert under {settings['transform']}, n={certify['cc_n']}, k={certify['cc_k']}, "
+        f"δ={certify['delta']:g}. cert.: smoothing with σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
+        f"n={certify['n']}, α={certify['alpha']:g}. One seed ({settings['seed']}).",
+        soft_wrap=True,
+    )
+    results.print(f"{folder}/summary.json, summary.csv, certified_accuracy.png", soft_wrap=True)
+
+
+@cli.command()
+@common_options
+@click.option("--method", type=click.Choice(list(pipeline.METHODS)), default="dense", show_default=True)
+@click.option("--sparsity", type=float, default=0.7, show_default=True, help="Fraction of the weights to remove.")
+@setting_options(DATA_OPTIONS, TRAIN_OPTIONS)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
+def train(
+    method: str,
+    sparsity: float,
+    out: Path,
+    data: str | None,
+    data_dir: Path | None,
+    config: Path | None,
+    threads: int | None,
+    **given: Any,
+) -> None:
+    """Train one network: dense, or dense and then pruned and fine-tuned.
+
+    The result is OUT/models/NAME.safetensors, an ordinary state dict with zeros for the removed weights.
+    """
+    settings = replace(settings_from(data, data_dir, config, threads, given), methods=(method,), sparsities=(sparsity,))
+    with resumable(out):
+        path, result = pipeline.train(settings, out, bar)
+    results.print(
+        f"{path}: sparsity {result['sparsity']:.6f}, clean accuracy {100 * result['clean_accuracy']:.2f} %",
+        soft_wrap=True,
+    )
+
+
+@cli.command()
+@click.argument("model", type=FILE)
+@common_options
+@setting_options([option for option in DATA_OPTIONS if option[0] != "--model"], CERTIFY_OPTIONS)
+@click.option(
+    "--architecture", type=click.Choice(list(models.ARCHITECTURES)), help="Network, if the file does not say."
+)
+@click.option("--sigma", type=float, help="Noise, pixels in [0, 1]  [the one the model was trained with]")
+@click.option("--cc-cert", is_flag=True, help="CC-Cert under --transform as well.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
+def certify(
+    model: Path,
+    architecture: str | None,
+    sigma: float | None,
+    cc_cert: bool,
+    out: Path,
+    data: str | None,
+    data_dir: Path | None,
+    config: Path | None,
+    threads: int | None,
+    **given: Any,
+) -> None:
+    """Certify MODEL, a safetensors file, by randomized smoothing.
+
+    Writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
+    continues it when run again. Files made by csam say their architecture, normalisation and sigma themselves.
+    """
+    said = runs.read_description(model)
+    given["model"] = architecture or said.get("model")
+    given["normalization"] = given["normalization"] or said.get("normalization")
+    given["train__sigma"] = sigma if sigma is not None else said.get("sigma")
+    if given["train__sigma"] is None:
+        raise click.UsageError(f"{model} does not say its sigma; give --sigma")
+    settings = settings_from(data, data_dir, config, threads, given)
+    with resumable(out):
+        rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
+    curve = report.Curve(model.stem, [row.radius for row in rows if row.correct], len(rows))
+    results.print(report.certificates_table([curve], settings.certify.radii))
+    if bounds:
+        correct = [bound["correct"] for bound in bounds]
+        values = [evaluation.pca([b["bound"] for b in bounds], correct, e) for e in settings.certify.eps]
+        shown = ", ".join(f"{100 * v:.1f} % at ε={e:g}" for e, v in zip(settings.certify.eps, values, strict=True))
+        results.print(f"PCA under {settings.transform}: {shown}", soft_wrap=True)
+    results.print(f"{out}/certificates/smoothing.tsv", soft_wrap=True)
+
+
+@cli.command("report")
+@click.argument("places", metavar="RUN_OR_TSV...", nargs=-1, required=True, type=PLACE)
+@click.option("--radii", type=NUMBERS, default=(0.0, 0.25, 0.5, 0.75, 1.0), help="Radii of the table.  [0,0.25,...,1]")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("certified_accuracy.png"),
+    show_default=True,
+    help="Where to draw the curves (.png, .pdf, .svg).",
+)
+@click.option("--no-plot", is_flag=True, help="Print only.")
+def report_command(places: tuple[Path, ...], radii: tuple[float, ...], plot: Path, no_plot: bool) -> None:
+    """Tabulate and draw certificates: run folders of csam, and TSVs of any tool in the field's format."""
+    curves = []
+    for place in places:
+        if place.is_dir() and (place / "summary.json").exists():
+            show_demo(place, runs.read_json(place / "summary.json"))
+        curves += curves_of(place)
+    results.print(report.certificates_table(curves, radii))
+    if not no_plot:
+        report.plot_curves(curves, plot)
+        results.print(str(plot), soft_wrap=True)
+
+
+def curves_of(place: Path) -> list[report.Curve]:
+    """One curve for a TSV file, one for each TSV of a run folder. Raises ValueError if there is none."""
+    files = sorted((place / "certificates").glob("*.tsv")) if place.is_dir() else [place]
+    if not files:
+        raise ValueError(f"{place} holds no certificates (certificates/*.tsv); is it a csam run folder?")
+    curves = []
+    for file in files:
+        rows = evaluation.read_tsv(file)
+        if not rows:
+            raise ValueError(f"{file} holds no certificates yet")
+        label = f"{place.name}/{file.stem}" if place.is_dir() else file.stem
+        curves.append(report.Curve(label, [row.radius for row in rows if row.correct], len(rows)))
+    return curves
+
+
+@cli.command()
+@click.option("--builtin", is_flag=True, help="Only the built-in comparison, also in a checkout.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(builtin: bool, arguments: tuple[str, ...]) -> None:
+    """Time the operations against plain torch, side by side.
+
+    In a checkout this runs its bench/ folder with pytest-benchmark (ARGUMENTS go to pytest, after --); elsewhere
+    it times a few operations in this process.
+    """
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    if folder.is_dir() and any(folder.glob("*.py")) and not builtin:
+        raise SystemExit(
+            subprocess.call(
+                [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", *arguments], cwd=folder.parent
+            )
+        )
+    if arguments:
+        raise click.UsageError("arguments are for pytest, which runs in a checkout with a bench folder only")
+    table = Table(caption="median, 20 % and 80 % percentiles of repeated calls in this process", caption_justify="left")
+    for head in ("operation", "csam-kernels ms", "plain torch ms", "ratio"):
+        table.add_column(head, justify="left" if head == "operation" else "right")
+    with bar("timing", len(microbench.CASES)) as advance:
+        for case in microbench.CASES:
+            ours, theirs = microbench.compare(case)
+            table.add_row(case.name, str(ours), str(theirs), f"{theirs.median / ours.median:.1f}×")
+            advance(1)
+    results.print(table)
+    results.print(json.dumps(runs.environment()), soft_wrap=True)
+
+
+@cli.command()
+def info() -> None:
+    """Versions, threads, instruction set, and who serves the operations, and why the others do not."""
+    table = Table(show_header=False, box=None)
+    found = runs.environment()
+    for key, value in {**found, "commit": found["commit"] or "unknown"}.items():
+        table.add_row(key, str(value))
+    table.add_row("instruction set", instruction_set())
+    table.add_row("torch's", torch.backends.cpu.get_cpu_capability())
+    for name, state in csam_kernels.backends().items():
+        table.add_row(f"backend {name}", state)
+    results.print(table)
+
+
+def instruction_set() -> str:
+    """The one the compiled kernels use, or why there are none."""
+    try:
+        from csam_kernels import _C
+    except ImportError as error:
+        return f"none ({error})"
+    return str(_C.isa())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit; errors are one line on standard error, with CSAM_DEBUG=1 a traceback."""
+    try:
+        code = cli.main(args=arguments, prog_name="csam", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = _complain("interrupted", 130)
+    except Interrupted as error:
+        code = _complain(str(error), 130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (Failed, training.TrainingDiverged, FloatingPointError, csam_kernels.BackendUnavailable) as error:
+        code = _complain(str(error), 1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        code = _complain(f"{place}{error.strerror or error}", 2 if isinstance(error, FileNotFoundError) else 1)
+    except ValueError as error:
+        code = _complain(str(error), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str, code: int) -> int:
+    if os.environ.get("CSAM_DEBUG"):
+        messages.print_exception()
+    print(f"csam: {' '.join(text.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,57 @@
+"""Data sets as uint8 tensors: scikit-learn's handwritten digits and CIFAR-10 in any of its usual forms.
+
+dataset = data.load("cifar10", "path/to/cifar-10-python.tar.gz", train_subset=10_000)
+x = data.to_unit(dataset.test_x[:8])  # float32 [8, 3, 32, 32] in [0, 1]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from csam.data import cifar10, digits
+from csam.data.dataset import Dataset, balanced_order, check_subset, to_unit
+
+__all__ = ["NAMES", "Dataset", "balanced_order", "load", "to_unit"]
+
+NAMES = ("digits", "cifar10")
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    train_subset: int | None = None,
+    test_subset: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load a data set, whole or a stratified part of it.
+
+    "digits" comes with scikit-learn and takes no `data_dir`. "cifar10" is read from `data_dir`, whose form is
+    found by looking at it: class folders of images (`train/<class>/*.jpg`, `test/<class>/*.jpg`), the python
+    batches (`data_batch_1`, ..., `test_batch`) or the binary batches (`data_batch_1.bin`, ...); each either a
+    folder, a tar (plain, gzip, bzip2 or xz), or a folder that holds one of these. Nothing is unpacked to disk.
+    A split of images that was decoded whole is kept in the folder `CSAM_CACHE` (default ~/.cache/csam) until its
+    source changes.
+
+    Args:
+        name: "digits" or "cifar10".
+        data_dir: where the files are; see above.
+        train_subset, test_subset: how many images of the split to keep, chosen by `balanced_order`; all by
+            default, in the order of the source.
+        seed: chooses which images a subset holds; a smaller subset is the beginning of a larger one.
+
+    Raises:
+        FileNotFoundError: `data_dir` does not exist, or a batch file is missing in it.
+        TypeError, ValueError: a bad argument; a truncated, damaged or foreign file, named in the message.
+    """
+    check_subset("train_subset", train_subset)
+    check_subset("test_subset", test_subset)
+    if name == "cifar10":
+        if data_dir is None:
+            raise ValueError("data_dir must say where CIFAR-10 is (a folder or a tar), got None")
+        return cifar10.load(Path(data_dir).expanduser(), train_subset, test_subset, seed)
+    if name != "digits":
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    if data_dir is not None:
+        raise ValueError(f"data_dir must be None for digits, got {str(data_dir)!r}")
+    return digits.load().subset(train_subset, test_subset, seed)

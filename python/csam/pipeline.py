@@ -1,0 +1,593 @@
+"""The whole C-SAM pipeline: train, prune, fine-tune, certify, compare; every stage resumable.
+
+dense training -> for each method and sparsity: mask -> fine-tuning (batch-norm statistics re-estimated) ->
+clean accuracy, CC-Cert, randomized smoothing -> one summary. After the dense training every method gets the same
+number of optimisation steps on the same batches in the same order: where C-SAM searches masks for the first
+epochs, magnitude pruning and the dense network already fine-tune. Certificates use one seed and the same images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from csam import data, evaluation, masks, models, report, runs, training, transforms
+from csam.cc_cert import CCCert
+from csam.nn import convert, fold, masked_layers
+from csam.search import MaskSearch
+from csam.settings import CertifySettings, Settings
+from csam.smoothing import Smooth, certified_radius
+from csam.training import Feed, Optimizer, derive_seed
+
+Advance = Callable[[int], None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def silent(description: str, total: int) -> AbstractContextManager[Advance]:
+    """A progress bar that shows nothing."""
+    return nullcontext(lambda steps: None)
+
+
+def build(settings: Settings, dataset: data.Dataset) -> nn.Module:
+    """The untrained network of these settings, normalisation included."""
+    return models.build(
+        settings.model,
+        num_classes=dataset.num_classes,
+        in_channels=dataset.in_channels,
+        seed=derive_seed(settings.seed, "init"),
+        **models.NORMALIZATION[settings.normalization]._asdict() if settings.normalization else {},
+    )
+
+
+class Job:
+    """One run of the pipeline on an open run folder."""
+
+    def __init__(self, settings: Settings, dataset: data.Dataset, run: runs.Run, progress: Progress = silent) -> None:
+        self.settings = settings
+        self.dataset = dataset
+        self.run = run
+        self.progress = progress
+        self.transform = transforms.parse(settings.transform)
+
+    def build(self) -> nn.Module:
+        return build(self.settings, self.dataset)
+
+    def start_model(self) -> nn.Module:
+        """The network before any training here: as built, or with the given weights."""
+        model = self.build()
+        if self.settings.weights is not None:
+            models.load_weights(model, self.settings.weights)
+        return model
+
+    def searcher(self, model: nn.Module, sparsity: float, **changes: Any) -> MaskSearch:
+        """The mask search of these settings on a converted model."""
+        return MaskSearch(
+            model.train(),
+            sparsity,
+            transform=self.transform,
+            dtype=torch.bfloat16 if self.settings.train.precision == "bfloat16" else None,
+            seed=derive_seed(self.settings.seed, "search"),
+            **asdict(replace(self.settings.search, **changes)),
+        )
+
+    def feed(self, phase: str, epochs: int, start: int = 0) -> Feed:
+        """How a phase ("dense" or "prune") meets its images; the same batches for every method."""
+        train = self.settings.train
+        return Feed(
+            epochs=epochs,
+            start=start,
+            batch_size=train.batch_size,
+            sigma=train.sigma,
+            padding=train.padding,
+            flip=train.flip,
+            transform=self.transform if train.augment else None,
+            threads=train.threads,
+            seed=derive_seed(self.settings.seed, phase),
+        )
+
+    def optimizer(self, lr: float) -> Optimizer:
+        train = self.settings.train
+        return Optimizer(
+            lr=lr,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            label_smoothing=train.label_smoothing,
+            precision=train.precision,
+        )
+
+    def fit(self, model: nn.Module, feed: Feed, lr: float, stage: str, title: str) -> float:
+        """Train and re-estimate the batch-norm statistics; returns seconds."""
+        x, y = self.dataset.train_x, self.dataset.train_y
+        with self.progress(title, feed.epochs * feed.steps_per_epoch(len(x))) as advance:
+            seconds = training.fit(model, x, y, feed, self.optimizer(lr), stage=self.run.stage(stage), on_step=advance)
+        started = time.monotonic()
+        training.reestimate_batchnorm(model, x, y, feed)
+        return seconds + time.monotonic() - started
+
+    def save(self, name: str, model: nn.Module, description: Mapping[str, Any]) -> None:
+        common = {
+            "model": self.settings.model,
+            "num_classes": self.dataset.num_classes,
+            "in_channels": self.dataset.in_channels,
+            "normalization": self.settings.normalization,
+            "sigma": self.settings.train.sigma,
+        }
+        runs.save_model(self.model_path(name), model, {**common, **description})
+
+    def model_path(self, name: str) -> Path:
+        return self.run.folder / "models" / f"{name}.safetensors"
+
+    def certificates(self, name: str) -> Path:
+        return self.run.folder / "certificates" / f"{name}.tsv"
+
+    def bounds(self, name: str) -> Path:
+        return self.run.folder / "certificates" / f"{name}.jsonl"
+
+    def load(self, name: str) -> nn.Module:
+        model = self.build()
+        models.load_weights(model, self.model_path(name))
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    prunes : one row for each sparsity; otherwise one row
+    mask   : sets the hard masks of a converted model at a sparsity, using the first epochs of the "prune"
+             phase; returns (epochs it used, seconds)
+    """
+
+    title: str
+    prunes: bool
+    mask: Callable[[Job, nn.Module, float, str], tuple[int, float]]
+
+
+def _keep_all(job: Job, model: nn.Module, sparsity: float, name: str) -> tuple[int, float]:
+    return 0, 0.0
+
+
+def _magnitude(job: Job, model: nn.Module, sparsity: float, name: str) -> tuple[int, float]:
+    started = time.monotonic()
+    masks.global_magnitude(model, sparsity, job.settings.train.magnitude_scope)
+    return 0, time.monotonic() - started
+
+
+def _search(job: Job, model: nn.Module, sparsity: float, name: str, **changes: Any) -> tuple[int, float]:
+    search = job.searcher(model, sparsity, **changes)
+    epochs = job.settings.train.search_epochs
+    feed = job.feed("prune", epochs)
+    x, y = job.dataset.train_x, job.dataset.train_y
+    with job.progress(f"{name}: mask search", epochs * feed.steps_per_epoch(len(x))) as advance:
+        seconds = training.run_epochs(search, x, y, feed, stage=job.run.stage(f"{name}-search"), on_step=advance)
+    search.apply()
+    return epochs, seconds
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense", False, _keep_all),
+    "magnitude": Method("magnitude", True, _magnitude),
+    "csam": Method("C-SAM", True, _search),
+    "csam-uniform": Method("C-SAM, uniform noise", True, partial(_search, perturbation="uniform")),
+}
+
+
+def train_dense(job: Job) -> nn.Module:
+    """The dense network that all methods start from: trained, or loaded from `weights` and trained on."""
+    stage = job.run.stage("start")
+    if stage.result() is None:
+        model = job.start_model()
+        feed = job.feed("dense", job.settings.train.epochs)
+        seconds = job.fit(model, feed, job.settings.train.lr, "start", "dense training") if feed.epochs else 0.0
+        steps = feed.epochs * feed.steps_per_epoch(len(job.dataset.train_x))
+        accuracy = training.accuracy(model, job.dataset.test_x, job.dataset.test_y)
+        job.save("start", model, {"method": "dense", "sparsity": 0.0})
+        stage.finish({"steps": steps, "seconds": seconds, "clean_accuracy": accuracy})
+        job.run.log(f"dense training: {steps} steps, clean accuracy {accuracy:.4f}, {seconds:.1f} s")
+    return job.load("start")
+
+
+def masked_copy(model: nn.Module, granularity: str) -> nn.Module:
+    """`csam.convert`; with masks over groups the first and the last layer stay whole.
+
+    Removing a whole filter of the last layer would remove a class, a whole channel of the first one a colour.
+    """
+    everything = convert(model, granularity=granularity)
+    if granularity == "weight":
+        return everything
+    names = list(masked_layers(everything))
+    return convert(model, granularity=granularity, exclude=(names[0], names[-1]))
+
+
+def variant_name(method: str, sparsity: float) -> str:
+    return f"{method}-{sparsity:g}" if METHODS[method].prunes else method
+
+
+def train_variant(job: Job, method: str, sparsity: float) -> dict[str, Any]:
+    """Mask, fine-tune and save one network (`models/<name>.safetensors`, masks folded in).
+
+    Returns the stage's result: exact sparsity, kept and prunable weights, steps, clean accuracy, seconds.
+    """
+    name = variant_name(method, sparsity)
+    stage = job.run.stage(name)
+    found = stage.result()
+    if found is not None:
+        return found
+    train, x = job.settings.train, job.dataset.train_x
+    model = masked_copy(train_dense(job), train.granularity)
+    used, mask_seconds = METHODS[method].mask(job, model, sparsity, name)
+    feed = job.feed("prune", train.search_epochs + train.finetune_epochs - used, start=used)
+    seconds = job.fit(model, feed, train.finetune_lr, f"{name}-finetune", f"{name}: fine-tuning")
+    kept, total = masks.count(model)
+    per_epoch = feed.steps_per_epoch(len(x))
+    result = {
+        "sparsity": 1 - kept / total,
+        "kept_weights": kept,
+        "prunable_weights": total,
+        "mask_steps": used * per_epoch,
+        "finetune_steps": feed.epochs * per_epoch,
+        "clean_accuracy": training.accuracy(model, job.dataset.test_x, job.dataset.test_y),
+        "mask_seconds": mask_seconds,
+        "finetune_seconds": seconds,
+    }
+    job.save(name, fold(model), {"method": method, "sparsity": result["sparsity"]})
+    stage.finish(result)
+    for part in ("search", "finetune"):
+        job.run.stage(f"{name}-{part}").discard()
+    job.run.log(f"{name}: sparsity {result['sparsity']:.6f}, clean accuracy {result['clean_accuracy']:.4f}")
+    return result
+
+
+def certify_variant(job: Job, name: str) -> dict[str, Any]:
+    """Smoothing and CC-Cert certificates of one saved network; returns the stage's result."""
+    stage = job.run.stage(f"{name}-certify")
+    found = stage.result()
+    if found is not None:
+        return found
+    certify = job.settings.certify
+    model = job.load(name)
+    chosen = evenly_spaced(len(job.dataset.test_x), certify.images)
+    rows = smooth_images(
+        make_smooth(model, job.dataset.num_classes, job.settings),
+        job.dataset,
+        chosen,
+        certify,
+        job.certificates(name),
+        job.progress,
+        f"{name}: smoothing",
+    )
+    bounds = bound_images(
+        make_cc_cert(model, job.settings),
+        job.dataset,
+        chosen,
+        job.bounds(name),
+        job.progress,
+        f"{name}: CC-Cert",
+    )
+    correct = [bound["correct"] for bound in bounds]
+    result = {
+        "pca": {f"{e:g}": evaluation.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
+        "certified_accuracy": {f"{r:g}": evaluation.certified_accuracy(rows, r) for r in certify.radii},
+        "smoothing_seconds": sum(row.time for row in rows),
+        "cc_cert_seconds": sum(bound["time"] for bound in bounds),
+    }
+    stage.finish(result)
+    return result
+
+
+def make_smooth(model: nn.Module, num_classes: int, settings: Settings) -> Smooth:
+    """The smoothed classifier; its noise has the same seed for every model of a run."""
+    dtype = DTYPES[settings.certify.dtype]
+    seed = derive_seed(settings.seed, "smoothing")
+    return Smooth(model, num_classes, settings.train.sigma, dtype=dtype, seed=seed)
+
+
+def make_cc_cert(model: nn.Module, settings: Settings) -> CCCert:
+    """CC-Cert on the base network; its transforms have the same seed for every model of a run."""
+    certify = settings.certify
+    return CCCert(
+        model,
+        transforms.parse(settings.transform),
+        n=certify.cc_n,
+        k=certify.cc_k,
+        delta=certify.delta,
+        seed=derive_seed(settings.seed, "cc-cert"),
+        dtype=DTYPES[certify.dtype],
+    )
+
+
+def evenly_spaced(total: int, count: int | None) -> list[int]:
+    """`count` indices spread evenly over range(total), beginning with 0; all of them for None.
+
+    Raises ValueError if there are fewer.
+    """
+    if count is None:
+        return list(range(total))
+    if not 1 <= count <= total:
+        raise ValueError(f"images must be in [1, {total}], the size of the test set, got {count}")
+    return [i * total // count for i in range(count)]
+
+
+def smooth_images(
+    smooth: Smooth,
+    dataset: data.Dataset,
+    chosen: Sequence[int],
+    certify: CertifySettings,
+    path: Path,
+    progress: Progress = silent,
+    title: str = "smoothing",
+) -> list[evaluation.Row]:
+    """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
+    with progress(title, len(chosen)) as advance:
+        done = len(evaluation.read_tsv(path)) if path.exists() and path.stat().st_size else 0
+        advance(done)
+        return evaluation.certify_dataset(
+            smooth,
+            dataset.test_x,
+            dataset.test_y,
+            path,
+            indices=chosen,
+            n0=certify.n0,
+            n=certify.n,
+            alpha=certify.alpha,
+            on_result=lambda row: advance(1),
+        )
+
+
+def bound_images(
+    cert: CCCert,
+    dataset: data.Dataset,
+    chosen: Sequence[int],
+    path: Path,
+    progress: Progress = silent,
+    title: str = "CC-Cert",
+) -> list[dict[str, Any]]:
+    """CC-Cert of the chosen test images into the journal at `path`, which may hold some of them already.
+
+    Image i uses stream i. A record: idx, label, predict, bound, correct, margin, flips, time.
+    """
+    journal = runs.Journal(path)
+    done = {record["idx"]: record for record in journal.records}
+    with progress(title, len(chosen)) as advance:
+        advance(len(done))
+        for i in chosen:
+            if i in done:
+                continue
+            started = time.perf_counter()
+            result = cert.certify(data.to_unit(dataset.test_x[i]), stream=i)
+            label = int(dataset.test_y[i])
+            done[i] = {
+                "idx": i,
+                "label": label,
+                "predict": result.prediction,
+                "bound": result.bound,
+                "correct": result.prediction == label,
+                "margin": result.margin,
+                "flips": result.flips,
+                "time": round(time.perf_counter() - started, 4),
+            }
+            journal.append(done[i])
+            advance(1)
+    return [done[i] for i in chosen]
+
+
+def variants(settings: Settings) -> list[tuple[str, float]]:
+    """(method, sparsity) of every row: what prunes nothing first, then the methods side by side at each sparsity.
+
+    Raises ValueError for an unknown method.
+    """
+    for method in settings.methods:
+        if method not in METHODS:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
+    pruned = [(m, s) for s in settings.sparsities for m in settings.methods if METHODS[m].prunes]
+    return [(m, 0.0) for m in settings.methods if not METHODS[m].prunes] + pruned
+
+
+def identity(command: str, settings: Settings, dataset: data.Dataset, **more: Any) -> dict[str, Any]:
+    """What a run folder belongs to: the settings, and the contents (not the places) of the data and weights.
+
+    Raises OSError if the weights cannot be read.
+    """
+    asked = asdict(settings)
+    del asked["data_dir"]
+    if settings.weights is not None:
+        asked["weights"] = _digest(Path(settings.weights).read_bytes())
+    contents = [t.numpy().tobytes() for t in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)]
+    return {"command": command, **more, "settings": asked, "data": _digest(*contents)}
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
+def load_data(settings: Settings) -> data.Dataset:
+    """The data set the settings name."""
+    return data.load(
+        settings.data,
+        settings.data_dir,
+        train_subset=settings.train_subset,
+        test_subset=settings.test_subset,
+        seed=settings.seed,
+    )
+
+
+def check_training(settings: Settings, dataset: data.Dataset, todo: Sequence[tuple[str, float]]) -> None:
+    """Make everything that training will need once, on nothing, so that bad input ends it before any work.
+
+    Raises ValueError, TypeError or OSError, as the parts do.
+    """
+    job = Job(settings, dataset, runs.Run("", {}))
+    train = settings.train
+    model = job.start_model()
+    for epochs, lr in ((train.epochs, train.lr), (train.finetune_epochs, train.finetune_lr)):
+        training.Sgd(model, job.optimizer(lr), job.feed("check", epochs).epochs)
+    job.feed("check", train.search_epochs)
+    masked = masked_copy(model, train.granularity)
+    for method, sparsity in todo:
+        if METHODS[method].prunes:
+            masks.global_magnitude(masked, sparsity, train.magnitude_scope)
+            job.searcher(masked, sparsity)
+
+
+def check_certificates(settings: Settings, dataset: data.Dataset) -> None:
+    """The same for certification."""
+    model = build(settings, dataset)
+    evenly_spaced(len(dataset.test_x), settings.certify.images)
+    make_smooth(model, dataset.num_classes, settings)
+    make_cc_cert(model, settings)
+
+
+def demo(
+    settings: Settings, folder: str | Path, progress: Progress = silent, dataset: data.Dataset | None = None
+) -> dict[str, Any]:
+    """Run (or continue) the whole comparison in `folder`; returns the summary {"rows": [...], "settings": {...}}.
+
+    Writes summary.json, summary.csv and certified_accuracy.png there. Raises ValueError for settings or data that
+    will not do, and RunError for a folder that cannot be used.
+    """
+    todo = variants(settings)
+    dataset = dataset or load_data(settings)
+    check_training(settings, dataset, todo)
+    check_certificates(settings, dataset)
+    with runs.Run(folder, identity("demo", settings, dataset)) as run:
+        job = Job(settings, dataset, run, progress)
+        train_dense(job)
+        trained = {variant_name(*variant): train_variant(job, *variant) for variant in todo}
+        certified = {name: certify_variant(job, name) for name in trained}
+        rows = [_row(m, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
+        details = {name: {**trained[name], **_seconds(certified[name])} for name in trained}
+        described = describe(job, details)
+        report.write_summary(run.folder, rows, described)
+        draw(run.folder, settings)
+        run.log("finished")
+    return {"rows": rows, "settings": described}
+
+
+def _row(title: str, trained: Mapping[str, Any], certified: Mapping[str, Any]) -> dict[str, Any]:
+    parts = [*_seconds(trained).values(), *_seconds(certified).values()]
+    return {
+        "method": title,
+        "sparsity": trained["sparsity"],
+        "clean_accuracy": trained["clean_accuracy"],
+        "pca": certified["pca"],
+        "certified_accuracy": certified["certified_accuracy"],
+        "seconds": round(sum(parts), 2),
+    }
+
+
+def _seconds(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result.items() if key.endswith("_seconds")}
+
+
+def describe(job: Job, details: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is needed to make the numbers again, and what each row cost."""
+    settings, dataset = job.settings, job.dataset
+    model = job.build()
+    return {
+        **asdict(settings),
+        "dataset": {
+            "name": dataset.name,
+            "classes": dataset.classes,
+            "train_images": len(dataset.train_x),
+            "test_images": len(dataset.test_x),
+            "image_shape": list(dataset.test_x.shape[1:]),
+            "blake2b": job.run.config["data"],
+        },
+        "certified_images": evenly_spaced(len(dataset.test_x), settings.certify.images),
+        "smoothing": make_smooth(model, dataset.num_classes, settings).settings,
+        "cc_cert": make_cc_cert(model, settings).settings,
+        "dense_training": job.run.stage("start").result(),
+        "variants": dict(details),
+        "environment": runs.environment(),
+        "notes": NOTES,
+    }
+
+
+NOTES = {
+    "clean_accuracy": "fraction of all test images that the base network classifies correctly, without noise",
+    "pca": "fraction of the certified images with a CC-Cert bound < eps and a correct clean prediction, "
+    "both of the base network",
+    "certified_accuracy": "fraction of the certified images that the smoothed network classifies correctly with a "
+    "certified l2 radius >= r, pixels in [0, 1]",
+    "steps": "after the dense training every row has the same number of optimisation steps on the same batches: "
+    "mask_steps + finetune_steps; a step of the mask search makes several passes over its batch",
+    "seconds": "mask, fine-tuning and certification of the row; the dense training, shared by all rows, is apart",
+}
+
+
+def draw(folder: Path, settings: Settings) -> None:
+    """certified_accuracy.png from the certificates in a demo's folder, one panel for each sparsity."""
+    curves = []
+    for method, sparsity in variants(settings):
+        rows = evaluation.read_tsv(folder / "certificates" / f"{variant_name(method, sparsity)}.tsv")
+        panel = f"{100 * sparsity:g} % of the weights removed" if METHODS[method].prunes else ""
+        radii = [row.radius for row in rows if row.correct]
+        curves.append(report.Curve(METHODS[method].title, radii, len(rows), panel))
+    certify, sigma = settings.certify, settings.train.sigma
+    place = ", ".join(dict.fromkeys((settings.data, settings.model)))
+    report.plot_curves(
+        curves,
+        folder / "certified_accuracy.png",
+        title=f"{place}, {curves[0].total} test images: smoothing with σ = {sigma:g}, "
+        f"n = {certify.n}, α = {certify.alpha:g}",
+        limit=certified_radius(certify.n, certify.n, sigma, certify.alpha),
+        limit_label="largest radius that n allows",
+    )
+
+
+def train(settings: Settings, folder: str | Path, progress: Progress = silent) -> tuple[Path, dict[str, Any]]:
+    """Train the one network that `settings.methods` and `settings.sparsities` name; returns its file and its result."""
+    ((method, sparsity),) = todo = variants(settings)
+    dataset = load_data(settings)
+    check_training(settings, dataset, todo)
+    with runs.Run(folder, identity("train", settings, dataset)) as run:
+        job = Job(settings, dataset, run, progress)
+        train_dense(job)
+        if METHODS[method].prunes:
+            result = train_variant(job, method, sparsity)
+            return job.model_path(variant_name(method, sparsity)), result
+        return job.model_path("start"), {"sparsity": 0.0, **(run.stage("start").result() or {})}
+
+
+def certify(
+    settings: Settings,
+    model: str | Path,
+    folder: str | Path,
+    progress: Progress = silent,
+    *,
+    cc_cert: bool = False,
+) -> tuple[list[evaluation.Row], list[dict[str, Any]]]:
+    """Certify a safetensors file of `settings.model` in `folder`, or go on there.
+
+    Returns the rows of smoothing and the records of CC-Cert (none without `cc_cert`).
+    """
+    dataset = load_data(settings)
+    check_certificates(settings, dataset)
+    chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
+    digest = _digest(Path(model).read_bytes())
+    network = build(settings, dataset)
+    models.load_weights(network, model)
+    with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
+        job = Job(settings, dataset, run, progress)
+        smooth = make_smooth(network.eval(), dataset.num_classes, settings)
+        rows = smooth_images(smooth, dataset, chosen, settings.certify, job.certificates("smoothing"), progress)
+        bounds = []
+        if cc_cert:
+            bounds = bound_images(make_cc_cert(network, settings), dataset, chosen, job.bounds("cc-cert"), progress)
+        run.log(f"{len(rows)} images certified")
+    return rows, bounds

@@ -1,0 +1,518 @@
+"""Randomized smoothing (Cohen, Rosenfeld and Kolter, ICML 2019): predictions that hold in an l2 ball.
+
+The base classifier f is a network; the smoothed classifier is g(x) = argmax_c P(f(x + sigma eps) = c) with
+eps ~ N(0, I). If g(x)'s class has probability at least p_A > 1/2, then g is constant in the open l2 ball of
+radius sigma Phi^-1(p_A) around x (their Theorem 1 with p_B = 1 - p_A).
+
+Certificates are a function of (network, x, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i
+of an image always has the same noise, and it is always evaluated in the same canonical tile: `tile`
+consecutive sample indices starting at a multiple of `tile`, in full even when only some of its rows are
+wanted, from the noise to the logits on one thread. So neither the batch size nor the number of threads can
+reorder a sum inside a matrix library.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, fx, nn
+from torch.nn.utils import fusion
+
+import csam_kernels
+from csam_kernels import checks
+
+ABSTAIN = -1
+TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
+    """Exact one-sided lower bound of Clopper and Pearson (1934) on the probability of a success.
+
+    It is the alpha-quantile of Beta(successes, n - successes + 1), and 0 for no success: over repetitions it
+    lies above the true probability with probability at most alpha, for every n and every probability.
+    """
+    return float(stats.beta.ppf(alpha, successes, n - successes + 1)) if successes > 0 else 0.0
+
+
+def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float | None:
+    """Radius sigma Phi^-1(p_A) from `successes` votes in n fresh samples; None (abstain) if p_A < 1/2."""
+    p_a = lower_confidence_bound(successes, n, alpha)
+    return None if p_a < 0.5 else float(sigma * stats.norm.ppf(p_a))
+
+
+class Smooth:
+    """The smoothed classifier g of a network, with Cohen's `certify` and `predict`.
+
+    The base classifier that is certified is the network as it is executed. With `dtype=None` that is a frozen
+    copy of `model` in eval mode, computed by its own modules in its own dtype (noise is drawn in float32).
+    With a `dtype` it is that copy with masks and batch-norm folded into the weights, cast to `dtype`,
+    channels_last: its logits are the model's up to rounding in `dtype`. `prepared.steps` lists what could be
+    done. The copy is made at the first image and again when a parameter or buffer of `model` has changed
+    (seen through torch's version counters; a change through `.data` is not: build a new Smooth then). `model`
+    itself is never run and keeps its mode. `forward` must not keep state between calls: tiles run on several
+    threads at once.
+
+    Calls with the same seed and stream use the same noise: each guarantee holds alone, but an independent
+    repetition takes another seed or stream.
+
+    Args:
+        model: maps [B, C, H, W] pixels to logits [B, num_classes].
+        num_classes: width of the logits, >= 2.
+        sigma: standard deviation of the noise, in the pixels' unit, > 0.
+        dtype: None, or torch.float32, bfloat16 or float16 for the fast path.
+        seed: 0 .. 2^64-1.
+        tile: samples evaluated together; part of what fixes the result, to the last bit of a near tie. Default 50
+            for a model on the CPU, 1000 on a GPU.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
+            statistics (its output for one sample depends on the others, so no certificate would hold).
+    """
+
+    ABSTAIN = ABSTAIN
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        sigma: float,
+        *,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        tile: int | None = None,
+    ) -> None:
+        self.num_classes = checks.integer("num_classes", num_classes, low=2)
+        self.sigma = checks.real("sigma", sigma, above=0)
+        checks.seed(seed)
+        self.seed = operator.index(seed)
+        self._classifier = TiledClassifier(model, dtype, tile)
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The network as it is executed (`.module`, `.steps`), None before the first image."""
+        return self._classifier.current
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What, besides the network, the image and n, fixes a result; plain values for a run's record."""
+        return {"sigma": self.sigma, "seed": self.seed, **self._classifier.settings}
+
+    def certify(
+        self,
+        x: Tensor,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        batch_size: int = 400,
+        *,
+        stream: int = 0,
+    ) -> tuple[int, float]:
+        """Class of g at x and an l2 radius within which g keeps it (Cohen et al., CERTIFY).
+
+        Samples 0 .. n0-1 choose the class, samples n0 .. n0+n-1 count it; the two sets are disjoint, so the
+        count is binomial given the choice, and with probability at least 1 - alpha over the noise either the
+        answer is correct or it is ABSTAIN. The guarantee takes the noise as exactly Gaussian; it is float32
+        Box-Muller with |eps| <= 6.66.
+
+        Args:
+            x: image [C, H, W] or [1, C, H, W], floating point and finite.
+            n0: samples for the choice of the class, >= 1.
+            n: samples for the estimate, >= 1.
+            alpha: probability of a wrong certificate, in (0, 1).
+            batch_size: hint of how many samples are in flight; no effect on the result.
+            stream: 0 .. 2^32-1, the image's index in its data set.
+
+        Returns:
+            (class, radius), or (ABSTAIN, 0.0).
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
+        """
+        n0 = checks.integer("n0", n0, low=1)
+        n = checks.integer("n", n, low=1)
+        alpha = _probability("alpha", alpha)
+        # Both ranges are under way before the first look at a count: one wait for the device an image.
+        selection, estimation = (self._votes(x, k, first, batch_size, stream) for k, first in ((n0, 0), (n, n0)))
+        chosen = int(_checked(selection, n0).argmax())
+        radius = certified_radius(int(_checked(estimation, n)[chosen]), n, self.sigma, alpha)
+        return (ABSTAIN, 0.0) if radius is None else (chosen, radius)
+
+    def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001, batch_size: int = 400, *, stream: int = 0) -> int:
+        """Class of g at x, or ABSTAIN (Cohen et al., PREDICT): wrong with probability at most alpha.
+
+        Two-sided binomial test of the top two counts against 1/2. That the test may look at which two classes
+        came out on top was shown by Hung and Fithian, "Rank verification for exponential families" (2019).
+
+        Args and errors as in `certify`.
+        """
+        n = checks.integer("n", n, low=1)
+        alpha = _probability("alpha", alpha)
+        counts = self.counts(x, n, 0, batch_size, stream).tolist()
+        first, second = sorted(range(self.num_classes), key=lambda c: -counts[c])[:2]
+        test = stats.binomtest(counts[first], counts[first] + counts[second], 0.5)
+        return first if test.pvalue <= alpha else ABSTAIN
+
+    def counts(self, x: Tensor, n: int, first_sample: int = 0, batch_size: int = 400, stream: int = 0) -> Tensor:
+        """Votes of samples first_sample .. first_sample + n - 1, int64 [num_classes].
+
+        Counts add up: those of two adjacent ranges sum to those of their union. Errors as in `certify`.
+        """
+        n = checks.integer("n", n, low=1)
+        return _checked(self._votes(x, n, first_sample, batch_size, stream), n)
+
+    def _votes(self, x: Tensor, n: int, first_sample: int, batch_size: int, stream: int) -> Tensor:
+        """`counts` as they come to be on the device, unread."""
+        x = image(x)
+        batch_size = checks.integer("batch_size", batch_size, low=1)
+        stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
+        first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
+        prepared = self._classifier.prepare(x)
+        if prepared.num_classes != self.num_classes:
+            raise ValueError(
+                f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
+            )
+        x = x.to(prepared.device)
+        votes = torch.zeros(self.num_classes, dtype=torch.int64, device=prepared.device)
+        counting = threading.Lock()
+
+        def noisy(start: int) -> Tensor:
+            return csam_kernels.smoothing_noise(
+                x,
+                prepared.tile,
+                self.sigma,
+                seed=self.seed,
+                first_sample=start,
+                stream=stream,
+                dtype=prepared.input_dtype,
+                memory_format=prepared.memory_format,
+            )
+
+        def count(logits: Tensor, start: int) -> None:
+            with counting:
+                csam_kernels.count_votes(logits, out=votes)
+
+        prepared.run(noisy, count, first_sample, n, batch_size)
+        return votes
+
+
+def _checked(votes: Tensor, n: int) -> Tensor:
+    votes = votes.cpu()
+    missing = n - int(votes.sum())
+    if missing:
+        raise ValueError(f"model returned NaN logits for {missing} of {n} samples; they cast no vote")
+    return votes
+
+
+def image(x: Tensor) -> Tensor:
+    """One image to certify as float32 [C, H, W]; [1, C, H, W] is taken too.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another shape, or a pixel that is NaN or inf.
+    """
+    x = checks.tensor("x", x).detach()
+    if x.dim() == 4 and x.shape[0] == 1:
+        x = x[0]
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"x must be one image [C, H, W] or [1, C, H, W], got shape {tuple(x.shape)}")
+    x = x.to(torch.float32).contiguous()
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(f"x must have finite pixels, got {bad} of {x.numel()} that are NaN or inf in float32")
+    return x
+
+
+def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy whose strides are those of `memory_format`.
+
+    torch takes a batch of one-channel images to be in every format already, so that `.to` leaves strides
+    which the layers then read as the other format.
+    """
+    return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network ready to label tiles: see `TiledClassifier`.
+
+    Attributes:
+        module: the frozen copy that runs.
+        dtype: of its inputs.
+        memory_format: of its inputs.
+        device: where it runs.
+        num_classes: width of its logits.
+        tile: rows of every batch it is given.
+        steps: what was done to the model, and what could not be done and why.
+    """
+
+    module: nn.Module
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    device: torch.device
+    num_classes: int
+    tile: int
+    steps: tuple[str, ...]
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype to draw inputs in: `dtype` where the kernels offer it."""
+        return self.dtype if self.dtype in DTYPES else torch.float32
+
+    def run(
+        self,
+        draw: Callable[[int], Tensor],
+        use: Callable[[Tensor, int], None],
+        first: int,
+        count: int,
+        batch_size: int,
+    ) -> None:
+        """Label samples first .. first + count - 1 in canonical tiles.
+
+        Args:
+            draw: maps a sample index, a multiple of `tile`, to the `tile` inputs that start there, in
+                `memory_format`.
+            use: takes logits [m, num_classes] and the index of their first sample; called once a tile, from
+                several threads, in any order.
+            first, count: the wanted samples; a tile that sticks out is drawn in full and cut to them.
+            batch_size: hint of how many samples are in flight.
+        """
+
+        def evaluate(start: int) -> None:
+            logits = self.module(draw(start).to(self.dtype))
+            low, high = max(first, start), min(first + count, start + self.tile)
+            use(logits[low - start : high - start], low)
+
+        workers = math.ceil(batch_size / self.tile) if self.device.type == "cpu" else 1
+        run_tiles(evaluate, range(first - first % self.tile, first + count, self.tile), workers)
+
+
+class TiledClassifier:
+    """Keeps the frozen copy of a model that labels tiles, and makes it anew when the model has changed.
+
+    Args:
+        model: maps [B, C, H, W] to logits [B, K].
+        dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast.
+        tile: rows of a canonical tile, >= 1; None for the default of the model's device.
+
+    Raises:
+        TypeError, ValueError: wrong kind or range, or a batch-norm layer without running statistics.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, tile: int | None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(
+                    f"model layer {name!r} is a batch-norm without running statistics, so a sample's logits "
+                    "would depend on the batch; set track_running_stats=True and estimate them"
+                )
+        self.model = model
+        self.dtype = checks.choice("dtype", dtype, (None, *DTYPES))
+        if tile is None:
+            where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
+            tile = TILE.get(where, TILE["cpu"])
+        self.tile = checks.integer("tile", tile, low=1)
+        self.current: Prepared | None = None
+        self._made_for: tuple[torch.Size, list[tuple[Tensor, int]]] = (torch.Size(), [])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "tile": self.tile}
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The copy for images like x [C, H, W]: the one at hand if neither the model nor the shape changed.
+
+        Raises:
+            ValueError: the model does not map [B, C, H, W] to [B, K] with K >= 2.
+        """
+        shape, versions = self._made_for
+        now = _versions(self.model)
+        same = len(now) == len(versions) and all(
+            a is b and v == w for (a, v), (b, w) in zip(now, versions, strict=True)
+        )
+        if self.current is None or x.shape != shape or not same:
+            self.current = _prepare(self.model, x, self.dtype, self.tile)
+            self._made_for = (x.shape, now)
+        return self.current
+
+
+def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: int) -> None:
+    """Call `evaluate(tile)` for every tile on `workers` threads, torch.get_num_threads() at most.
+
+    Each runs in inference mode with one intra-op thread. The first exception of a tile, or KeyboardInterrupt
+    in the caller, stops the threads at their next tile and is raised once they have ended. torch's number of
+    threads is then the caller's again.
+    """
+    threads = torch.get_num_threads()
+    pending = deque(tiles)
+    workers = min(workers, threads, len(pending))
+    if workers < 1:
+        return
+    ready = threading.Barrier(workers + 1)
+
+    def work() -> None:
+        # The first call sets this thread's own number and the process-wide default; the second makes torch
+        # take the default into this thread now, while it is 1, and not at the first operation, when it is
+        # the caller's again.
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+        ready.wait()
+        try:
+            with torch.inference_mode():
+                while True:
+                    try:
+                        tile = pending.popleft()
+                    except IndexError:
+                        return
+                    evaluate(tile)
+        finally:
+            pending.clear()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="csam-tiles")
+    try:
+        futures = [pool.submit(work) for _ in range(workers)]
+        ready.wait()
+        torch.set_num_threads(threads)
+        for future in futures:
+            future.result()
+    finally:
+        pending.clear()
+        ready.abort()
+        try:
+            pool.shutdown()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _prepare(model: nn.Module, x: Tensor, dtype: torch.dtype | None, tile: int) -> Prepared:
+    network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    tensors = list(itertools.chain(network.parameters(), network.buffers()))
+    own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    device = tensors[0].device if tensors else x.device
+    # Two different rows, so that a rewrite which mixes samples up does not go unseen.
+    probe = torch.stack([x, x.flip(2)]).to(device, own)
+    try:
+        with torch.inference_mode():
+            wanted = network(probe)
+    except RuntimeError as error:
+        raise ValueError(f"model does not take images x of shape {tuple(x.shape)}: {error}") from error
+    if not isinstance(wanted, Tensor) or wanted.dim() != 2 or wanted.shape[0] != 2 or wanted.shape[1] < 2:
+        got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
+        raise ValueError(f"model must map {tuple(probe.shape)} to logits (2, K) with K >= 2, got {got}")
+    layout, steps = torch.contiguous_format, ["the model's own modules"]
+    if dtype is not None:
+        network, steps = _folded(network, probe, wanted)
+        network = network.to(dtype)
+        if _takes_channels_last(network, probe.to(dtype)):
+            layout = torch.channels_last
+            network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        else:
+            steps.append("kept contiguous: the model does not take channels_last")
+    return Prepared(network, dtype or own, layout, device, wanted.shape[1], tile, tuple(steps))
+
+
+def _folded(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Module, list[str]]:
+    """The network with masks and batch-norm folded, as far as its logits on the probe stay what they were."""
+    from csam import nn as masked
+
+    def batch_norms(module: nn.Module) -> int:
+        return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in module.modules())
+
+    def masks(module: nn.Module) -> int:
+        return len(masked.masked_layers(module))
+
+    steps = []
+    for what, number, fold in (
+        ("masked layers", masks, masked.fold),
+        ("batch-norm layers", batch_norms, _fold_batch_norms),
+    ):
+        there = number(network)
+        if not there:
+            continue
+        try:
+            folded = fold(network)
+            with torch.inference_mode():
+                moved = float((folded(probe) - wanted).abs().max())
+        except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
+            steps.append(f"{what} not folded: {type(error).__name__}: {error}".splitlines()[0])
+            continue
+        if moved <= 1e-3 * float(wanted.abs().max()):
+            network = folded
+            steps.append(f"{there - number(folded)} of {there} {what} folded")
+        else:
+            steps.append(f"{what} not folded: it would move the logits by {moved:.2g}")
+    return network, steps
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """The traced network, every batch-norm folded that alone reads a convolution or linear layer."""
+    traced = fx.symbolic_trace(network)
+    modules = dict(traced.named_modules())
+    kinds: dict[tuple[type, type], Callable[[Any, Any], nn.Module]] = {
+        (nn.Conv2d, nn.BatchNorm2d): fusion.fuse_conv_bn_eval,
+        (nn.Linear, nn.BatchNorm1d): fusion.fuse_linear_bn_eval,
+    }
+    for node in list(traced.graph.nodes):
+        calls = [node, *node.args[:1]]
+        if len(calls) < 2 or any(not isinstance(c, fx.Node) or c.op != "call_module" for c in calls):
+            continue
+        layer, norm = modules[calls[1].target], modules[node.target]
+        fold = kinds.get((type(layer), type(norm)))
+        if fold is None or len(calls[1].users) > 1:
+            continue
+        name = f"{calls[1].name}_{node.name}"
+        traced.add_submodule(name, fold(layer, norm))
+        calls[1].target = name
+        node.replace_all_uses_with(calls[1])
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _takes_channels_last(network: nn.Module, probe: Tensor) -> bool:
+    try:
+        with torch.inference_mode():
+            network(laid_out(probe, torch.channels_last))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Every parameter and buffer with its version, which torch advances at each in-place change."""
+    return [(t, -1 if t.is_inference() else t._version) for t in itertools.chain(model.parameters(), model.buffers())]
+
+
+def _probability(name: str, value: float) -> float:
+    value = checks.real(name, value)
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value:g}")
+    return value
+
+
+__all__ = [
+    "ABSTAIN",
+    "Prepared",
+    "Smooth",
+    "TiledClassifier",
+    "certified_radius",
+    "image",
+    "laid_out",
+    "lower_confidence_bound",
+    "run_tiles",
+]

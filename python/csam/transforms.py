@@ -1,0 +1,203 @@
+"""Random semantic transforms of images: rotation, translation, scale, brightness, contrast, gamma, blur.
+
+A transform is a set of intervals, one a parameter; a draw is uniform in each. Transforms compose with `|`:
+
+    Rotation(10) | Brightness(0.2)
+
+draws both parameters for every copy. The order of composition does not matter: `csam_kernels.semantic_batch`
+applies geometry, blur, contrast, brightness and gamma in that order. The intervals are those of CC-Cert's
+public command line (Pautov et al., AAAI 2022); the fixed order is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import csam_kernels
+from csam_kernels import SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, checks
+
+
+class Transform:
+    """A distribution over transforms of an image; build one with the functions below or `parse`.
+
+    Attributes:
+        ranges: column of `csam_kernels.SEMANTIC_COLUMNS` -> (low, high); the other columns stay neutral.
+
+    `str(transform)` is what `parse` reads. Two transforms are equal if they draw the same parameters.
+    """
+
+    def __init__(self, text: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._text = text
+        self.ranges = dict(ranges)
+
+    def __or__(self, other: Transform) -> Transform:
+        if not isinstance(other, Transform):
+            return NotImplemented
+        twice = [name for name in self.ranges if name in other.ranges]
+        if twice:
+            raise ValueError(f"transforms composed with | must be of different kinds, got {', '.join(twice)} twice")
+        return Transform(f"{self},{other}", self.ranges | other.ranges)
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        ranges = ", ".join(f"{name} in [{low:g}, {high:g}]" for name, (low, high) in self.ranges.items())
+        return f"Transform({self._text!r}: {ranges})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Transform) and self.ranges == other.ranges
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.ranges.items()))
+
+    def parameters(self, n: int, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+        """n rows of parameters for `csam_kernels.semantic_batch`, float32 [n, 8].
+
+        Row i depends on (seed, stream, first_sample + i) only, and each parameter's draw is the same whatever
+        it is composed with. Errors as in `csam_kernels.philox_uniform`.
+        """
+        u = csam_kernels.philox_uniform(n, len(SEMANTIC_COLUMNS), seed=seed, first_sample=first_sample, stream=stream)
+        pairs = zip(SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, strict=True)
+        intervals = [self.ranges.get(name, (neutral, neutral)) for name, neutral in pairs]
+        low, high = torch.tensor(intervals, dtype=torch.float32).unbind(1)
+        return torch.minimum(low + (high - low) * u, high)
+
+    def __call__(self, x: Tensor, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+        """Every image transformed by a draw of its own: image b takes row first_sample + b.
+
+        Args:
+            x: [B, C, H, W], or one image [C, H, W]; pixels in [0, 1], floating point.
+            seed, first_sample, stream: as in `parameters`.
+
+        Returns:
+            float32 in x's shape, in [0, 1].
+
+        Raises:
+            TypeError, ValueError: wrong shape or dtype, or a seed, sample or stream out of range.
+        """
+        checks.tensor("x", x)
+        if x.dim() not in (3, 4):
+            raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
+        if x.dim() == 3:
+            return self(x[None], seed=seed, first_sample=first_sample, stream=stream)[0]
+        rows = self.parameters(len(x), seed=seed, first_sample=first_sample, stream=stream).to(x.device)
+        pixels = x.detach().to(torch.float32)
+        out = torch.empty_like(pixels)
+        for i, one in enumerate(pixels):
+            out[i] = csam_kernels.semantic_batch(one, rows[i : i + 1])[0]
+        return out
+
+
+def Rotation(degrees: float) -> Transform:
+    """About the image centre, by an angle in [-degrees, degrees]; degrees in (0, 180]."""
+    d = _inside("rotation", degrees, 0, 180)
+    return Transform(_text("rotation", d), {"rotation": (-d, d)})
+
+
+def Translation(fraction: float) -> Transform:
+    """By up to `fraction` of the width and of the height, each either way; fraction in (0, 1]."""
+    f = _inside("translation", fraction, 0, 1)
+    return Transform(_text("translation", f), {"translate_x": (-f, f), "translate_y": (-f, f)})
+
+
+def Scale(factor: float) -> Transform:
+    """Enlarged by a factor in 1 ± |1 - factor|: 0.9 and 1.1 are the same. factor in (0, 2), not 1."""
+    v = _inside("scale", factor, 0, 2)
+    if v == 2:
+        raise ValueError("scale must be < 2: the interval 1 ± |1 - scale| would hold 0")
+    return Transform(_text("scale", v), {"scale": _around_one("scale", v)})
+
+
+def Contrast(factor: float) -> Transform:
+    """Pixels times a factor in 1 ± |1 - factor|, clipped to [0, 1]; factor in (0, 2], not 1."""
+    v = _inside("contrast", factor, 0, 2)
+    return Transform(_text("contrast", v), {"contrast": _around_one("contrast", v)})
+
+
+def Brightness(shift: float) -> Transform:
+    """A shift in [-shift, shift] added to every pixel, clipped to [0, 1]; shift in (0, 1]."""
+    b = _inside("brightness", shift, 0, 1)
+    return Transform(_text("brightness", b), {"brightness": (-b, b)})
+
+
+def Gamma(gamma: float) -> Transform:
+    """Pixels to a power between gamma and 1/gamma; gamma > 0, not 1."""
+    g = _inside("gamma", gamma, 0, math.inf)
+    if g == 1:
+        raise ValueError("gamma must not be 1: that leaves the image as it is")
+    return Transform(_text("gamma", g), {"gamma": (min(g, 1 / g), max(g, 1 / g))})
+
+
+def Blur(sigma: float) -> Transform:
+    """Gaussian blur with a standard deviation in [0, sigma] pixels; sigma in (0, 32]."""
+    s = _inside("blur", sigma, 0, 32)
+    return Transform(_text("blur", s), {"blur": (0.0, s)})
+
+
+KINDS: dict[str, Callable[[float], Transform]] = {
+    "rotation": Rotation,
+    "translation": Translation,
+    "scale": Scale,
+    "brightness": Brightness,
+    "contrast": Contrast,
+    "gamma": Gamma,
+    "blur": Blur,
+}
+
+
+def parse(text: str) -> Transform:
+    """The transform written as `kind:value` pairs joined by commas, as in "rotation:10,brightness:0.2".
+
+    Raises:
+        ValueError: an unknown kind, a value that is not a number or out of range, or a kind given twice.
+    """
+    transforms = []
+    for part in text.split(","):
+        kind, _, value = (piece.strip() for piece in part.partition(":"))
+        if kind not in KINDS:
+            raise ValueError(f"transform must be one of {', '.join(KINDS)} as kind:value, got {part.strip()!r}")
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"transform {kind} must have a number, as {kind}:0.5, got {value!r}") from None
+        transforms.append(KINDS[kind](number))
+    return functools.reduce(operator.or_, transforms)
+
+
+def _inside(name: str, value: float, low: float, high: float) -> float:
+    value = checks.real(name, value, above=low)
+    if value > high:
+        raise ValueError(f"{name} must be in ({low:g}, {high:g}], got {value:g}")
+    return value
+
+
+def _around_one(name: str, value: float) -> tuple[float, float]:
+    if value == 1:
+        raise ValueError(f"{name} must not be 1: that leaves the image as it is")
+    reach = round(abs(1 - value), 12)  # so that 0.9 and 1.1 give one interval
+    return 1 - reach, 1 + reach
+
+
+def _text(kind: str, value: float) -> str:
+    return f"{kind}:{value!r}".removesuffix(".0")
+
+
+__all__ = [
+    "KINDS",
+    "Blur",
+    "Brightness",
+    "Contrast",
+    "Gamma",
+    "Rotation",
+    "Scale",
+    "Transform",
+    "Translation",
+    "parse",
+]

@@ -1,0 +1,272 @@
+"""The `csam` command: what it prints, its exit codes, and one clear line for everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import shared_data
+from csam import cli, microbench, models, pipeline, runs, training
+from csam.settings import PRESETS
+
+TINY = [
+    *("--train-subset", "64", "--test-subset", "20", "--batch-size", "32", "--epochs", "1"),
+    *("--search-epochs", "1", "--finetune-epochs", "1"),
+]
+CERTIFY = [*("--images", "2", "--n0", "5", "--n", "40", "--cc-n", "5", "--cc-k", "2")]
+DEMO = ["demo", *TINY, *CERTIFY, "--sparsities", "0.9", "--seed", "3"]
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def csam(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command in this process; returns exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(a) for a in arguments])
+        torch.set_num_threads(threads)
+        out, err = capfd.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of `csam demo`."""
+    folder = tmp_path_factory.mktemp("cli") / "demo"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*DEMO, "--out", str(folder)])
+    assert exit_.value.code == 0
+    return folder
+
+
+def test_demo_prints_the_table_of_its_summary(csam: Command, trained: Path) -> None:
+    code, out, err = csam(*DEMO, "--out", trained)
+    assert code == 0
+    assert "finished before" in err
+    for row in json.loads((trained / "summary.json").read_text())["rows"]:
+        assert f"{100 * row['clean_accuracy']:.1f}" in out
+    assert "C-SAM" in out
+    assert json.loads((trained / "summary.json").read_text())["settings"]["transform"] in "".join(out.split())
+
+
+def test_demo_repeats_from_its_config(csam: Command, trained: Path, tmp_path: Path) -> None:
+    code, _, err = csam("demo", "--config", trained / "config.json", "--methods", "dense", "--out", tmp_path / "d")
+    assert code == 0, err
+    first, second = (json.loads((f / "summary.json").read_text())["rows"][0] for f in (trained, tmp_path / "d"))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_certify_writes_the_record_and_goes_on(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model = trained / "models" / "csam-0.9.safetensors"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--seed", 3, "--out", tmp_path]
+    code, out, err = csam(*command, "--cc-cert")
+    assert code == 0, err
+    assert "PCA under" in out
+    record = tmp_path / "certificates" / "smoothing.tsv"
+    whole = record.read_text().splitlines()
+    assert whole[0].split() == ["idx", "label", "predict", "radius", "correct", "time"]
+    # The demo certified the same images of the same model with the same seed.
+    demo = (trained / "certificates" / "csam-0.9.tsv").read_text().splitlines()
+    assert [line.split()[:5] for line in whole] == [line.split()[:5] for line in demo]
+    record.write_text("\n".join(whole[:2]) + "\n" + whole[2][:7])
+    assert csam(*command, "--cc-cert")[0] == 0
+    assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
+
+
+def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> None:
+    code, out, err = csam("train", *TINY, "--method", "magnitude", "--sparsity", 0.8, "--out", tmp_path)
+    assert code == 0, err
+    assert "sparsity 0.7999" in out or "sparsity 0.8000" in out
+    models.load_weights(models.build("digits"), tmp_path / "models" / "magnitude-0.8.safetensors")
+
+
+def test_report_reads_runs_and_the_records_of_others(csam: Command, trained: Path, tmp_path: Path) -> None:
+    published = shared_data("cohen-cifar10-sigma_0.25.tsv")
+    code, out, err = csam("report", trained, published, "--plot", tmp_path / "p.png", "--radii", "0.25,0.5")
+    assert code == 0, err
+    assert "60.0 %" in out
+    assert "demo/magnitude-0.9" in out
+    assert (tmp_path / "p.png").exists()
+
+
+def test_info_says_who_serves_and_why_not(csam: Command) -> None:
+    code, out, _ = csam("info")
+    assert code == 0
+    for word in ("torch", "threads", "instruction set", "backend cpu", "backend triton", "backend reference"):
+        assert word in out
+
+
+def test_bench_times_both_sides(csam: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbench, "SIZE", (8, 8, 3, 3))
+    code, out, _ = csam("bench", "--builtin")
+    assert code == 0
+    assert out.count("×\n") + out.count("× │") >= len(microbench.CASES)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "certify", "report", "bench", "info"])
+def test_help(csam: Command, command: str) -> None:
+    code, out, _ = csam(*command.split(), "--help")
+    assert code == 0
+    assert "Usage: csam" in out
+
+
+def test_every_option_names_a_setting() -> None:
+    for group in (cli.DATA_OPTIONS, cli.TRAIN_OPTIONS, cli.CERTIFY_OPTIONS, cli.COMPARE_OPTIONS):
+        for _, place, _, _ in group:
+            cli._lookup(PRESETS["digits"], place)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--sparsities", "1.5"], "csam: sparsity must be in [0, 1), got 1.5"),
+        (["demo", "--sparsities", "a,b"], "is not a comma-separated list"),
+        (["demo", "--data", "cifar10"], "data_dir must say where CIFAR-10 is"),
+        (["demo", "--data", "cifar10", "--data-dir", "/nowhere"], "'/nowhere' does not exist"),
+        (["demo", "--transform", "shear:1"], "csam: transform must be one of"),
+        (["demo", "--sigma", "-1"], "csam: sigma must be > 0, got -1.0"),
+        (["demo", "--methods", "magic"], "csam: methods must be among"),
+        (["demo", "--images", "9999"], "csam: images must be in [1, 360]"),
+        (["demo", "--epochs", "x"], "'x' is not a valid integer"),
+        (["train"], "Missing option '--out'"),
+        (["certify", "/nowhere.safetensors", "--out", "x"], "does not exist"),
+        (["report"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_code_2(
+    csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = csam(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_files_are_named(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model = trained / "models" / "csam-0.9.safetensors"
+    (tmp_path / "cut.safetensors").write_bytes(model.read_bytes()[:-100])
+    (tmp_path / "bad.tsv").write_text("idx\tlabel\n1\t2\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    out = tmp_path / "out"
+    for arguments, message in (
+        (["certify", tmp_path / "cut.safetensors", "--out", out], "cut.safetensors is not a whole safetensors file"),
+        (["certify", model, "--architecture", "resnet20", "--out", out], "csam-0.9.safetensors is of another model"),
+        (["report", tmp_path / "bad.tsv"], "bad.tsv, line 1"),
+        (["report", tmp_path], "holds no certificates"),
+        (["demo", "--config", tmp_path / "bad.json"], "bad.json is damaged"),
+        (["demo", "--config", tmp_path / "list.json"], "list.json must hold a JSON object"),
+        ([*DEMO, "--alpha", "0.01", "--out", trained], "certify.alpha: 0.001 there, 0.01 now"),
+    ):
+        code, _, err = csam(*arguments)
+        assert (code, message in err) == (2, True), err
+        assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_model_that_does_not_say_its_sigma(csam: Command, tmp_path: Path) -> None:
+    runs.save_model(tmp_path / "m.safetensors", models.build("digits"), {})
+    code, _, err = csam("certify", tmp_path / "m.safetensors", "--out", tmp_path / "run")
+    assert code == 2
+    assert "give --sigma" in err
+
+
+def test_full_disk_is_a_clear_line_and_loses_nothing(
+    csam: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [12]
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = csam(*DEMO, "--out", tmp_path / "demo")
+    monkeypatch.undo()
+    assert code == 1
+    assert "csam: no space left on the disk" in err
+    assert "same command again" in err
+    assert not list(tmp_path.glob("**/.csam-tmp-*"))
+    code, _, err = csam(*DEMO, "--out", tmp_path / "demo")
+    assert code == 0, err
+    rows = [json.loads((f / "summary.json").read_text())["rows"] for f in (trained, tmp_path / "demo")]
+    assert [{**r, "seconds": 0} for r in rows[0]] == [{**r, "seconds": 0} for r in rows[1]]
+
+
+def test_ctrl_c_says_how_to_go_on(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "certify_variant", interrupt)
+    code, _, err = csam(*DEMO, "--out", tmp_path / "demo")
+    assert code == 130
+    assert f"csam: interrupted; what was finished is in {tmp_path / 'demo'}; give the same command again" in err
+
+
+def test_real_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "csam", "demo", "--epochs", "5000", "--out", str(tmp_path / "demo")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            while process.poll() is None and not (tmp_path / "demo" / "metrics.jsonl").exists():
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # leaving the block waits for the process, for ever if it did not end
+    assert process.returncode == 130
+    assert "same command again" in err
+    assert "Traceback" not in err
+
+
+def test_diverged_training_fails_with_advice(csam: Command, tmp_path: Path) -> None:
+    code, _, err = csam(*DEMO, "--lr", "1e30", "--out", tmp_path / "demo")
+    assert code == 1
+    assert "a lower learning rate may help" in err
+
+
+def test_debug_shows_the_traceback(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CSAM_DEBUG", "1")
+    code, _, err = csam("demo", "--sigma", "-1", "--out", tmp_path / "demo")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_defect_is_not_reported_as_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(training, "fit", broken)
+    with pytest.raises(TypeError, match="a defect"):
+        cli.main([*DEMO, "--out", str(tmp_path / "demo")])
+
+
+def test_given_weights_shorten_the_dense_training_unless_told_otherwise(tmp_path: Path) -> None:
+    weights = {"weights": tmp_path / "w.safetensors"}
+    assert cli.settings_from("cifar10", None, None, None, weights).train.epochs == 3
+    assert cli.settings_from("cifar10", None, None, None, {**weights, "train__epochs": 7}).train.epochs == 7
+    assert cli.settings_from("cifar10", None, None, None, {}).train == PRESETS["cifar10"].train

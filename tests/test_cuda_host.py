@@ -1,0 +1,272 @@
+"""Every CUDA kernel body, compiled for the host and run block by block, against the reference and the CPU provider.
+
+Grids are persistent over three multiprocessors, so blocks take several units; shapes leave ragged tails; and every case
+runs with blocks and threads forwards and backwards (tests/cuda_shim), which no result may depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cuda_host
+from conftest import assert_close
+from csam_kernels import cpu, reference
+from csam_kernels.ops.binarize import kept
+from csam_kernels.ops.semantic_batch import SEMANTIC_NEUTRAL
+from test_masks_ops import GRANULARITIES, layers
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return cuda_host.load(cuda_host.build(tmp_path_factory.mktemp("cuda_host")))
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def cuda(request: pytest.FixtureRequest, built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("CSAM_SHIM_ORDER", request.param)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: nothing may be left unwritten
+    yield built
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 5, 7), (2, 1, 1), (5, 3, 3), (4, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_noise(cuda: Any, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    args = (torch.rand(shape), 7, 0.5, -5, 2**32 - 3, 7, dtype, memory_format)
+    out = cuda.smoothing_noise(*args)
+    assert torch.equal(out, cpu.smoothing_noise(*args))
+    assert out.is_contiguous(memory_format=memory_format)
+    assert_close(out, reference.smoothing_noise(*args))
+
+
+def test_noise_of_many_units_of_an_unaligned_image(cuda: Any) -> None:
+    x = torch.rand(3 * 64 * 64 + 1)
+    for image in (x[1:], x[:-1]):
+        args = (image.view(3, 64, 64), 33, 0.25, 11, 2**40, 0, torch.float32, torch.contiguous_format)
+        assert torch.equal(cuda.smoothing_noise(*args), cpu.smoothing_noise(*args))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (300, 7), (5, 4096), (0, 3), (3, 0)])
+def test_philox_words(cuda: Any, n: int, k: int) -> None:
+    out = torch.empty(n, k)
+    cuda._run(cuda._CUDA.philox_uniform, out.device, out.data_ptr(), n, k, 2**64 - 9, 2**32 - 2, 2**32 - 1)
+    assert torch.equal(out, cpu.philox_uniform(n, k, -9, 2**32 - 2, 2**32 - 1))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 33, 100, 257, 1000, 5000])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_votes(cuda: Any, classes: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(70, classes) * 4).round().to(dtype)  # many ties
+    logits[3] = -torch.inf
+    logits[5, classes // 2] = torch.nan
+    logits[7], logits[8] = 0.0, -0.0
+    for part in (logits, logits[:, : classes // 2 + 1], logits[:1], logits[:0]):
+        out, expected = (torch.arange(part.shape[1]) for _ in range(2))
+        cuda.count_votes(part, out)
+        cpu.count_votes(part, expected)
+        assert torch.equal(out, expected)
+
+
+def test_votes_of_one_class_in_many_units(cuda: Any) -> None:
+    out = torch.zeros(10, dtype=torch.int64)
+    cuda.count_votes(torch.eye(10)[torch.full((5000,), 3)], out)
+    assert out.tolist() == [0, 0, 0, 5000, 0, 0, 0, 0, 0, 0]
+
+
+def perturbation(masks: list[Tensor], kind: str, norm: str) -> tuple[Any, ...]:
+    grads = [torch.randn_like(m) for m in masks] if kind == "adversarial" else []
+    if len(grads) > 1 and grads[1].numel():
+        grads[1].zero_()
+    return kind, 0.3, 2.0, grads, norm, -9, 2**33 + 1
+
+
+@pytest.mark.parametrize("kind", ["uniform", "adversarial"])
+@pytest.mark.parametrize("norm", ["global", "layer"])
+def test_perturbed_masks(cuda: Any, kind: str, norm: str) -> None:
+    sizes = [(1,), (17,), (0,), (64, 33), (20_000,)]
+    masks = [torch.rand(size) for size in sizes] + [torch.zeros(300), torch.ones(300), torch.rand(4097)[1:]]
+    args = (masks, *perturbation(masks, kind, norm))
+    for out, same, expected in zip(
+        cuda.perturb_masks(*args), cpu.perturb_masks(*args), reference.perturb_masks(*args), strict=True
+    ):
+        assert_close(out, expected)
+        assert kind != "uniform" or torch.equal(out, same)
+
+
+@pytest.mark.parametrize("norm", ["global", "layer"])
+def test_more_layers_than_a_table_holds(cuda: Any, norm: str) -> None:
+    masks = [torch.rand(1 + i % 5) for i in range(300)]
+    for kind in ("uniform", "adversarial"):
+        args = (masks, *perturbation(masks, kind, norm))
+        for out, expected in zip(cuda.perturb_masks(*args), cpu.perturb_masks(*args), strict=True):
+            assert_close(out, expected)
+    grads = [torch.randn_like(m) for m in masks]
+    args = (grads, masks, masks, 0, True, True)
+    check_gradients(cuda.mask_gradients(*args), reference.mask_gradients(*args))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_effective_weights(cuda: Any, granularity: str, mask_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    weights, masks, block = layers(granularity, dtype, mask_dtype)
+    for out_dtype in (None, torch.bfloat16):
+        args = (weights, masks, "plain", 0, 0, [], "global", 0, 0, out_dtype, block or 0)
+        for out, expected in zip(cuda.effective_weights(*args), reference.effective_weights(*args), strict=True):
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", ["uniform", "adversarial"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_perturbed_effective_weights(cuda: Any, granularity: str, kind: str, dtype: torch.dtype) -> None:
+    weights, masks, block = layers(granularity, dtype)
+    args = (weights, masks, *perturbation(masks, kind, "global"), None, block or 0)
+    for out, same, expected in zip(
+        cuda.effective_weights(*args), cpu.effective_weights(*args), reference.effective_weights(*args), strict=True
+    ):
+        assert_close(out, expected)
+        assert kind != "uniform" or torch.equal(out, same)
+
+
+def test_effective_weights_keep_channels_last(cuda: Any) -> None:
+    weight = torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last)
+    for mask in (torch.rand_like(weight), torch.rand(16, 8, 3, 3), torch.rand(16, 1, 1, 1)):
+        for kind in ("plain", "uniform", "adversarial"):
+            args = ([weight], [mask], *perturbation([mask], kind, "layer"), torch.bfloat16, 0)
+            (out,), (expected,) = cuda.effective_weights(*args), reference.effective_weights(*args)
+            assert out.stride() == weight.stride()
+            assert_close(out, expected)
+
+
+def check_gradients(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    for mine, theirs in zip(actual[:2], expected[:2], strict=True):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.dtype == b.dtype
+            assert_close(a, b)
+    assert actual[2].dtype is torch.float64
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+def test_mask_gradients(cuda: Any, granularity: str, mask_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    weights, masks, block = layers(granularity, torch.float32, mask_dtype)
+    grads = [torch.randn_like(w).to(grad_dtype) for w in weights]
+    for need_weight, need_mask in ((True, True), (True, False), (False, True)):
+        args = (grads, weights, masks, block or 0, need_weight, need_mask)
+        check_gradients(cuda.mask_gradients(*args), reference.mask_gradients(*args))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_shape", "block"),
+    [
+        ((3, 4100), (3, 1), 0),  # a filter of three pieces
+        ((40, 4100), (1, 4100), 0),  # one value a column, three bands of rows
+        ((40, 4100), (1, 1), 0),
+        ((20, 300, 3, 3), (1, 300, 1, 1), 0),
+        ((5, 9001), (5, 3), 3001),  # blocks of two pieces, the last one short
+        ((7, 1003), (7, 251), 4),  # blocks that end with the row
+        ((500, 1, 3, 3), (500, 1, 1, 1), 0),  # depthwise
+        ((1, 6, 3, 3), (1, 6, 1, 1), 0),
+        ((4, 0, 3, 3), (4, 1, 1, 1), 0),
+        ((0, 4, 3, 3), (1, 4, 1, 1), 0),
+        ((100_000,), (100_000,), 0),
+    ],
+    ids=str,
+)
+def test_mask_gradients_of_large_layers(
+    cuda: Any, shape: tuple[int, ...], mask_shape: tuple[int, ...], block: int
+) -> None:
+    weight, mask = torch.randn(shape), torch.rand(mask_shape)
+    args = ([torch.randn(shape)], [weight], [mask], block, True, True)
+    check_gradients(cuda.mask_gradients(*args), reference.mask_gradients(*args))
+    args = ([weight], [mask], "plain", 0, 0, [], "global", 0, 0, None, block)
+    assert torch.equal(cuda.effective_weights(*args)[0], reference.effective_weights(*args)[0])
+
+
+def test_gradient_norm_does_not_depend_on_the_grid(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, masks, _ = layers("channel")
+    grads = [torch.randn_like(w) for w in weights]
+    norms = []
+    for multiprocessors in (1, 2, 132):
+        monkeypatch.setattr(cuda, "_run", lambda f, where, *args, m=multiprocessors: f(*args, m, 0))
+        norms.append(cuda.mask_gradients(grads, weights, masks, 0, False, False)[2])
+    assert norms[0] == norms[1] == norms[2]
+
+
+def scores_of(case: str, dtype: torch.dtype) -> list[Tensor]:
+    sizes = [(5,), (0,), (130, 70), (64, 3, 3, 3), (20_001,)]
+    scores = [torch.rand(s) for s in sizes] if case != "signed" else [torch.randn(s) for s in sizes]
+    if case == "ties":
+        scores = [(s * 3).round() for s in scores]
+    if case == "equal":
+        scores = [torch.ones(s) for s in sizes]
+    if case == "zeros":
+        scores = [torch.where(torch.rand(s) > 0.5, 0.0, -0.0) for s in sizes]
+    if case == "infinite":
+        scores = [torch.where(torch.rand(s) > 0.5, torch.inf, -torch.inf) for s in sizes]
+    return [s.to(dtype) for s in scores]
+
+
+@pytest.mark.parametrize("case", ["uniform", "signed", "ties", "equal", "zeros", "infinite"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_binarize(cuda: Any, case: str, dtype: torch.dtype, scope: str) -> None:
+    scores = scores_of(case, dtype)
+    sizes = [s.numel() for s in scores]
+    for sparsity in (0.0, 0.3, 0.7, 0.999):
+        keep = [kept(sparsity, sum(sizes))] if scope == "global" else [kept(sparsity, n) for n in sizes]
+        for mask, expected in zip(
+            cuda.binarize(scores, keep, scope), reference.binarize(scores, keep, scope), strict=True
+        ):
+            assert torch.equal(mask, expected)
+
+
+def test_binarize_mixed_dtypes_unaligned_and_more_layers_than_a_table_holds(cuda: Any) -> None:
+    scores = [(4 * torch.rand(9)[i % 2 :]).round().to(FLOATS[i % 3]) for i in range(270)] + [torch.rand(9001)[1:]]
+    wide = [s.float() for s in scores]
+    for scope, first, keep in (("global", 0, [1100]), ("layer", 130, [s.numel() // 3 for s in scores[130:]])):
+        masks, expected = cuda.binarize(scores[first:], keep, scope), cpu.binarize(wide[first:], keep, scope)
+        assert all(torch.equal(m, e) for m, e in zip(masks, expected, strict=True))
+    assert not any(m.any() for m in cuda.binarize(scores[:3], [0], "global"))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 7, 5), (2, 3, 600), (1, 40, 1)], ids=str)
+def test_semantic_batch(cuda: Any, shape: tuple[int, ...]) -> None:
+    rows = [list(SEMANTIC_NEUTRAL) for _ in range(9)]
+    for i, (column, value) in enumerate(
+        [(0, 33.0), (1, 0.2), (2, -0.3), (3, 1.7), (4, 1.3), (5, 0.4), (6, 0.2), (7, 2.2)]
+    ):
+        rows[i][column] = value
+    rows.append([-200.0, 0.1, 0.1, 0.5, 32.0, 1.5, -0.2, 0.7])
+    args = (torch.rand(shape), torch.tensor(rows))
+    out = cuda.semantic_batch(*args)
+    assert_close(out, cpu.semantic_batch(*args))
+    if shape[2] < 100:  # float32 coordinates of wider images are coarser than the table's tolerance
+        assert_close(out, reference.semantic_batch(*args))
+    assert cuda.semantic_batch(args[0], args[1][:0]).shape == (0, *shape)
+
+
+def test_float64_is_refused_by_name(built: Any) -> None:
+    wide = [torch.rand(3, dtype=torch.float64)]
+    plain = ("plain", 0, 0, [], "global", 0, 0)
+    with pytest.raises(TypeError, match=r"masks\[0\] must not be float64 on a GPU.*CSAM_BACKEND=reference"):
+        built.perturb_masks(wide, "uniform", 0.1, 0, [], "global", 0, 0)
+    with pytest.raises(TypeError, match=r"weights\[0\] must not be float64"):
+        built.effective_weights(wide, wide, *plain, None, 0)
+    with pytest.raises(TypeError, match="dtype must not be float64"):
+        built.effective_weights([wide[0].float()], wide, *plain, torch.float64, 0)
+    with pytest.raises(TypeError, match=r"weights\[0\] must not be float64"):
+        built.mask_gradients(wide, wide, wide, 0, True, True)

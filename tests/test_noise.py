@@ -1,0 +1,161 @@
+"""philox_uniform and smoothing_noise: known answers, distribution, independence of how the work is cut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from scipy import stats
+
+import csam_kernels as ck
+from conftest import ISAS, assert_close
+from csam_kernels import _C, reference
+
+# Random123 1.09, kat_vectors: philox4x32 10 rounds.
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter: list[int], key: list[int], words: list[int]) -> None:
+    assert list(_C.philox4x32(counter, key)) == words
+    assert reference.philox4x32(torch.tensor(counter), (key[0], key[1])).tolist() == words
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 5, 7), (2, 1, 1), (5, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_matches_reference(isa: str, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool) -> None:
+    x = torch.rand(shape)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    options = {"seed": 2**64 - 5, "first_sample": 2**32 - 2, "stream": 7}
+    out = ck.smoothing_noise(x, 5, 0.5, dtype=dtype, memory_format=memory_format, **options)
+    expected = reference.smoothing_noise(x, 5, 0.5, 2**64 - 5, 2**32 - 2, 7, dtype, memory_format)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=memory_format)
+    assert_close(out, expected)
+
+
+def test_same_bits_on_every_isa_thread_count_and_split() -> None:
+    x = torch.rand(3, 33, 31)
+    results = []
+    for name in ISAS:
+        _C.set_isa(name)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            whole = ck.smoothing_noise(x, 64, 0.25, seed=11, first_sample=100)
+            split = [ck.smoothing_noise(x, 16, 0.25, seed=11, first_sample=100 + 16 * i) for i in range(4)]
+            results += [whole, torch.cat(split)]
+    _C.set_isa("auto")
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_bfloat16_is_the_rounded_float32_even_where_pixels_are_not_finite(isa: str) -> None:
+    x = torch.rand(3, 11, 13)
+    for pixels in ((), (float("nan"), float("inf"), -float("inf"), 3.39e38, 1e-40, -0.0)):
+        x.view(-1)[: len(pixels)] = torch.tensor(pixels)
+        wide, narrow = (ck.smoothing_noise(x, 33, 1e36, seed=4, dtype=d) for d in (torch.float32, torch.bfloat16))
+        torch.testing.assert_close(narrow, wide.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_large_results_do_not_share_memory_while_they_live() -> None:
+    x = torch.rand(3, 32, 32)
+    kept = [ck.smoothing_noise(x, 400, 0.5, seed=s) for s in range(3)]  # 4.9 MB each: pooled memory
+    copies = [k.clone() for k in kept]
+    spans = sorted((k.data_ptr(), k.data_ptr() + k.nbytes) for k in kept)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    freed = kept.pop().data_ptr()
+    again = ck.smoothing_noise(x, 400, 0.5, seed=9)
+    assert again.data_ptr() == freed
+    assert all(torch.equal(k, c) for k, c in zip(kept, copies, strict=False))
+    assert torch.equal(pickle.loads(pickle.dumps(again)), again)
+
+
+def test_seed_sample_and_stream_all_matter() -> None:
+    x = torch.zeros(3, 8, 8)
+    base = ck.smoothing_noise(x, 1, 1.0, seed=1)
+    others = [
+        ck.smoothing_noise(x, 1, 1.0, seed=2),
+        ck.smoothing_noise(x, 1, 1.0, seed=1 + 2**32),
+        ck.smoothing_noise(x, 1, 1.0, seed=1, first_sample=1),
+        ck.smoothing_noise(x, 1, 1.0, seed=1, first_sample=2**32),
+        ck.smoothing_noise(x, 1, 1.0, seed=1, stream=1),
+    ]
+    for other in others:
+        assert abs(float(torch.corrcoef(torch.stack((base.flatten(), other.flatten())))[0, 1])) < 0.3
+
+
+def test_normal_deviates_pass_kolmogorov_smirnov(isa: str) -> None:
+    noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 40, 1.0, seed=123).flatten().numpy()
+    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    assert abs(noise.mean()) < 5 / math.sqrt(noise.size)
+    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / noise.size)
+
+
+def test_normal_deviates_have_the_right_tails() -> None:
+    """Counts beyond 3, 4 and 4.5 sigma in 30 million draws against the exact binomial law, both sides."""
+    beyond = {3.0: 0, 4.0: 0, 4.5: 0}
+    draws = 0
+    largest = 0.0
+    for first in range(0, 2500, 500):
+        noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 500, 1.0, seed=5, first_sample=first)
+        draws += noise.numel()
+        largest = max(largest, float(noise.abs().max()))
+        for t in beyond:
+            beyond[t] += int((noise.abs() > t).sum())
+    for t, count in beyond.items():
+        assert stats.binomtest(count, draws, 2 * stats.norm.sf(t)).pvalue > 1e-4, (t, count)
+    assert 5.0 < largest <= math.sqrt(2 * 32 * math.log(2)) + 1e-5
+
+
+def test_extreme_words_stay_finite_and_reach_the_stated_tail() -> None:
+    words = torch.tensor([0, 0, 0xFFFFFFFF, 0, 0xFFFFFFFF, 0xFFFFFFFF])
+    assert reference.normal_deviates(words).abs().max() == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
+
+
+def test_uniform_matches_reference_and_range() -> None:
+    u = ck.philox_uniform(2000, 7, seed=3, first_sample=2**33, stream=4)
+    assert torch.equal(u, reference.philox_uniform(2000, 7, 3, 2**33, 4))
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert torch.equal(u[100:], ck.philox_uniform(1900, 7, seed=3, first_sample=2**33 + 100, stream=4))
+
+
+def test_empty_batch_and_non_contiguous_image() -> None:
+    x = torch.rand(32, 32, 3).permute(2, 0, 1)
+    assert ck.smoothing_noise(x, 0, 0.1, seed=0).shape == (0, 3, 32, 32)
+    same = ck.smoothing_noise(x.contiguous(), 2, 0.1, seed=0)
+    assert torch.equal(ck.smoothing_noise(x, 2, 0.1, seed=0), same)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": 0.0}, "sigma must be > 0"),
+        ({"sigma": float("nan")}, "sigma must be finite"),
+        ({"n": -1}, r"n must be in \[0"),
+        ({"seed": -1}, "seed must be in"),
+        ({"seed": 2**64}, "seed must be in"),
+        ({"stream": 2**32}, "stream must be in"),
+        ({"x": torch.zeros(1, 3, 8, 8)}, "x must have 3 dimensions"),
+        ({"dtype": torch.int64}, "dtype must be one of"),
+        ({"memory_format": torch.preserve_format}, "memory_format must be one of"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    arguments = {"x": torch.zeros(3, 8, 8), "n": 2, "sigma": 0.5, "seed": 0} | change
+    x, n, sigma = (arguments.pop(k) for k in ("x", "n", "sigma"))
+    with pytest.raises(ValueError, match=message):
+        ck.smoothing_noise(x, n, sigma, **arguments)

@@ -1,0 +1,268 @@
+"""The whole comparison on a few images: rows, fairness, exact sparsity, and the same numbers after any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from csam import data, models, pipeline, runs, training
+from csam.evaluation import read_tsv
+from csam.settings import PRESETS, Settings, override
+
+TINY = override(
+    PRESETS["digits"],
+    {
+        "train_subset": 96,
+        "test_subset": 30,
+        "sparsities": [0.5, 0.9],
+        "train": {"epochs": 3, "search_epochs": 1, "finetune_epochs": 2, "batch_size": 32},
+        "certify": {"images": 3, "n0": 10, "n": 60, "cc_n": 10, "cc_k": 2, "radii": [0, 0.1]},
+    },
+)
+
+
+def without_seconds(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in summary["rows"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    return folder, pipeline.demo(TINY, folder)
+
+
+def test_rows_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert [(row["method"], round(row["sparsity"], 2)) for row in summary["rows"]] == [
+        ("dense", 0.0),
+        ("magnitude", 0.5),
+        ("csam", 0.5),
+        ("magnitude", 0.9),
+        ("csam", 0.9),
+    ]
+    for row in summary["rows"]:
+        assert set(row) == {"method", "sparsity", "clean_accuracy", "pca", "certified_accuracy", "seconds"}
+        assert list(row["certified_accuracy"]) == ["0", "0.1"]
+        assert row["seconds"] > 0
+    assert (folder / "summary.csv").exists()
+    assert (folder / "certified_accuracy.png").stat().st_size > 10_000
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+def test_sparsity_is_exact_and_in_the_file(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    for name, details in summary["settings"]["variants"].items():
+        tensors, _ = runs.read_safetensors(folder / "models" / f"{name}.safetensors")
+        prunable = {k: t for k, t in tensors.items() if t.dim() in (2, 4)}
+        total = sum(t.numel() for t in prunable.values())
+        assert details["prunable_weights"] == total
+        asked = float(name.split("-")[1]) if "-" in name else 0.0
+        assert details["kept_weights"] == total - int(asked * total)
+        # A weight that is kept may still be zero, but hardly ever is.
+        assert sum(int(t.count_nonzero()) for t in prunable.values()) == details["kept_weights"]
+
+
+def test_every_row_has_the_same_steps_images_and_seed(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    variants = summary["settings"]["variants"]
+    assert {v["mask_steps"] + v["finetune_steps"] for v in variants.values()} == {9}
+    assert {name: v["mask_steps"] for name, v in variants.items() if v["mask_steps"]} == {"csam-0.5": 3, "csam-0.9": 3}
+    images = {tuple(r.idx for r in read_tsv(path)) for path in (folder / "certificates").glob("*.tsv")}
+    assert images == {(0, 10, 20)} == {tuple(summary["settings"]["certified_images"])}
+
+
+def test_methods_meet_the_same_batches_in_the_same_order() -> None:
+    dataset = pipeline.load_data(TINY)
+    job = pipeline.Job(TINY, dataset, None)  # type: ignore[arg-type]
+    all_epochs, after_search = job.feed("prune", 3), job.feed("prune", 2, start=1)
+    a = training.batches(dataset.train_x, dataset.train_y, all_epochs, all_epochs.start + 1)
+    b = training.batches(dataset.train_x, dataset.train_y, after_search, after_search.start + 0)
+    assert all(torch.equal(x, z) for (x, _), (z, _) in zip(a, b, strict=True))
+
+
+def test_settings_are_enough_to_run_again(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, summary = finished
+    stored = json.loads((folder / "config.json").read_text())["config"]["settings"]
+    again = override(PRESETS["digits"], stored)
+    assert again == TINY
+    only = replace(again, methods=("csam",), sparsities=(0.9,))
+    row = pipeline.demo(only, tmp_path / "again")["rows"][0]
+    assert {**row, "seconds": 0} == {**summary["rows"][-1], "seconds": 0}
+
+
+def test_finished_run_is_not_computed_again(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, summary = finished
+    monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(pipeline, "bound_images", lambda *a, **k: pytest.fail("certified again"))
+    assert pipeline.demo(TINY, folder)["rows"] == summary["rows"]
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing in the code under test catches it to go on."""
+
+
+def test_crash_at_any_write_changes_no_number(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file that counts is flushed with fsync, so a crash before or after a random one is a crash anywhere."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    sync, draws = os.fsync, random.Random(0)
+    left = [0]
+
+    def crashing(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", crashing)
+    crashes = 0
+    while True:
+        left[0] = draws.randrange(1, 25)
+        try:
+            summary = pipeline.demo(TINY, tmp_path / "demo")
+            break
+        except Crash:
+            crashes += 1
+    assert crashes >= 5
+    assert without_seconds(summary) == without_seconds(finished[1])
+    with runs.Run(tmp_path / "demo", json.loads((tmp_path / "demo" / "config.json").read_text())["config"]) as run:
+        seen = [(r["stage"], r["epoch"]) for r in run.metrics()]
+    assert len(seen) == len(set(seen)) == 3 + 5 * 3
+
+
+def test_kill_9_at_random_times_changes_no_number(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    (tmp_path / "config.json").write_text((finished[0] / "config.json").read_text())
+    command = [sys.executable, "-m", "csam", "demo", "--config", str(tmp_path / "config.json"), "--out", str(folder)]
+    draws = random.Random(time.time_ns())
+    waits = [draws.uniform(0, 3) for _ in range(3)]
+    for wait in waits:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (folder / "log.txt").exists():
+                time.sleep(0.05)
+            time.sleep(wait)
+            process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"after kills at {waits}: {done.stderr}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert without_seconds(summary) == without_seconds(finished[1]), f"after kills at {waits}"
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    runs.save_model(tmp_path / "w.safetensors", models.build("resnet20"), {})
+    settings = replace(TINY, weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(ValueError, match=r"w\.safetensors is of another model: .*layer1\.1"):
+        pipeline.demo(settings, tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_another_folder_setting_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(runs.RunError, match=r"settings\.seed: 0 there, 1 now"):
+        pipeline.demo(replace(TINY, seed=1), finished[0])
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """A checkpoint that was copied in by hand."""
+    dataset = pipeline.load_data(TINY)
+    with runs.Run(tmp_path, pipeline.identity("demo", TINY, dataset)) as run:
+        sgd = training.Sgd(models.build("resnet20", in_channels=1), training.Optimizer(), 1)
+        run.stage("start").save({"epoch": 1, "seconds": 0.0, "stepper": sgd.state_dict()})
+    with pytest.raises(runs.RunError, match=r"start\.safetensors is of another model: .*layer1\.1"):
+        pipeline.demo(TINY, tmp_path)
+
+
+def test_every_method_makes_a_row(tmp_path: Path) -> None:
+    settings = replace(TINY, methods=tuple(pipeline.METHODS), sparsities=(0.7,))
+    rows = pipeline.demo(settings, tmp_path / "all")["rows"]
+    assert [row["method"] for row in rows] == ["dense", *(m for m in pipeline.METHODS if m != "dense")]
+
+
+@pytest.mark.parametrize("granularity", ["filter", "channel", "block"])
+def test_group_masks_keep_the_first_and_the_last_layer(tmp_path: Path, granularity: str) -> None:
+    settings = override(TINY, {"methods": ["magnitude"], "sparsities": [0.5], "train": {"granularity": granularity}})
+    path, result = pipeline.train(settings, tmp_path / "run")
+    tensors, _ = runs.read_safetensors(path)
+    assert int(tensors["conv1.weight"].count_nonzero()) == tensors["conv1.weight"].numel()
+    assert 0.3 < result["sparsity"] < 0.7
+
+
+def test_train_then_certify(tmp_path: Path) -> None:
+    settings = replace(TINY, methods=("dense",))
+    path, result = pipeline.train(settings, tmp_path / "train")
+    assert runs.read_description(path)["sigma"] == 0.25
+    assert 0 <= result["clean_accuracy"] <= 1
+    rows, bounds = pipeline.certify(settings, path, tmp_path / "certify", cc_cert=True)
+    assert [r.idx for r in rows] == [b["idx"] for b in bounds] == [0, 10, 20]
+    again, _ = pipeline.certify(settings, path, tmp_path / "certify", cc_cert=True)
+    assert [replace(row, time=0) for row in again] == [replace(row, time=0) for row in rows]
+
+
+def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (24, 3, 32, 32), generator=g, dtype=torch.uint8)
+    y = torch.arange(24) % 10
+    dataset = data.Dataset("cifar10", [str(i) for i in range(10)], x, y, x[:10], y[:10])
+    runs.save_model(tmp_path / "w.safetensors", models.build("resnet20", seed=1), {})
+    settings = override(
+        PRESETS["cifar10"],
+        {
+            "weights": str(tmp_path / "w.safetensors"),
+            "sparsities": [0.9],
+            "train": {"epochs": 0, "search_epochs": 1, "finetune_epochs": 1, "batch_size": 12, "threads": 1},
+            "certify": {"images": 1, "n0": 5, "n": 20, "cc_n": 5, "cc_k": 1},
+        },
+    )
+    summary = pipeline.demo(settings, tmp_path / "demo", dataset=dataset)
+    assert [round(row["sparsity"], 3) for row in summary["rows"]] == [0, 0.9, 0.9]
+    assert summary["settings"]["dense_training"]["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsities": [1.0]}, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"sparsities": [0.5, 0.5]}, "sparsities must hold at least one value and none twice"),
+        ({"methods": ["magic"]}, "methods must be among dense, magnitude, csam, csam-uniform, got 'magic'"),
+        ({"train": {"sigma": 0.0}}, "sigma must be > 0, got 0.0"),
+        ({"train": {"epochs": "many"}}, r"train\.epochs must be int, got 'many'"),
+        ({"train": {"speed": 1}}, "TrainSettings has no setting 'speed'"),
+        ({"train": {"epochs": -1}}, "epochs must be >= 0, got -1"),
+        ({"train": {"lr": 0.0}}, "lr must be > 0, got 0.0"),
+        ({"train": {"granularity": "row"}}, "granularity must be one of .* got 'row'"),
+        ({"search": {"rho": -1.0}}, "rho must be >= 0, got -1"),
+        ({"search": {"optimizer": "lion"}}, "optimizer must be one of 'adam', 'sgd', got 'lion'"),
+        ({"certify": {"dtype": "float8"}}, "dtype must be one of .* got"),
+        ({"certify": {"alpha": 1.0}}, r"alpha must be in \(0, 1\), got 1.0"),
+        ({"certify": {"n": 0}}, "n must be >= 1, got 0"),
+        ({"certify": {"eps": []}}, "eps must hold at least one value"),
+        ({"certify": {"images": 31}}, r"images must be in \[1, 30\], the size of the test set, got 31"),
+        ({"transform": "shear:3"}, "transform must be one of .*'shear:3'"),
+        ({"normalization": "mnist"}, "normalization must be one of imagenet, cifar10, got 'mnist'"),
+        ({"train_subset": 10**6}, "train_subset must be <= 1437"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_settings_are_refused_before_any_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.demo(override(TINY, change), tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_settings_survive_json() -> None:
+    for preset in PRESETS.values():
+        assert override(Settings(), json.loads(json.dumps(asdict(preset)))) == preset
