@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,16 +57,21 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
 
 
 def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = value.__index__()
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return value
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {number}")
+    return number
 
 
 def real(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
     try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
         value = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
@@ -96,7 +102,7 @@ def mask_for(name: str, mask: Any, weight: Tensor, block_size: int) -> Tensor:
     mask = tensor(name, mask, dtypes=(torch.bool, *FLOATS))
     shape, target = tuple(mask.shape), tuple(weight.shape)
     if block_size:
-        want = (target[0], math.ceil(math.prod(target[1:]) / block_size))
+        want = (*target[:1], math.ceil(math.prod(target[1:]) / block_size))
         if shape != want:
             raise ValueError(f"{name} must have shape {want} with block_size={block_size}, got {shape}")
     elif len(shape) != len(target) or any(m not in (1, w) for m, w in zip(shape, target, strict=True)):

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format  # as the dispatcher decides; torch exports it nowhere else
 
 from csam_kernels import _C
 from csam_kernels.layout import MaskLayout, expand_mask, mask_layout, reduce_to_mask
@@ -40,7 +41,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
-    out = torch.empty(n, k)
+    out = torch.empty(n, k, dtype=torch.float32)
     _C.philox_uniform(out.data_ptr(), n, k, seed & WORD, first_sample, stream)
     return out
 
@@ -280,7 +281,7 @@ def masked_conv2d(
 
 def _suggested(x: Tensor, w: Tensor) -> torch.memory_format:
     """The memory format that convolution gives its result: channels_last when an operand asks for it."""
-    asks = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, w))
+    asks = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(w))
     return torch.channels_last if asks else torch.contiguous_format
 
 

@@ -34,7 +34,7 @@ def mask_layout(weight_shape: torch.Size, mask_shape: torch.Size, block_size: in
     rows = weight_shape[0] if weight_shape else 1
     cols = math.prod(weight_shape[1:])
     if block_size:
-        return MaskLayout(rows, cols, math.ceil(cols / block_size), block_size, 1)
+        return MaskLayout(rows, cols, math.ceil(cols / block_size), max(1, min(block_size, cols)), 1)
     # An axis of length one is broadcast and kept at once, so it counts as kept wherever that helps.
     own = [m == w for m, w in zip(mask_shape, weight_shape, strict=True)]
     tail = math.prod(mask_shape[1:])
@@ -43,9 +43,27 @@ def mask_layout(weight_shape: torch.Size, mask_shape: torch.Size, block_size: in
         return MaskLayout(rows, cols, row_stride, max(cols, 1), 0)
     if all(own[1:]):
         return MaskLayout(rows, cols, row_stride, 1, 1)
-    if own[1] and math.prod(mask_shape[2:]) == 1:
+    if cols and own[1] and math.prod(mask_shape[2:]) == 1:
         return MaskLayout(rows, cols, row_stride, math.prod(weight_shape[2:]), 1)
     return None
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """In which format the results made like `t` lie: channels_last where it does, contiguous for any other order."""
+    last = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def fake_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The fake of a result made like `t`."""
+    return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device, memory_format=memory_format(t))
+
+
+def fake_mask_gradient(mask: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fake of dL/dM: made like the mask where that lies as the weight does, contiguous elsewhere."""
+    if mask.shape == weight.shape and mask.stride() == weight.stride():
+        return fake_like(mask, dtype)
+    return torch.empty(mask.shape, dtype=dtype, device=mask.device)
 
 
 def expand_mask(mask: Tensor, weight_shape: torch.Size, block_size: int = 0) -> Tensor:

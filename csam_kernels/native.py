@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csam_kernels.layout import memory_format
+
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}  # csrc/common/dtype.h
 KIND = {"plain": 0, "uniform": 1, "adversarial": 2}  # enum Perturbation
 WORD = 2**64 - 1  # a seed as the unsigned number that the kernels take
@@ -37,8 +39,4 @@ def fusible(kind: str, weights: list[Tensor], masks: list[Tensor]) -> bool:
 
 def restride(out: Tensor, weight: Tensor) -> Tensor:
     """The weight's memory format, so that the convolution takes the path it takes with the dense weight."""
-    if out.stride() == weight.stride() or weight.dim() != 4 or weight.is_contiguous():
-        return out
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return out.contiguous(memory_format=torch.channels_last)
-    return out
+    return out.contiguous(memory_format=memory_format(weight))

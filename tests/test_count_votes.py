@@ -48,6 +48,7 @@ def test_accumulates_into_out_and_takes_strided_rows() -> None:
         (torch.zeros(3, 2, dtype=torch.int32), None, "logits must have dtype"),
         (torch.randn(3, 2), torch.zeros(2), "out must have dtype"),
         (torch.randn(3, 2), torch.zeros(3, dtype=torch.int64), "out must be a contiguous"),
+        (torch.randn(3, 2), torch.zeros(4, dtype=torch.int64)[::2], r"stride \(2,\)"),
     ],
 )
 def test_bad_arguments(logits: torch.Tensor, out: torch.Tensor | None, message: str) -> None:

@@ -118,6 +118,13 @@ def test_linear_matches_torch(granularity: str) -> None:
     assert_close(out, F.linear(x, w * expand_mask(m, w.shape, block), b))
 
 
+def test_linear_without_features_gives_the_bias() -> None:
+    b = torch.randn(4)
+    assert torch.equal(
+        ck.masked_linear(torch.zeros(5, 2, 0), torch.zeros(4, 0), torch.zeros(4, 0), b), b.expand(5, 2, 4)
+    )
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_all_ones_mask_gives_the_dense_bits(memory_format: torch.memory_format) -> None:
     x = torch.randn(4, 16, 10, 10).to(memory_format=memory_format)
@@ -146,7 +153,12 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = ck.masked_conv2d(x, w, m)
         linear = ck.masked_linear(x.flatten(1), torch.randn(3, 288), torch.ones(3, 1))
+        wide = (
+            ck.masked_conv2d(x.double(), w.double(), m),
+            ck.masked_linear(x.double()[..., 0], T(3, 6), torch.ones(3, 1)),
+        )
     assert linear.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float64 for t in wide)  # as torch's own layers
     assert torch.equal(out, F.conv2d(x.bfloat16(), (w * m).bfloat16()))
 
 
@@ -177,6 +189,11 @@ def test_unusual_gradients_and_inputs() -> None:
 
 
 T = torch.randn
+LAST = torch.channels_last
+ONE_CHANNEL = torch.empty(
+    2, 1, 6, 6, memory_format=LAST
+).normal_()  # contiguous by its sizes, channels_last by its strides
+PLAIN = ("plain", 0.1, 0.1, [], "global", 1, 0, None, 0)
 OPCHECKS: dict[str, tuple[Any, tuple]] = {
     "masked_conv2d": (
         torch.ops.csam.masked_conv2d,
@@ -206,6 +223,39 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
             0,
         ),
     ),
+    "masked_conv2d-one_channel": (
+        torch.ops.csam.masked_conv2d,
+        (ONE_CHANNEL, T(6, 1, 3, 3), (torch.arange(6) > 3).view(6, 1, 1, 1), None, [1, 1], [1, 1], [1, 1], 1, 0),
+    ),
+    "masked_conv2d-strided": (
+        torch.ops.csam.masked_conv2d,
+        (
+            T(2, 4, 6, 12).to(memory_format=LAST)[..., ::2],
+            T(6, 4, 3, 3),
+            (torch.arange(4) > 2).view(1, 4, 1, 1),
+            None,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+            0,
+        ),
+    ),
+    "masked_conv2d-backward": (
+        torch.ops.csam.masked_conv2d_backward,
+        (
+            T(2, 6, 4, 4),
+            T(2, 4, 6, 6),
+            T(6, 4, 3, 3).to(memory_format=LAST),
+            torch.rand(6, 4, 3, 3).to(memory_format=LAST),
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            1,
+            0,
+            [True, True, True],
+        ),
+    ),
     "masked_linear": (
         torch.ops.csam.masked_linear,
         (
@@ -232,6 +282,10 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
             0,
         ),
     ),
+    "effective_weights-transposed": (
+        torch.ops.csam.effective_weights,
+        ([T(3, 4).T, T(4, 3, 2, 2).mT], [torch.rand(4, 3), torch.rand(4, 3, 2, 2)], *PLAIN),
+    ),
     "perturb_masks": (
         torch.ops.csam.perturb_masks,
         ([torch.rand(4, 3)], "adversarial", 0.1, 0.1, [T(4, 3)], "layer", 1, 0),
@@ -239,6 +293,21 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
     "mask_gradients": (
         torch.ops.csam.mask_gradients,
         ([T(4, 3)], [T(4, 3)], [torch.rand(1, 3)], 0, True, True),
+    ),
+    "mask_gradients-channels_last": (
+        torch.ops.csam.mask_gradients,
+        (
+            [T(4, 3, 2, 2)],
+            [T(4, 3, 2, 2).to(memory_format=LAST)],
+            [T(4, 3, 2, 2).to(memory_format=LAST)],
+            0,
+            True,
+            True,
+        ),
+    ),
+    "mask_gradients-transposed": (
+        torch.ops.csam.mask_gradients,
+        ([T(4, 3)], [T(3, 4).T], [torch.rand(3, 4).T], 0, True, True),
     ),
     "binarize": (torch.ops.csam.binarize, ([T(4, 3), T(7)], [9], "global")),
     "percentile_init": (torch.ops.csam.percentile_init, ([T(4, 3)], 0.9)),

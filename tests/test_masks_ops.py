@@ -171,6 +171,55 @@ def test_channels_last_and_strided_inputs() -> None:
     assert torch.equal(ck.mask_gradients([stride0], [w], [m])[1][0], w)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [64, 75])  # whole vectors, and a tail
+def test_nan_stays_nan(isa: str, dtype: torch.dtype, size: int) -> None:
+    """A run that diverged must show it: a mask of NaN is not a pruned weight."""
+    mask, grad = torch.full((size,), 0.5, dtype=dtype), torch.ones(size, dtype=dtype)
+    mask[::5] = float("nan")
+    for options in ({"kind": "uniform"}, {"kind": "adversarial", "grads": [grad]}):
+        (soft,) = ck.perturb_masks([mask], **options)
+        assert torch.equal(soft.isnan(), mask.isnan())
+        for out_dtype in (dtype, torch.bfloat16):
+            (out,) = ck.effective_weights([grad], [mask], dtype=out_dtype, **options)
+            assert torch.equal(out.isnan(), mask.isnan())
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_norm_neither_underflows_nor_overflows(isa: str, size: float) -> None:
+    grads, weights, masks = [torch.full((130, 70), size)], [torch.randn(130, 70)], [torch.rand(130, 70)]
+    want = reference.mask_gradients(grads, weights, masks, 0, True, True)[2]
+    assert float(ck.mask_gradients(grads, weights, masks)[2]) == pytest.approx(float(want), rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "mask", "block"),
+    [
+        ((4, 3, 0, 3), (1, 3, 1, 1), None),
+        ((4, 3, 0, 3), (4, 3, 1, 1), None),
+        ((0, 3, 3, 3), (1, 3, 1, 1), None),
+        ((4, 0, 3, 3), (1, 1, 3, 3), None),
+        ((4, 0), (4, 1), None),
+        ((4, 0), (4, 0), 8),
+        ((4, 5), (4, 1), 2**63 - 1),
+        ((), (), None),
+        ((3,), (1,), None),
+    ],
+    ids=str,
+)
+def test_layers_without_weights_and_blocks_beyond_a_filter(
+    weight: tuple[int, ...], mask: tuple[int, ...], block: int | None
+) -> None:
+    w, m = torch.randn(weight), torch.rand(mask)
+    (out,) = ck.effective_weights([w], [m], block_size=block)
+    full = m.expand(weight)
+    assert torch.equal(out, w * full)
+    dtheta, dmask, norm = ck.mask_gradients([w], [w], [m], block_size=block)
+    assert torch.equal(dtheta[0], w * full)  # type: ignore[index]
+    assert_close(dmask[0], (w * w).sum_to_size(mask))  # type: ignore[index]
+    assert float(norm) == pytest.approx(float((w * w).sum_to_size(mask).square().sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("tau", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_percentile_init(tau: float, dtype: torch.dtype) -> None:
@@ -183,8 +232,9 @@ def test_percentile_init(tau: float, dtype: torch.dtype) -> None:
         assert_close(c, want)
         if w.numel() > 1 and w.any():
             assert_close(c, (w.abs() / torch.quantile(w.abs(), tau)).clamp(0, 1))
-    with pytest.raises(ValueError, match="NaN"):
-        ck.percentile_init([torch.tensor([1.0, float("nan")])])
+    for bad in ("nan", "inf", "-inf"):
+        with pytest.raises(ValueError, match=r"weights\[0\] must be finite"):
+            ck.percentile_init([torch.tensor([1.0, float(bad)])])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +243,9 @@ def test_percentile_init(tau: float, dtype: torch.dtype) -> None:
         (lambda w, m: ck.effective_weights([w], [m[:, :2]]), r"masks\[0\] must broadcast"),
         (lambda w, m: ck.effective_weights([w], [m, m]), "equal length"),
         (lambda w, m: ck.effective_weights(w, [m]), "weights must be a list"),
+        (lambda w, m: ck.effective_weights([w], None), "masks must be a list"),
+        (lambda w, m: ck.mask_gradients([w], [w], m), "masks must be a list"),
+        (lambda w, m: ck.effective_weights([w[0, 0, 0, 0]], [m[0, 0]], block_size=4), "must have shape"),
         (lambda w, m: ck.effective_weights([w], [m], kind="gaussian"), "kind must be one of"),
         (lambda w, m: ck.effective_weights([w], [m], kind="adversarial"), "grads must be given"),
         (lambda w, m: ck.effective_weights([w], [m], block_size=4), "must have shape"),

@@ -118,9 +118,18 @@ def test_normal_deviates_have_the_right_tails() -> None:
     assert 5.0 < largest <= math.sqrt(2 * 32 * math.log(2)) + 1e-5
 
 
-def test_extreme_words_stay_finite_and_reach_the_stated_tail() -> None:
-    words = torch.tensor([0, 0, 0xFFFFFFFF, 0, 0xFFFFFFFF, 0xFFFFFFFF])
-    assert reference.normal_deviates(words).abs().max() == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
+@pytest.mark.parametrize(
+    ("sample", "word", "radius"), [(1477427040, 0, math.sqrt(64 * math.log(2))), (12543781886, 2**32 - 1, 0)]
+)
+def test_extreme_words_stay_finite_and_reach_the_stated_tail(isa: str, sample: int, word: int, radius: float) -> None:
+    """The first sample of seed 0 whose first word is 0, and the first with all bits set."""
+    assert _C.philox4x32([0, sample & 0xFFFFFFFF, sample >> 32, 0], [0, 0])[0] == word
+    x = torch.zeros(1, 1, 2)
+    for noise in (
+        ck.smoothing_noise(x, 1, 1.0, seed=0, first_sample=sample),
+        reference.smoothing_noise(x, 1, 1.0, 0, sample, 0, torch.float32, torch.contiguous_format),
+    ):
+        assert math.hypot(*noise.flatten().tolist()) == pytest.approx(radius, rel=1e-6)
 
 
 def test_uniform_matches_reference_and_range() -> None:
@@ -130,6 +139,15 @@ def test_uniform_matches_reference_and_range() -> None:
     assert u.max() < 1
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
     assert torch.equal(u[100:], ck.philox_uniform(1900, 7, seed=3, first_sample=2**33 + 100, stream=4))
+
+
+def test_uniform_does_not_follow_the_default_dtype() -> None:
+    want = ck.philox_uniform(5, 3, seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(ck.philox_uniform(5, 3, seed=1), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_empty_batch_and_non_contiguous_image() -> None:
@@ -144,6 +162,10 @@ def test_empty_batch_and_non_contiguous_image() -> None:
     [
         ({"sigma": 0.0}, "sigma must be > 0"),
         ({"sigma": float("nan")}, "sigma must be finite"),
+        ({"sigma": 1e-46}, "sigma must be in float32's range"),
+        ({"sigma": 1e39}, "sigma must be in float32's range"),
+        ({"sigma": "0.5"}, "sigma must be a number"),
+        ({"sigma": True}, "sigma must be a number"),
         ({"n": -1}, r"n must be in \[0"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),
@@ -157,5 +179,5 @@ def test_empty_batch_and_non_contiguous_image() -> None:
 def test_bad_arguments(change: dict, message: str) -> None:
     arguments = {"x": torch.zeros(3, 8, 8), "n": 2, "sigma": 0.5, "seed": 0} | change
     x, n, sigma = (arguments.pop(k) for k in ("x", "n", "sigma"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ck.smoothing_noise(x, n, sigma, **arguments)

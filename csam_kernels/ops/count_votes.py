@@ -32,7 +32,8 @@ def count_votes(logits: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.zeros(classes, dtype=torch.int64, device=logits.device)
     checks.tensor("out", out, dtypes=(torch.int64,), ndim=1)
     if out.numel() != classes or not out.is_contiguous():
-        raise ValueError(f"out must be a contiguous int64 [{classes}], got shape {tuple(out.shape)}")
+        came = f"shape {tuple(out.shape)}, stride {out.stride()}"
+        raise ValueError(f"out must be a contiguous int64 [{classes}], got {came}")
     checks.same_device(logits=logits, out=out)
     _op(logits.detach(), out)
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.layout import fake_like
 from csam_kernels.ops.perturb_masks import KINDS, check_perturbation
 
 
@@ -39,13 +40,14 @@ def effective_weights(
         dtype: of the results; default each weight's.
 
     Returns:
-        One tensor a layer, of the weight's shape and memory format.
+        One tensor a layer, of the weight's shape; channels_last where the weight is, else contiguous.
 
     Raises:
         TypeError, ValueError: a mask that does not lie over its weight, unequal lists, unknown kind.
     """
     weights = checks.tensors("weights", weights)
     checks.choice("kind", kind, ("plain", *KINDS))
+    masks = checks.tensors("masks", masks, dtypes=(torch.bool, *checks.FLOATS))
     checks.same_length(weights=weights, masks=masks)
     block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
     masks = [checks.mask_for(f"masks[{i}]", m, weights[i], block) for i, m in enumerate(masks)]
@@ -96,4 +98,4 @@ def _(
     dtype: torch.dtype | None,
     block_size: int,
 ) -> list[Tensor]:
-    return [torch.empty_like(w, dtype=dtype or w.dtype) for w in weights]
+    return [fake_like(w, dtype) for w in weights]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.layout import fake_like, fake_mask_gradient
 
 
 def mask_gradients(
@@ -37,6 +38,7 @@ def mask_gradients(
     """
     weights = checks.tensors("weights", weights, dtypes=(torch.float32, torch.float64))
     grad_weights = checks.tensors("grad_weights", grad_weights)
+    masks = checks.tensors("masks", masks, dtypes=(torch.bool, *checks.FLOATS))
     checks.same_length(grad_weights=grad_weights, weights=weights, masks=masks)
     block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
     masks = [checks.mask_for(f"masks[{i}]", m, weights[i], block) for i, m in enumerate(masks)]
@@ -72,8 +74,8 @@ def _(
     need_weight: bool,
     need_mask: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    dtheta = [torch.empty_like(w) for w in weights] if need_weight else []
-    pairs = zip(weights, masks, strict=True)
-    dmask = [torch.empty(m.shape, dtype=w.dtype, device=w.device) for w, m in pairs] if need_mask else []
+    dtheta = [fake_like(w) for w in weights] if need_weight else []
+    pairs = zip(weights, masks, strict=need_mask)
+    dmask = [fake_mask_gradient(m, w, w.dtype) for w, m in pairs] if need_mask else []
     device = weights[0].device if weights else None
     return dtheta, dmask, torch.empty((), dtype=torch.float64, device=device)

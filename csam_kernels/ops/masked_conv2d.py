@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.layout import fake_like, fake_mask_gradient
 
 Pair = int | tuple[int, int] | list[int]
 
@@ -28,9 +29,9 @@ def masked_conv2d(
     """conv2d(x, weight * mask, bias, stride, padding, dilation, groups).
 
     The product is taken in the weight's dtype and rounded once to x's, so x may be bfloat16 while weight and mask stay
-    float32; under torch.autocast x is cast to the autocast dtype first. With W = weight * mask and G = dL/dW the
-    gradients are dL/dweight = G * mask and dL/dmask = G * weight, summed over the mask's broadcast. Filters and input
-    channels that a filter, channel or full bool mask switches off are left out where that pays.
+    float32; under torch.autocast x is cast to the autocast dtype first, unless it is float64. With W = weight * mask
+    and G = dL/dW the gradients are dL/dweight = G * mask and dL/dmask = G * weight, summed over the mask's broadcast.
+    Filters and input channels that a filter, channel or full bool mask switches off are left out where that pays.
 
     Args:
         x: [B, C, H, W] or [C, H, W].
@@ -72,11 +73,17 @@ def masked_conv2d(
                 f"x is too small along {axis}: {size} + 2*{pad} padding < kernel reach {step * (kernel - 1) + 1}"
             )
 
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     batched = x if x.dim() == 4 else x[None]
     out: Tensor = _op(batched, weight, mask, bias, stride, padding, dilation, groups, block)
     return out if x.dim() == 4 else out[0]
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as torch.autocast hands it to a convolution or a linear layer: float64 is left alone."""
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _pair(name: str, value: Any, low: int) -> list[int]:
@@ -173,9 +180,9 @@ def _(
         args = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
         grads.append(torch.ops.aten.convolution_backward(grad, x, effective, None, *args)[0])
     if need_weight:
-        grads.append(torch.empty_like(weight))
+        grads.append(fake_like(weight))
     if need_mask:
-        grads.append(torch.empty(mask.shape, dtype=mask.dtype, device=mask.device))
+        grads.append(fake_mask_gradient(mask, weight, mask.dtype))
     return grads
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.ops.masked_conv2d import autocast
 
 
 def masked_linear(
@@ -41,9 +43,8 @@ def masked_linear(
     if bias is not None and tuple(checks.tensor("bias", bias).shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    rows: Tensor = _op(x.reshape(-1, x.shape[-1]), weight, mask, bias, block)
+    x = autocast(x)
+    rows: Tensor = _op(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, mask, bias, block)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 

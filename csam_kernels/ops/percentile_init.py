@@ -24,7 +24,7 @@ def percentile_init(weights: Sequence[Tensor], tau: float = 0.9) -> list[Tensor]
         Soft masks of the weights' shapes and dtypes, in [0, 1].
 
     Raises:
-        TypeError, ValueError: tau outside (0, 1], NaN weights.
+        TypeError, ValueError: tau outside (0, 1], NaN or infinite weights.
     """
     weights = checks.tensors("weights", weights, dtypes=(torch.float32, torch.float64))
     tau = checks.real("tau", tau, above=0)
@@ -40,8 +40,8 @@ def _op(weights: list[Tensor], tau: float) -> list[Tensor]:
     if not weights:
         return []
     for i, w in enumerate(weights):
-        if w.numel() and bool(torch.isnan(w.amax())):
-            raise ValueError(f"weights[{i}] must hold no NaN")
+        if w.numel() and not bool(torch.linalg.vector_norm(w, torch.inf).isfinite()):
+            raise ValueError(f"weights[{i}] must be finite, got NaN or inf")
     return backend.serve("percentile_init", weights[0].device)(weights, tau)
 
 

@@ -36,4 +36,4 @@ def _op(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
 
 @_op.register_fake
 def _(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
-    return torch.empty(n, k)
+    return torch.empty(n, k, dtype=torch.float32)

@@ -49,6 +49,7 @@ def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
             f"got shape {tuple(params.shape)}"
         )
     checks.same_device(x=x, params=params)
+    params = params.to(torch.float32)  # what the kernels read
     if not bool(torch.isfinite(params).all()):
         raise ValueError("params must be finite, got NaN or inf")
     _, _, _, scale, blur, _, _, gamma = params.unbind(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from csam_kernels import backend, checks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = torch.finfo(torch.float32)
 
 
 def smoothing_noise(
@@ -31,7 +32,7 @@ def smoothing_noise(
     Args:
         x: image [C, H, W] in float32, bfloat16 or float16.
         n: number of copies; 0 gives an empty batch.
-        sigma: standard deviation in pixel units, > 0.
+        sigma: standard deviation in pixel units, > 0 in float32 too.
         seed: 0 .. 2^64-1.
         first_sample: index of the first copy.
         stream: 0 .. 2^32-1; the image's index in its data set.
@@ -47,6 +48,8 @@ def smoothing_noise(
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n = checks.integer("n", n, low=0)
     sigma = checks.real("sigma", sigma, above=0)
+    if not FLOAT32.tiny <= sigma <= FLOAT32.max:
+        raise ValueError(f"sigma must be in float32's range [{FLOAT32.tiny:g}, {FLOAT32.max:g}], got {sigma:g}")
     signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
     stream = checks.integer("stream", stream, low=0, high=2**32 - 1)

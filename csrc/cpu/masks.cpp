@@ -124,22 +124,14 @@ CSAM_INLINE void perturb(const MaskPass& pass, int64_t layer, const float* mask,
       if (e + W <= n) {
         store(out + e, clip01(load<vf>(mask + e) + u));
       } else {
-        for (int64_t t = e; t < n; ++t) {
-          float v = mask[t] + u[t - e];
-          v = v > 0 ? v : 0;
-          out[t] = v < 1 ? v : 1;
-        }
+        for (int64_t t = e; t < n; ++t) out[t] = csam::clip01(mask[t] + u[t - e]);
       }
     });
     return;
   }
   float buffer[kBlock];
   const float* g = widen(l.grad, pass.grad_dtype, offset, n, buffer);
-  for (int64_t i = 0; i < n; ++i) {
-    float v = mask[i] + scale * g[i];
-    v = v > 0 ? v : 0;
-    out[i] = v < 1 ? v : 1;
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = csam::clip01(mask[i] + scale * g[i]);
 }
 CSAM_INLINE void perturb(const MaskPass& pass, int64_t layer, const double* mask, int64_t offset, int64_t n,
                          double* out) {
@@ -293,9 +285,9 @@ void reduce_broadcast(const MaskPass& pass, const MaskLayer& l, int threads) {
   }
 }
 
-// Products of one block; returns the block's sum of squares of dL/dM.
+// Products of one block; returns the block's sum of squares of dL/dM, in double: small gradients' squares underflow.
 CSAM_INLINE double products(const float* g, const float* w, const float* m, int64_t n, float* dtheta, float* dmask) {
-  vf squares[4] = {};
+  vd squares[2] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     for (int j = 0; j < 4; ++j) {
@@ -303,9 +295,14 @@ CSAM_INLINE double products(const float* g, const float* w, const float* m, int6
       const vf grad = load<vf>(g + e), dm = grad * load<vf>(w + e);
       if (dtheta) store(dtheta + e, grad * load<vf>(m + e));
       if (dmask) store(dmask + e, dm);
-      squares[j] = fma(dm, dm, squares[j]);
+      vhalf halves[2];
+      memcpy(halves, &dm, sizeof dm);
+      for (int h = 0; h < 2; ++h) {
+        const vd wide = __builtin_convertvector(halves[h], vd);
+        squares[h] += wide * wide;
+      }
     }
-  double total = sum(squares[0] + squares[1]) + sum(squares[2] + squares[3]);
+  double total = sum(squares[0] + squares[1]);
   for (; i < n; ++i) {
     const float dm = g[i] * w[i];
     if (dtheta) dtheta[i] = g[i] * m[i];

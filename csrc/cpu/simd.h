@@ -29,6 +29,8 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint64_t vq __attribute__((vector_size(4 * W)));  // W/2 lanes of 64 bits
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef uint8_t vb __attribute__((vector_size(W)));
+typedef float vhalf __attribute__((vector_size(2 * W)));  // half the lanes of vf, and the same in double
+typedef double vd __attribute__((vector_size(4 * W)));
 
 template <class V, class T>
 CSAM_INLINE V load(const T* p) {
@@ -115,10 +117,10 @@ CSAM_INLINE vf to_float(vu w) {
 }
 CSAM_INLINE vf to_float(vi w) { return __builtin_convertvector(w, vf); }
 
-CSAM_INLINE vf clip01(vf x) {
+CSAM_INLINE vf clip01(vf x) {  // NaN stays NaN
   const vf zero = {}, one = splat(1.0f);
-  x = x > zero ? x : zero;
-  return x < one ? x : one;
+  x = zero > x ? zero : x;
+  return one < x ? one : x;
 }
 
 // bfloat16: round to nearest even on the integer form; NaN stays NaN.
@@ -168,9 +170,9 @@ CSAM_INLINE vf from_f16(vh h) {
 #endif
 }
 
-CSAM_INLINE double sum(vf v) {
+CSAM_INLINE double sum(vd v) {
   double s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
+  for (int i = 0; i < W / 2; ++i) s += v[i];
   return s;
 }
 

@@ -135,7 +135,8 @@ void smoothing_noise(const NoiseArgs& a, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     float* scratch = static_cast<float*>(aligned_alloc(64, padded * sizeof(float)));
-    uint16_t* half = static_cast<uint16_t*>(aligned_alloc(64, padded * sizeof(uint16_t) + 64));
+    // More than it holds, but a multiple of the alignment, which aligned_alloc asks for.
+    uint16_t* half = static_cast<uint16_t*>(aligned_alloc(64, padded * sizeof(float)));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.n; ++i) {
       Counter c;
