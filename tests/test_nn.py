@@ -268,6 +268,12 @@ def test_convert_excludes(exclude: Any, left: list[str]) -> None:
 def test_convert_refuses() -> None:
     with pytest.raises(ValueError, match="exclude must hold names of the model's modules, got 'steam'"):
         convert(Small(), exclude=("steam",))
+    lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
+    with pytest.raises(ValueError, match="model must have run once before it is converted, got the lazy layer '1'"):
+        convert(lazy)
+    assert list(masked_layers(convert(lazy, exclude="1"))) == ["0"]
+    lazy(images())
+    assert list(masked_layers(convert(lazy))) == ["0", "1"]
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got Tensor"):
         convert(torch.ones(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
@@ -283,6 +289,24 @@ def test_convert_leaves_subclasses_and_transformers_alone() -> None:
     encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     model = nn.ModuleList([Scaled(3, 4, 3), parametrized, encoder, nn.Conv1d(3, 4, 3)])
     assert not masked_layers(convert(model))
+
+
+def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own() -> None:
+    hooked, patched = nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    patched.forward = lambda x: 2 * F.linear(x, patched.weight)  # type: ignore[method-assign]
+    model = nn.Sequential(hooked, patched, nn.Linear(4, 4)).eval()
+    twin = convert(model)
+    assert list(masked_layers(twin)) == ["2"]
+    x = torch.randn(3, 4)
+    assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_layer_without_weights_has_sparsity_zero(granularity: str) -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = convert(nn.Linear(0, 3), granularity)
+    assert layer.kept() == 0
+    assert "sparsity=0.0000" in repr(layer)
 
 
 def test_fold_is_plain_and_equal() -> None:
@@ -308,8 +332,9 @@ def test_plain_state_dict_loads_and_keeps_masks() -> None:
     other = convert(source)
     other.load_state_dict(twin.state_dict())
     assert other.stem.sparsity == 1
-    with pytest.raises(RuntimeError, match=r"Missing key.*stem\.weight"):
-        twin.load_state_dict({k: v for k, v in source.state_dict().items() if k != "stem.weight"})
+    for state, key in [(source.state_dict(), "stem.weight"), (other.state_dict(), "stem.mask")]:
+        with pytest.raises(RuntimeError, match=rf"Missing key.*{key}"):
+            twin.load_state_dict({k: v for k, v in state.items() if k != key})
 
 
 def masked_small() -> Small:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +44,11 @@ def shifted(x: Tensor, *, seed: int) -> Tensor:
     """A transform with a random draw of its own."""
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.flip(3) + 0.5 * noise.to(x.dtype)
+
+
+def flipped(x: Tensor, *, seed: int) -> Tensor:
+    """A transform that treats every image alike."""
+    return x.flip(3)
 
 
 def batch(n: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -204,6 +211,27 @@ def test_norm_scope_and_budget_options_equal_the_plain_twin(options: dict[str, A
     compare_with_twin(MaskSearch(model, **plain_sgd(transform=shifted, **options)))
 
 
+def test_joint_training_sees_every_use_of_a_tied_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed((x * 5).long()).mean(1))
+
+    model = convert(Tied()).double()
+    rates = {"weight_lr": 0.1, "weight_momentum": 0, "weight_decay": 0}
+    search = MaskSearch(model, perturbation=None, joint=True, **rates, **(OFF | {"task": 1}))
+    theta = model.embed.weight.detach().clone().requires_grad_()
+    x, y = torch.rand(6, 3, dtype=torch.float64), torch.arange(6) % 5
+    logits = F.linear(theta[(x * 5).long()].mean(1), theta * model.head.mask_score, model.head.bias)
+    (grad,) = torch.autograd.grad(F.cross_entropy(logits, y), theta)
+    search.step(x, y)
+    assert_close(model.embed.weight.detach(), theta.detach() - 0.1 * grad)
+
+
 def test_adam_moves_the_scores_as_torch_does() -> None:
     model = masked_model(dtype=torch.float64)
     search = MaskSearch(model, 0.6, lr=0.05, perturbation="uniform")
@@ -276,7 +304,19 @@ def test_a_step_leaves_buffers_generators_and_gradients_alone(joint: bool) -> No
     assert moved == trained
     assert all(p.grad is None for p in model.parameters())
     assert all(layer.effective_weight is None for layer in masked_layers(model).values())
-    assert model[1].track_running_stats
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "instance_norm", "spectral_norm"])
+def test_a_step_leaves_every_kind_of_buffer_alone(kind: str) -> None:
+    model = plain_model()
+    if kind == "instance_norm":
+        model[1] = nn.InstanceNorm2d(6, track_running_stats=True)
+    if kind == "spectral_norm":
+        nn.utils.parametrizations.spectral_norm(model[0])
+    model = convert(model).train()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    MaskSearch(model, transform=shifted).step(*batch())
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
 def test_dropout_is_the_same_in_every_pass() -> None:
@@ -290,8 +330,8 @@ def test_an_exception_in_the_model_leaves_it_usable() -> None:
     with pytest.raises(RuntimeError):
         search.step(torch.rand(4, 3, 6, 6), torch.arange(4))
     assert all(layer.effective_weight is None for layer in masked_layers(model).values())
-    assert model[1].track_running_stats
     model(batch()[0])
+    assert model[1].num_batches_tracked == 1
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
@@ -308,6 +348,23 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
+def test_a_gradient_of_theta_that_is_not_finite_changes_nothing() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.shift = nn.Linear(4, 3), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + self.shift.sqrt()  # of infinite slope at zero
+
+    model = convert(Root())
+    search = MaskSearch(model, joint=True)
+    before = search.state_dict()
+    with pytest.raises(FloatingPointError, match=r"gradient norm [\d.]+ \(of theta (inf|nan)\) at step 0"):
+        search.step(torch.rand(5, 4), torch.arange(5) % 3)
+    assert all(torch.equal(v, before[k]) for k, v in search.state_dict().items())
+
+
 def test_layers_that_the_forward_skips_stay_put() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:
@@ -320,10 +377,14 @@ def test_layers_that_the_forward_skips_stay_put() -> None:
     model = convert(Skips())
     search = MaskSearch(model, budget=0)
     before = scores_of(model)
-    search.step(torch.rand(5, 4), torch.arange(5) % 3)
+    x, y = torch.rand(5, 4), torch.arange(5) % 3
+    search.step(x, y)
     used, unused = (not torch.equal(a, b) for a, b in zip(before, scores_of(model), strict=True))
     assert used
     assert not unused
+    model.used = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="model must call its masked layers"):
+        MaskSearch(model).step(x, y)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -425,9 +486,12 @@ def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
         (good | {"score.9": good["score.3"]}, "unknown key 'score.9'"),
         (good | {"score.3": good["score.3"][:1]}, r"state\['score.3'\] must have shape \(8, 6, 3, 3\)"),
         (other.state_dict(), "unknown key 'score.momentum_buffer.0'"),
+        ({k: v for k, v in good.items() if k != "score.exp_avg_sq.3"}, "the key 'score.exp_avg_sq.3' is missing"),
+        (good | {"step": torch.tensor(5), "lr": torch.tensor(math.nan)}, "lr must be finite"),
+        (good | {"step": 5}, r"state\['step'\] must be a torch.Tensor, got int"),
     ]
     for state, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             search.load_state_dict(state)
     assert all(torch.equal(v, good[k]) for k, v in search.state_dict().items())
 
@@ -514,6 +578,8 @@ def test_unfit_models_are_refused() -> None:
         MaskSearch(plain_model())
     with pytest.raises(ValueError, match="weights of one dtype, float32 or float64, got bfloat16"):
         MaskSearch(masked_model().bfloat16())
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 needs a float32 model, got float64"):
+        MaskSearch(masked_model().double(), dtype=torch.bfloat16)
     mixed = nn.Sequential(convert(nn.Linear(3, 3), "block", 2), convert(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="one block size"):
         MaskSearch(mixed)
@@ -531,9 +597,10 @@ def test_unfit_models_are_refused() -> None:
         (torch.rand(0, 2, 6, 6), torch.zeros(0).long(), ValueError, "B >= 1"),
         (torch.full((1, 2, 6, 6), torch.nan), torch.zeros(1).long(), ValueError, "x must be finite"),
         (torch.rand(1, 2, 6, 6), torch.tensor([-1]), ValueError, "y must hold class indices >= 0, got -1"),
+        (torch.rand(2, 2, 6, 6), torch.tensor([0, 4]), ValueError, "y must hold .* below the model's 4, got 4"),
         (torch.ones(1, 2, 6, 6).byte(), torch.zeros(1).long(), TypeError, "x must have dtype"),
     ],
-    ids=["float-labels", "lengths", "empty", "nan", "negative-label", "bytes"],
+    ids=["float-labels", "lengths", "empty", "nan", "negative-label", "label", "bytes"],
 )
 def test_bad_batches_are_refused(x: Tensor, y: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -542,8 +609,38 @@ def test_bad_batches_are_refused(x: Tensor, y: Tensor, error: type[Exception], m
 
 def test_models_and_transforms_of_the_wrong_shape_are_named() -> None:
     features = convert(nn.Sequential(nn.Conv2d(2, 3, 3)))
-    with pytest.raises(ValueError, match=r"logits of shape \(6, classes\), got \(6, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"logits of shape \(6, classes >= 2\), got \(6, 3, 4, 4\)"):
         MaskSearch(features).step(*batch())
+    one = convert(nn.Sequential(nn.Flatten(), nn.Linear(72, 1)))
+    with pytest.raises(ValueError, match=r"classes >= 2\), got \(6, 1\)"):
+        MaskSearch(one).step(batch()[0], torch.zeros(6).long())
     search = MaskSearch(masked_model(), transform=lambda x, *, seed: x[:1])
     with pytest.raises(ValueError, match=r"tensor of shape \(6, 2, 6, 6\), got \(1, 2, 6, 6\)"):
         search.step(*batch())
+
+
+def _search_in_a_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    start = torch.load(f"{folder}/start.pt", weights_only=False)
+    search = MaskSearch(start["model"], **start["options"])
+    half = slice(rank * 4, rank * 4 + 4)
+    logs = [search.step(start["x"][half], start["y"][half]) for _ in range(3)]
+    torch.save({"logs": logs, "state": search.state_dict()}, f"{folder}/{rank}.pt")
+    os._exit(0)  # as in test_nn.py
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
+def test_two_processes_search_as_one_does(joint: bool, tmp_path: Path) -> None:
+    model = masked_model(dtype=torch.float64).eval().to(memory_format=torch.channels_last)
+    x, y = batch(8, torch.float64)
+    options = {"transform": flipped, "joint": joint}
+    torch.save({"model": model, "x": x, "y": y, "options": options}, tmp_path / "start.pt")
+    mp.spawn(_search_in_a_process, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    whole = MaskSearch(model, **options)
+    assert first["logs"] == second["logs"]
+    assert first["logs"] == [pytest.approx(whole.step(x, y), rel=1e-9) for _ in range(3)]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(first["state"][key], second["state"][key])
+        assert_close(first["state"][key].double(), value.double())

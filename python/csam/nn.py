@@ -33,6 +33,8 @@ Exclude: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 # These read the weights of their Linear children without calling them, so a mask there would be ignored in
 # silence.
 _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# These turn into nn.Conv2d and nn.Linear on their first input, too late for a mask.
+_LAZY = (nn.LazyConv2d, nn.LazyLinear)
 
 
 def mask_shape(weight_shape: Iterable[int], granularity: str, block_size: int = 4) -> tuple[int, ...]:
@@ -111,13 +113,13 @@ class _Masked(nn.Module):
             return int(self.mask.sum()) * (self.weight.numel() // max(self.mask.numel(), 1))
         cols = self.weight[0].numel()
         widths = torch.full((self.mask.shape[1],), self.block_size, device=self.mask.device)
-        widths[-1] = cols - self.block_size * (self.mask.shape[1] - 1)
+        widths[-1:] = cols - self.block_size * (self.mask.shape[1] - 1)
         return int((self.mask.sum(0) * widths).sum())
 
     @property
     def sparsity(self) -> float:
         """Exact share of the weights that the hard mask removes."""
-        return 1 - self.kept() / self.weight.numel()
+        return 1 - self.kept() / self.weight.numel() if self.weight.numel() else 0.0
 
     def masked_weight(self) -> Tensor:
         """theta * M for the hard mask, in the weight's shape, dtype and memory format."""
@@ -146,7 +148,8 @@ class _Masked(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         own = {prefix + "mask", prefix + "mask_score"}
-        missing_keys[:] = [key for key in missing_keys if key not in own]
+        if own.isdisjoint(state_dict):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -271,8 +274,9 @@ def convert(model: nn.Module, granularity: str = "weight", block_size: int = 4, 
     where they stand, so names, weights, requires_grad, hooks, training flags, device, dtype, and modules
     used in two places stay as they were. Left alone: other layers (ConvTranspose2d, Conv1d, ...),
     subclasses of nn.Conv2d and nn.Linear (their forward may differ; parametrized layers are among them),
-    layers that are masked already, and everything inside nn.MultiheadAttention and
-    nn.TransformerEncoderLayer, which read their children's weights directly.
+    layers with a forward of their own or a weight that hooks compute (nn.utils.spectral_norm), layers that
+    are masked already, and everything inside nn.MultiheadAttention and nn.TransformerEncoderLayer, which
+    read their children's weights directly.
 
     Args:
         granularity, block_size: of every new mask. A filter mask on a classifier can remove a class:
@@ -282,17 +286,22 @@ def convert(model: nn.Module, granularity: str = "weight", block_size: int = 4, 
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: unknown granularity, block_size < 1, a name in `exclude` that the model does not have.
+        ValueError: unknown granularity, block_size < 1, a name in `exclude` that the model does not have, a
+            lazy layer that has not seen its first input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     mask_shape((1, 1), granularity, block_size)
     twin = copy.deepcopy(model)
     skipped = _excluded(twin, exclude)
-    for module in twin.modules():
-        if type(module) in _TWINS and module not in skipped:
+    for name, module in twin.named_modules():
+        if module in skipped:
+            continue
+        if isinstance(module, _LAZY) and module.has_uninitialized_params():
+            raise ValueError(f"model must have run once before it is converted, got the lazy layer {name!r}")
+        if _is_plain(module):
             module.__class__ = _TWINS[type(module)]
-            module._add_mask(granularity, block_size)  # type: ignore[operator]
+            module._add_mask(granularity, block_size)
     return twin
 
 
@@ -319,6 +328,11 @@ def fold(model: nn.Module) -> nn.Module:
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """The model's masked layers by name, in the order of `named_modules`; a shared layer comes once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (MaskedConv2d, MaskedLinear))}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the layer computes with a weight of its own as its class does, so that the masked twin does the same."""
+    return type(module) in _TWINS and "weight" in module._parameters and "forward" not in vars(module)
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:

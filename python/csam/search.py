@@ -28,8 +28,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from csam.masks import initial_scores, require_masked, select
 from csam.nn import MaskedLayer
@@ -101,10 +103,12 @@ class MaskSearch:
 
     The scores are the layers' own `mask_score`, set to the percentile-scaled initial masks when the object
     is made. The model runs in the mode it is in: call `model.train()`, so that batch norm follows the masked
-    activations. Its buffers stay as they are: batch norm takes batch statistics and leaves the running ones
-    alone, since those of the final mask have to be estimated anew in any case. Dropout draws the same units
-    in every pass of a step. Step t of a seed is reproducible: its noise, transforms and dropout depend on
-    (seed, t) only.
+    activations. Its buffers stay as they are: every pass has copies of them, since the running statistics of
+    the final mask have to be estimated anew in any case. Dropout draws the same units in every pass of a
+    step. Step t of a seed is reproducible: its noise, transforms and dropout depend on (seed, t) only.
+
+    Where torch.distributed is initialised, gradients and logged values are averaged over its processes, as
+    DistributedDataParallel does: with the same model, settings and seed in each, all keep the same masks.
 
     rho is the L2 length of the ascent step over all N mask values together (over each layer's with
     norm="layer"), so a value moves by rho/sqrt(N) in the root mean square; for scale, uniform noise has
@@ -131,9 +135,9 @@ class MaskSearch:
         optimizer: "adam" or "sgd" for the scores, with learning rate `lr` and, for sgd, `momentum`.
         joint: train theta as well (every parameter that requires a gradient), by SGD with `weight_lr`,
             `weight_momentum` and `weight_decay`. False: theta stays as it is [R, as HYDRA].
-        dtype: torch.bfloat16 computes the passes in it (effective weights are rounded once, the rest runs
-            under torch.autocast); None in the weights' dtype. Fastest is bfloat16 with model and images in
-            channels_last.
+        dtype: torch.bfloat16 computes the passes of a float32 model in it (effective weights are rounded
+            once, the rest runs under torch.autocast); None in the weights' dtype. Fastest is bfloat16 with
+            model and images in channels_last.
         seed: 0..2^63-1.
 
     Raises:
@@ -201,7 +205,7 @@ class MaskSearch:
 
         self._layers = require_masked(model)
         self._block_size = _common_block_size(self._layers)
-        _match_dtypes(self._layers)
+        _match_dtypes(self._layers, self.dtype)
         self._scores = {name: layer.mask_score for name, layer in self._layers.items()}
         self._count = sum(score.numel() for score in self._scores.values())
         self.optimizer = _score_optimizer(optimizer, list(self._scores.values()), lr, momentum)
@@ -244,24 +248,28 @@ class MaskSearch:
 
         Raises:
             TypeError, ValueError: x and y not as above.
-            FloatingPointError: the loss or the gradient is not finite; nothing has been updated then.
+            FloatingPointError: the loss or a gradient is not finite; nothing has been updated then.
         """
         _check_batch(x, y)
         passes = self._forward(x, y)
         terms = self._terms(passes, x, y)
         score_grads, weight_grads = self._backward(terms, passes.distinct())
-        logged = {name: float(term.detach()) for name, term in terms.items()}
+        if passes.soft is not None:
+            terms["accuracy"] = (passes.soft.logits.argmax(1) == y).double().mean()
+        values = torch.tensor([float(term.detach()) for term in terms.values()], dtype=torch.float64, device=x.device)
+        score_grads = [_averaged(g) for g in score_grads]
+        weight_grads = {name: _averaged(g) for name, g in weight_grads.items()}
+        logged = dict(zip(terms, _averaged(values).tolist(), strict=True))
         logged["mask_mean"] = mean = self._mask_mean()
         if self.lambdas["budget"]:
             logged["budget"], slope = self._budget(mean)
             torch._foreach_add_(score_grads, self.lambdas["budget"] * slope / self._count)
         logged["loss"] = sum(weight * logged[name] for name, weight in self.lambdas.items() if weight)
-        logged["grad_norm"] = float(torch.stack(torch._foreach_norm(score_grads)).double().norm())
-        if passes.soft is not None:
-            logged["accuracy"] = float((passes.soft.logits.argmax(1) == y).double().mean())
-        if not math.isfinite(logged["loss"] + logged["grad_norm"]):
+        logged["grad_norm"] = norm = _norm(score_grads)
+        weight_norm = _norm(list(weight_grads.values()))
+        if not math.isfinite(logged["loss"] + norm + weight_norm):
             raise FloatingPointError(
-                f"loss {logged['loss']:g}, gradient norm {logged['grad_norm']:g} at step {self.steps}: "
+                f"loss {logged['loss']:g}, gradient norm {norm:g} (of theta {weight_norm:g}) at step {self.steps}: "
                 "nothing was updated; a lower lr or rho may do"
             )
         self._update(score_grads, weight_grads)
@@ -305,10 +313,10 @@ class MaskSearch:
         """Continue from `state_dict()`: the next steps are bit for bit those of the search that was saved.
 
         Raises:
-            ValueError: a missing, unknown or wrongly shaped entry, by name; nothing has been changed then.
+            TypeError, ValueError: a missing, unknown or wrongly shaped entry, by name; nothing has been changed then.
         """
         self._check_state(state)
-        self.steps, self.lr = int(state["step"]), float(state["lr"])
+        self.lr, self.steps = float(state["lr"]), int(state["step"])
         for prefix, group in self._groups.items():
             group.optimizer.state.clear()
             for name, parameter in group.parameters.items():
@@ -363,25 +371,27 @@ class MaskSearch:
         """Logits [B, K] of the model with the leaves as its effective weights, float32 at least."""
         amp = torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None)
         seeded = _seeded(_mix(self.seed, self.steps), x.device)
-        with _installed(self._layer_list(), leaves), _running_stats_kept(self.model), seeded, amp:
-            logits = self.model(x)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        masks = {f"{name}.mask" for name in self._layers}
+        buffers = {name: b.clone() for name, b in self.model.named_buffers() if name not in masks}
+        with _installed(self._layer_list(), leaves), seeded, amp:
+            logits = functional_call(self.model, buffers, (x,))
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model must return logits of shape ({len(x)}, classes), got {came}")
+            raise ValueError(f"model must return logits of shape ({len(x)}, classes >= 2), got {came}")
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _ascent(self, clean: _Pass, y: Tensor, keep_graph: bool) -> list[Tensor]:
         """g = dCE/dC at the clean masks."""
-        loss = F.cross_entropy(clean.logits, y)
+        loss = _cross_entropy(clean.logits, y)
         grads = torch.autograd.grad(loss, clean.leaves, retain_graph=keep_graph, allow_unused=True)
-        return self._chain(grads, clean)[1]
+        return [_averaged(g) for g in self._chain(grads, clean)[1]]
 
     def _terms(self, passes: _Passes, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The differentiable terms of non-zero weight."""
         clean, soft, hard = passes
         terms = {}
         if soft and self.lambdas["task"]:
-            terms["task"] = F.cross_entropy(soft.logits, y)
+            terms["task"] = _cross_entropy(soft.logits, y)
         if soft and clean and self.lambdas["structural"]:
             terms["structural"] = structural_term(soft.logits, clean.logits)
         if clean and hard:
@@ -396,9 +406,9 @@ class MaskSearch:
             return [torch.zeros_like(score) for score in self._scores.values()], {}
         total = torch.stack([self.lambdas[name] * term for name, term in terms.items()]).sum()
         leaves = [leaf for p in passes for leaf in p.leaves]
-        others = {n: p for n, p in self._trained.items() if n not in self._weight_names}
-        grads = torch.autograd.grad(total, [*leaves, *others.values()], allow_unused=True)
-        by_name = {n: g for n, g in zip(others, grads[len(leaves) :], strict=True) if g is not None}
+        # a masked layer's weight has a gradient here too where something else reads it (a tied embedding)
+        grads = torch.autograd.grad(total, [*leaves, *self._trained.values()], allow_unused=True)
+        by_name = {n: g for n, g in zip(self._trained, grads[len(leaves) :], strict=True) if g is not None}
         by_score: list[Tensor] = []
         for i, p in enumerate(passes):
             part = grads[i * len(p.leaves) : (i + 1) * len(p.leaves)]
@@ -411,6 +421,8 @@ class MaskSearch:
                 by_score = dmask
             for name, grad in zip(self._weight_names, dtheta, strict=False):
                 by_name[name] = by_name[name] + grad if name in by_name else grad
+        if not by_score:
+            raise ValueError("model must call its masked layers, got logits that depend on none of them")
         return by_score, by_name
 
     def _chain(self, grads: Sequence[Tensor | None], at: _Pass) -> tuple[list[Tensor], list[Tensor]]:
@@ -457,20 +469,23 @@ class MaskSearch:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         scalar = torch.Size()
-        required, optional = {"step": scalar, "lr": scalar}, {}
+        known = {"step": scalar, "lr": scalar}
         for prefix, group in self._groups.items():
             for name, parameter in group.parameters.items():
-                required[f"{prefix}.{name}"] = parameter.shape
-                for key in group.state_keys:
-                    optional[f"{prefix}.{key}.{name}"] = scalar if key == "step" else parameter.shape
-        known = required | optional
+                known[f"{prefix}.{name}"] = parameter.shape
+                shapes = {key: scalar if key == "step" else parameter.shape for key in group.state_keys}
+                held = {f"{prefix}.{key}.{name}": shape for key, shape in shapes.items()}
+                if not held.keys().isdisjoint(state):  # the optimizer holds nothing before the first gradient
+                    known |= held
         for key, value in state.items():
             if key not in known:
                 raise ValueError(f"state must come from a search like this one, got the unknown key {key!r}")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"state[{key!r}] must be a torch.Tensor, got {type(value).__name__}")
             if value.shape != known[key]:
                 wanted, came = tuple(known[key]), tuple(value.shape)
                 raise ValueError(f"state[{key!r}] must have shape {wanted}, got {came}")
-        for key in required:
+        for key in known:
             if key not in state:
                 raise ValueError(f"state must come from a search like this one, the key {key!r} is missing")
 
@@ -499,12 +514,14 @@ def _common_block_size(layers: Mapping[str, MaskedLayer]) -> int | None:
     return sizes.pop()
 
 
-def _match_dtypes(layers: Mapping[str, MaskedLayer]) -> None:
+def _match_dtypes(layers: Mapping[str, MaskedLayer], dtype: torch.dtype | None) -> None:
     """Give every score its weight's dtype, float32 or float64, one for the whole model."""
     dtypes = {layer.weight.dtype for layer in layers.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         came = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise ValueError(f"model must have weights of one dtype, float32 or float64, got {came}")
+    if dtype is not None and dtypes != {torch.float32}:
+        raise ValueError(f"dtype={dtype} needs a float32 model, got float64 weights")
     for layer in layers.values():
         layer.mask_score.data = layer.mask_score.data.to(layer.weight.dtype)
 
@@ -535,6 +552,27 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y must hold class indices >= 0, got {int(y.min())}")
 
 
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Batch mean; a label without a logit is named here, since on a GPU it would end the process's CUDA context."""
+    if int(y.max()) >= logits.shape[1]:
+        raise ValueError(f"y must hold class indices below the model's {logits.shape[1]}, got {int(y.max())}")
+    return F.cross_entropy(logits, y)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """L2 norm of all values together; 0 of none."""
+    return float(torch.stack(torch._foreach_norm(tensors)).double().norm()) if tensors else 0.0
+
+
+def _averaged(value: Tensor) -> Tensor:
+    """The mean over the processes of torch.distributed; the value itself without them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    mean = value.clone()  # autograd may give two parameters one gradient tensor
+    dist.all_reduce(mean)
+    return mean.div_(dist.get_world_size())
+
+
 def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
     """The value in the strides and dtype of `like`: fused optimizers walk both in storage order."""
     same = value.shape != like.shape or (value.stride() == like.stride() and value.dtype == like.dtype)
@@ -559,20 +597,6 @@ def _installed(layers: Sequence[MaskedLayer], leaves: Sequence[Tensor]) -> Itera
     finally:
         for layer in layers:
             layer.effective_weight = None
-
-
-@contextmanager
-def _running_stats_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norm in train mode takes batch statistics without touching the running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.training and m.track_running_stats]
-    try:
-        for m in norms:
-            m.track_running_stats = False
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
 
 
 @contextmanager
