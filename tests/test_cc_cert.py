@@ -94,6 +94,7 @@ def test_the_best_t_is_chosen_for_each_block() -> None:
 def test_never_zero_and_never_above_one() -> None:
     assert cc_cert_bound(np.zeros((1, 5)), 0.5) == 5e-324
     assert cc_cert_bound(np.ones((1, 5)), 0.0) == 1.0
+    assert cc_cert_bound(np.ones((1, 5)), 0.0, t=[1e4]) == 1.0
 
 
 unit = st.floats(0, 1)
@@ -205,6 +206,15 @@ def test_settings_say_what_must_be_reported() -> None:
         "dtype": "bfloat16",
         "tile": 10,
     }
+
+
+def test_certificate_does_not_depend_on_the_default_device() -> None:
+    model, x = Net(), picture()
+    want = CCCert(model, MIX, n=5, k=2).certify(x)
+    with torch.device("meta"):
+        got = CCCert(model, MIX, n=5, k=2).certify(x)
+    assert torch.equal(got.discrepancy, want.discrepancy)
+    assert got.bound == want.bound
 
 
 def test_model_keeps_its_mode() -> None:

@@ -206,6 +206,12 @@ def test_wrong_arguments(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
         certify(path, (images[0], images[1][:3]))
     with pytest.raises(ValueError, match=r"indices must be in \[0, 7\], got 8"):
         certify(path, images, indices=[0, 8])
+    with pytest.raises(TypeError, match=r"indices must be an integer, got 1.5"):
+        certify(path, images, indices=[1.5])
+    with pytest.raises(ValueError, match=r"y must be in .* got -1"):
+        certify(path, (images[0], -torch.ones_like(images[1])))
+    with pytest.raises(TypeError, match=r"y must be an integer, got 0.5"):
+        certify(path, (images[0], [0.5] * len(images[0])))
     with pytest.raises(ValueError, match="alpha must be in"):
         certify(path, images, alpha=2)
     assert not path.exists() or path.read_text() == HEADER

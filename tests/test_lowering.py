@@ -24,6 +24,12 @@ SHAPES: dict[str, tuple[int, int, int, int, tuple[int, int], tuple[int, int], tu
 }
 
 
+@pytest.fixture(autouse=True)
+def with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table that takes all three products, whatever the processor."""
+    monkeypatch.setattr(lowering, "_LIMITS", lowering._WITH_AMX)
+
+
 def operands(name: str, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
     batch, cin, cout, size, kernel, stride, padding = SHAPES[name]
     x = torch.randn(batch, cin, size, size).to(dtype).contiguous(memory_format=layout)
@@ -54,7 +60,8 @@ def test_equals_conv2d(name: str, dtype: torch.dtype, layout: torch.memory_forma
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradcheck(name: str) -> None:
+def test_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lowering._LIMITS, torch.float64, lowering._WITH_AMX[torch.float32])
     x, weight, bias, stride, padding = operands(name, torch.float64, torch.channels_last)
     x, weight = x[:1, :4].contiguous().requires_grad_(), weight[:16, :4].contiguous().requires_grad_()
     args = (x, weight, bias[:16].requires_grad_(), stride, padding)
@@ -85,7 +92,7 @@ def test_columns_of_one_product_do_not_leak_into_the_next() -> None:
         assert_close(a / b.abs().max(), b / b.abs().max())
 
 
-def test_pays_only_where_it_can_serve() -> None:
+def test_pays_only_where_it_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _, stride, padding = operands("all-three-products", torch.float32, torch.channels_last)
     assert lowering.pays(x, weight, stride, padding)
     assert not lowering.pays(x.contiguous(), weight, stride, padding)
@@ -95,6 +102,9 @@ def test_pays_only_where_it_can_serve() -> None:
     assert not lowering.pays(x.double(), weight.double(), stride, padding)
     assert not lowering.pays(x[0], weight, stride, padding)
     assert not lowering.pays(torch.randn(2, 64, 32, 32), weight, stride, padding)
+    monkeypatch.setattr(lowering, "_LIMITS", lowering._WITHOUT_AMX)
+    assert not lowering.pays(x, weight, stride, padding)
+    assert lowering.pays(x.bfloat16(), weight.bfloat16(), stride, padding)
 
 
 @pytest.mark.parametrize(

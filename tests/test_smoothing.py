@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +88,8 @@ def no_worse_than(alpha: float, errors: int, trials: int) -> float:
 # The bound
 
 
-@pytest.mark.parametrize("n", [1, 10, 1000, 100_000])
-@pytest.mark.parametrize("alpha", [0.001, 0.05])
+@pytest.mark.parametrize("n", [1, 10, 1000, 100_000, 1_000_000])
+@pytest.mark.parametrize("alpha", [1e-12, 0.001, 0.05])
 def test_bound_is_where_the_upper_tail_is_alpha(n: int, alpha: float) -> None:
     for successes in {1, (n + 1) // 2, max(1, n - 1), n}:
         bound = lower_confidence_bound(successes, n, alpha)
@@ -102,6 +105,26 @@ def test_radius_abstains_below_one_half() -> None:
     assert certified_radius(50, 100, 1.0, 0.001) is None
     expected = 0.25 * stats.norm.ppf(lower_confidence_bound(99, 100, 0.001))
     assert certified_radius(99, 100, 0.25, 0.001) == pytest.approx(expected)
+
+
+def test_radius_is_zero_at_one_half() -> None:
+    assert certified_radius(1, 1, 1.0, 0.5) == 0
+    assert certified_radius(1, 1, 1.0, 0.499) is None
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "sigma", "alpha", "message"),
+    [
+        (11, 10, 1.0, 0.1, r"successes must be in \[0, 10\], got 11"),
+        (-1, 10, 1.0, 0.1, r"successes must be in \[0, 10\]"),
+        (0, 0, 1.0, 0.1, "n must be in"),
+        (9, 10, 0.0, 0.1, "sigma must be > 0"),
+        (9, 10, 1.0, 1.5, r"alpha must be in \(0, 1\)"),
+    ],
+)
+def test_counts_that_cannot_be_have_no_radius(successes: int, n: int, sigma: float, alpha: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certified_radius(successes, n, sigma, alpha)
 
 
 # Soundness, on drawn counts (the statistics) and through a network (the whole)
@@ -253,7 +276,7 @@ def test_prepared_network_is_the_model(dtype: torch.dtype | None, tolerance: flo
     smooth = Smooth(model, 5, SIGMA, dtype=dtype)
     assert (logits_of(smooth, x) - want).abs().max() <= tolerance
     if dtype is not None:
-        assert smooth.prepared.steps == ("2 of 2 batch-norm layers folded",)
+        assert smooth.prepared.steps[0] == "2 of 2 batch-norm layers folded"
         assert not any(isinstance(m, nn.BatchNorm2d) for m in smooth.prepared.module.modules())
 
 
@@ -275,6 +298,34 @@ def test_soft_masks_are_not_replaced_by_hard_ones() -> None:
     smooth = Smooth(model, 5, SIGMA, dtype=torch.float32)
     smooth.counts(x, 10)
     assert "masked layers not folded: it would move the logits" in smooth.prepared.steps[0]
+
+
+def test_the_first_image_does_not_decide_what_is_folded() -> None:
+    model, x = csam.nn.convert(nn.Sequential(nn.Flatten(), nn.Linear(16, 5))), picture()
+    model[1].soft = True
+    model[1].mask_score.data.fill_(0.7)
+    smooth = Smooth(model, 5, SIGMA, dtype=torch.float32)
+    smooth.counts(torch.zeros(SHAPE), 10)
+    assert torch.equal(smooth.counts(x, 500), Smooth(model, 5, SIGMA).counts(x, 500))
+    assert "masked layers not folded" in smooth.prepared.steps[0]
+
+
+def test_the_callers_autocast_changes_nothing() -> None:
+    model, x = net(), picture()
+    plain, smooth = (Smooth(model, 5, SIGMA, dtype=torch.float32) for _ in range(2))
+    want = plain.counts(x, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(smooth.counts(x, 100), want)
+    assert smooth.prepared.steps == plain.prepared.steps
+
+
+def test_a_model_that_does_not_run_in_the_dtype_is_refused() -> None:
+    class Upcast(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    with pytest.raises(ValueError, match=r"dtype must be None: the model does not run in torch.bfloat16"):
+        Smooth(net(Upcast()), 5, SIGMA, dtype=torch.bfloat16).counts(picture(), 10)
 
 
 class Branches(Net):
@@ -350,6 +401,17 @@ def test_a_changed_model_is_prepared_again(change: object) -> None:
     assert torch.equal(after, Smooth(model, 5, SIGMA, dtype=torch.bfloat16).counts(x, 300))
 
 
+def test_a_change_that_torch_does_not_count_is_seen_too() -> None:
+    x = picture()
+    with torch.inference_mode():
+        model = net()
+    smooth = Smooth(model, 5, SIGMA)
+    before = smooth.counts(x, 300)
+    with torch.inference_mode():
+        change_weight(model)
+    assert not torch.equal(smooth.counts(x, 300), before)
+
+
 # The caller's state
 
 
@@ -367,6 +429,30 @@ def test_tiles_run_on_one_intra_op_thread_without_grad() -> None:
     seen = []
     run_tiles(lambda tile: seen.append((torch.get_num_threads(), torch.is_grad_enabled())), range(20), 4)
     assert seen == [(1, False)] * 20
+
+
+def in_a_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_other_threads_keep_their_number_of_threads() -> None:
+    own, others = torch.get_num_threads(), in_a_thread(torch.get_num_threads)
+    in_a_thread(lambda: torch.set_num_threads(3))  # and that of all threads to come
+    try:
+        run_tiles(lambda tile: None, range(20), 2)
+        assert torch.get_num_threads() == own
+        assert in_a_thread(torch.get_num_threads) == 3
+    finally:
+        in_a_thread(lambda: torch.set_num_threads(others))
+
+
+def test_one_smooth_serves_several_threads() -> None:
+    smooth, x = Smooth(net(), 5, SIGMA, tile=8), picture()
+    want = [smooth.certify(x, 10, 50, 0.1, stream=i) for i in range(8)]
+    again = Smooth(net(), 5, SIGMA, tile=8)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: again.certify(x, 10, 50, 0.1, stream=i), range(8))) == want
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, IndexError, KeyboardInterrupt])

@@ -104,6 +104,13 @@ def test_call_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_parameters_do_not_depend_on_the_default_device() -> None:
+    want = Rotation(10).parameters(5, seed=0)
+    with torch.device("meta"):
+        got = Rotation(10).parameters(5, seed=0)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("text", ["rotation:10", "rotation:10,brightness:0.2", "scale:1.1,gamma:0.5,blur:1.25"])
 def test_parse_and_str_are_inverse(text: str) -> None:
     assert str(transforms.parse(text)) == text
@@ -143,7 +150,9 @@ def test_parse_refuses(text: str, message: str) -> None:
         (Translation, 1.5),
         (Scale, 1),
         (Scale, 2),
+        (Scale, 2 - 1e-14),
         (Contrast, 1),
+        (Contrast, 1 + 1e-14),
         (Contrast, 2.5),
         (Brightness, -0.1),
         (Gamma, 1),

@@ -27,7 +27,7 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import smoothing
+from csam import inference, smoothing
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -73,7 +73,7 @@ def cc_cert_bound(
     delta = _delta(delta)
     grid = _grid(t)
     ratios = [(logsumexp(np.outer(grid, block - margin), axis=1) - np.log(block.size)).min() for block in y]
-    return float(np.clip(np.exp(max(ratios) - np.log(delta)), SMALLEST, 1.0))
+    return float(max(np.exp(min(max(ratios) - np.log(delta), 0.0)), SMALLEST))
 
 
 @dataclass(frozen=True)
@@ -180,17 +180,17 @@ class CCCert:
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
         x = x.to(prepared.device)
-        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64)
-        drawn = torch.empty(self.k * self.n, prepared.num_classes, dtype=torch.float64)
+        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64, device="cpu")
+        drawn = torch.empty(self.k * self.n, prepared.num_classes, dtype=torch.float64, device="cpu")
 
         def transformed(start: int) -> Tensor:
             rows = self.transform.parameters(prepared.tile, seed=self.seed, first_sample=start, stream=stream)
             batch = csam_kernels.semantic_batch(x, rows.to(prepared.device))
-            return smoothing.laid_out(batch.to(prepared.dtype), prepared.memory_format)
+            return inference.laid_out(batch.to(prepared.dtype), prepared.memory_format)
 
         def untouched(start: int) -> Tensor:
             copies = x.to(prepared.dtype).expand(prepared.tile, *x.shape)
-            return smoothing.laid_out(copies, prepared.memory_format)
+            return inference.laid_out(copies, prepared.memory_format)
 
         def keep(out: Tensor, logits: Tensor, start: int) -> None:
             out[start : start + len(logits)] = logits.double().softmax(1).cpu()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from csam.data import to_unit
 from csam.smoothing import ABSTAIN, Smooth
+from csam_kernels import checks
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
@@ -138,7 +139,7 @@ def certify_dataset(
     Args:
         smooth: the smoothed classifier.
         x: images [N, C, H, W]; uint8 (divided by 255) or floating point in the unit the model takes.
-        y: labels [N].
+        y: labels [N], >= 0.
         path: of the TSV file, made or continued.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
@@ -149,17 +150,16 @@ def certify_dataset(
 
     Raises:
         OSError: the file cannot be read or written.
-        ValueError: x and y of different length, an index out of range, or a record that is malformed or holds
-            another label for an image (it is of another data set).
+        TypeError: a label or an index that is not an integer.
+        ValueError: x and y of different length, a negative label, an index out of range, or a record that is
+            malformed or holds another label for an image (it is of another data set).
     """
-    labels = [int(label) for label in y]
+    labels = [checks.integer("y", label, low=0) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
-    wanted = list(range(len(labels)) if indices is None else map(int, indices))
-    outside = [i for i in wanted if not 0 <= i < len(labels)]
-    if outside:
-        raise ValueError(f"indices must be in [0, {len(labels) - 1}], got {outside[0]}")
+    asked = range(len(labels)) if indices is None else indices
+    wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
     with TsvWriter(path) as record:
         done = {row.idx: row for row in record.rows}
         for row in record.rows:

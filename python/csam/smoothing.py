@@ -26,15 +26,17 @@ from typing import Any
 
 import torch
 from scipy import stats
-from torch import Tensor, fx, nn
-from torch.nn.utils import fusion
+from torch import Tensor, nn
 
 import csam_kernels
+from csam import inference
 from csam_kernels import checks
 
 ABSTAIN = -1
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNKNOWN = -1  # version of a tensor made in inference mode, which does not count its changes
+_setting_threads = threading.Lock()
 
 
 def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
@@ -42,12 +44,22 @@ def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
 
     It is the alpha-quantile of Beta(successes, n - successes + 1), and 0 for no success: over repetitions it
     lies above the true probability with probability at most alpha, for every n and every probability.
+
+    Raises:
+        TypeError, ValueError: n < 1, successes outside [0, n], or alpha outside (0, 1).
     """
+    n = checks.integer("n", n, low=1)
+    successes = checks.integer("successes", successes, low=0, high=n)
+    alpha = _probability("alpha", alpha)
     return float(stats.beta.ppf(alpha, successes, n - successes + 1)) if successes > 0 else 0.0
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float | None:
-    """Radius sigma Phi^-1(p_A) from `successes` votes in n fresh samples; None (abstain) if p_A < 1/2."""
+    """Radius sigma Phi^-1(p_A) from `successes` votes in n fresh samples; None (abstain) if p_A < 1/2.
+
+    Errors as in `lower_confidence_bound`, and a sigma that is not > 0.
+    """
+    sigma = checks.real("sigma", sigma, above=0)
     p_a = lower_confidence_bound(successes, n, alpha)
     return None if p_a < 0.5 else float(sigma * stats.norm.ppf(p_a))
 
@@ -60,9 +72,9 @@ class Smooth:
     With a `dtype` it is that copy with masks and batch-norm folded into the weights, cast to `dtype`,
     channels_last: its logits are the model's up to rounding in `dtype`. `prepared.steps` lists what could be
     done. The copy is made at the first image and again when a parameter or buffer of `model` has changed
-    (seen through torch's version counters; a change through `.data` is not: build a new Smooth then). `model`
-    itself is never run and keeps its mode. `forward` must not keep state between calls: tiles run on several
-    threads at once.
+    (seen through torch's version counters; a change through `.data` or of a plain attribute is not: build a new
+    Smooth then). `model` itself is never run and keeps its mode. `forward` must not keep state between calls:
+    tiles run on several threads at once, outside the caller's autocast.
 
     Calls with the same seed and stream use the same noise: each guarantee holds alone, but an independent
     repetition takes another seed or stream.
@@ -234,15 +246,6 @@ def image(x: Tensor) -> Tensor:
     return x
 
 
-def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A copy whose strides are those of `memory_format`.
-
-    torch takes a batch of one-channel images to be in every format already, so that `.to` leaves strides
-    which the layers then read as the other format.
-    """
-    return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A network ready to label tiles: see `TiledClassifier`.
@@ -325,8 +328,12 @@ class TiledClassifier:
             where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
             tile = TILE.get(where, TILE["cpu"])
         self.tile = checks.integer("tile", tile, low=1)
-        self.current: Prepared | None = None
-        self._made_for: tuple[torch.Size, list[tuple[Tensor, int]]] = (torch.Size(), [])
+        self._made: tuple[Prepared | None, torch.Size, list[tuple[Tensor, int]]] = (None, torch.Size(), [])
+
+    @property
+    def current(self) -> Prepared | None:
+        """The copy at hand."""
+        return self._made[0]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -339,38 +346,32 @@ class TiledClassifier:
         Raises:
             ValueError: the model does not map [B, C, H, W] to [B, K] with K >= 2.
         """
-        shape, versions = self._made_for
+        current, shape, versions = self._made
         now = _versions(self.model)
         same = len(now) == len(versions) and all(
-            a is b and v == w for (a, v), (b, w) in zip(now, versions, strict=True)
+            a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, versions, strict=True)
         )
-        if self.current is None or x.shape != shape or not same:
-            self.current = _prepare(self.model, x, self.dtype, self.tile)
-            self._made_for = (x.shape, now)
-        return self.current
+        if current is None or x.shape != shape or not same:
+            where = next((t.device for t, _ in now), x.device)
+            with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
+                current = _prepare(self.model, x.shape, where, self.dtype, self.tile)
+            self._made = (current, x.shape, now)  # in one step, for callers on other threads
+        return current
 
 
 def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: int) -> None:
     """Call `evaluate(tile)` for every tile on `workers` threads, torch.get_num_threads() at most.
 
     Each runs in inference mode with one intra-op thread. The first exception of a tile, or KeyboardInterrupt
-    in the caller, stops the threads at their next tile and is raised once they have ended. torch's number of
-    threads is then the caller's again.
+    in the caller, stops the threads at their next tile and is raised once they have ended. The caller's number
+    of threads is not touched.
     """
-    threads = torch.get_num_threads()
     pending = deque(tiles)
-    workers = min(workers, threads, len(pending))
+    workers = min(workers, torch.get_num_threads(), len(pending))
     if workers < 1:
         return
-    ready = threading.Barrier(workers + 1)
 
     def work() -> None:
-        # The first call sets this thread's own number and the process-wide default; the second makes torch
-        # take the default into this thread now, while it is 1, and not at the first operation, when it is
-        # the caller's again.
-        torch.set_num_threads(1)
-        torch.get_num_threads()
-        ready.wait()
         try:
             with torch.inference_mode():
                 while True:
@@ -382,120 +383,56 @@ def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: in
         finally:
             pending.clear()
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="csam-tiles")
-    try:
-        futures = [pool.submit(work) for _ in range(workers)]
-        ready.wait()
-        torch.set_num_threads(threads)
-        for future in futures:
-            future.result()
-    finally:
-        pending.clear()
-        ready.abort()
+    with ThreadPoolExecutor(workers, "csam-tiles", initializer=_one_intra_op_thread) as pool:
         try:
-            pool.shutdown()
+            for future in [pool.submit(work) for _ in range(workers)]:
+                future.result()
         finally:
-            torch.set_num_threads(threads)
+            pending.clear()
 
 
-def _prepare(model: nn.Module, x: Tensor, dtype: torch.dtype | None, tile: int) -> Prepared:
+def _one_intra_op_thread() -> None:
+    """Give the calling thread, a new one, one intra-op thread, and threads to come what they had.
+
+    torch.set_num_threads sets the number of the calling thread and of all threads to come. So a thread of its
+    own puts the latter back, one caller at a time.
+    """
+    with _setting_threads:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restore.start()
+        restore.join()
+
+
+def _prepare(
+    model: nn.Module, shape: torch.Size, device: torch.device, dtype: torch.dtype | None, tile: int
+) -> Prepared:
     network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-    device = tensors[0].device if tensors else x.device
-    # Two different rows, so that a rewrite which mixes samples up does not go unseen.
-    probe = torch.stack([x, x.flip(2)]).to(device, own)
+    # Two different rows, so that a rewrite which mixes samples up does not go unseen; and of no user's image, as one
+    # that is black hides a change of the weights.
+    generator = torch.Generator("cpu").manual_seed(0)
+    probe = torch.rand(2, *shape, generator=generator, device="cpu").to(device, own)
     try:
         with torch.inference_mode():
             wanted = network(probe)
     except RuntimeError as error:
-        raise ValueError(f"model does not take images x of shape {tuple(x.shape)}: {error}") from error
+        raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
     if not isinstance(wanted, Tensor) or wanted.dim() != 2 or wanted.shape[0] != 2 or wanted.shape[1] < 2:
         got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
         raise ValueError(f"model must map {tuple(probe.shape)} to logits (2, K) with K >= 2, got {got}")
     layout, steps = torch.contiguous_format, ["the model's own modules"]
     if dtype is not None:
-        network, steps = _folded(network, probe, wanted)
-        network = network.to(dtype)
-        if _takes_channels_last(network, probe.to(dtype)):
-            layout = torch.channels_last
-            network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        else:
-            steps.append("kept contiguous: the model does not take channels_last")
+        network, layout, steps = inference.ready(network, probe, wanted, dtype, tile)
     return Prepared(network, dtype or own, layout, device, wanted.shape[1], tile, tuple(steps))
-
-
-def _folded(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Module, list[str]]:
-    """The network with masks and batch-norm folded, as far as its logits on the probe stay what they were."""
-    from csam import nn as masked
-
-    def batch_norms(module: nn.Module) -> int:
-        return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in module.modules())
-
-    def masks(module: nn.Module) -> int:
-        return len(masked.masked_layers(module))
-
-    steps = []
-    for what, number, fold in (
-        ("masked layers", masks, masked.fold),
-        ("batch-norm layers", batch_norms, _fold_batch_norms),
-    ):
-        there = number(network)
-        if not there:
-            continue
-        try:
-            folded = fold(network)
-            with torch.inference_mode():
-                moved = float((folded(probe) - wanted).abs().max())
-        except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
-            steps.append(f"{what} not folded: {type(error).__name__}: {error}".splitlines()[0])
-            continue
-        if moved <= 1e-3 * float(wanted.abs().max()):
-            network = folded
-            steps.append(f"{there - number(folded)} of {there} {what} folded")
-        else:
-            steps.append(f"{what} not folded: it would move the logits by {moved:.2g}")
-    return network, steps
-
-
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    """The traced network, every batch-norm folded that alone reads a convolution or linear layer."""
-    traced = fx.symbolic_trace(network)
-    modules = dict(traced.named_modules())
-    kinds: dict[tuple[type, type], Callable[[Any, Any], nn.Module]] = {
-        (nn.Conv2d, nn.BatchNorm2d): fusion.fuse_conv_bn_eval,
-        (nn.Linear, nn.BatchNorm1d): fusion.fuse_linear_bn_eval,
-    }
-    for node in list(traced.graph.nodes):
-        calls = [node, *node.args[:1]]
-        if len(calls) < 2 or any(not isinstance(c, fx.Node) or c.op != "call_module" for c in calls):
-            continue
-        layer, norm = modules[calls[1].target], modules[node.target]
-        fold = kinds.get((type(layer), type(norm)))
-        if fold is None or len(calls[1].users) > 1:
-            continue
-        name = f"{calls[1].name}_{node.name}"
-        traced.add_submodule(name, fold(layer, norm))
-        calls[1].target = name
-        node.replace_all_uses_with(calls[1])
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
-
-
-def _takes_channels_last(network: nn.Module, probe: Tensor) -> bool:
-    try:
-        with torch.inference_mode():
-            network(laid_out(probe, torch.channels_last))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Every parameter and buffer with its version, which torch advances at each in-place change."""
-    return [(t, -1 if t.is_inference() else t._version) for t in itertools.chain(model.parameters(), model.buffers())]
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return [(t, UNKNOWN if t.is_inference() else t._version) for t in tensors]
 
 
 def _probability(name: str, value: float) -> float:
@@ -512,7 +449,6 @@ __all__ = [
     "TiledClassifier",
     "certified_radius",
     "image",
-    "laid_out",
     "lower_confidence_bound",
     "run_tiles",
 ]

@@ -66,7 +66,7 @@ class Transform:
         u = csam_kernels.philox_uniform(n, len(SEMANTIC_COLUMNS), seed=seed, first_sample=first_sample, stream=stream)
         pairs = zip(SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, strict=True)
         intervals = [self.ranges.get(name, (neutral, neutral)) for name, neutral in pairs]
-        low, high = torch.tensor(intervals, dtype=torch.float32).unbind(1)
+        low, high = torch.tensor(intervals, dtype=torch.float32, device=u.device).unbind(1)
         return torch.minimum(low + (high - low) * u, high)
 
     def __call__(self, x: Tensor, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
@@ -110,9 +110,10 @@ def Translation(fraction: float) -> Transform:
 def Scale(factor: float) -> Transform:
     """Enlarged by a factor in 1 ± |1 - factor|: 0.9 and 1.1 are the same. factor in (0, 2), not 1."""
     v = _inside("scale", factor, 0, 2)
-    if v == 2:
+    low, high = _around_one("scale", v)
+    if low == 0:
         raise ValueError("scale must be < 2: the interval 1 ± |1 - scale| would hold 0")
-    return Transform(_text("scale", v), {"scale": _around_one("scale", v)})
+    return Transform(_text("scale", v), {"scale": (low, high)})
 
 
 def Contrast(factor: float) -> Transform:
@@ -179,9 +180,9 @@ def _inside(name: str, value: float, low: float, high: float) -> float:
 
 
 def _around_one(name: str, value: float) -> tuple[float, float]:
-    if value == 1:
-        raise ValueError(f"{name} must not be 1: that leaves the image as it is")
     reach = round(abs(1 - value), 12)  # so that 0.9 and 1.1 give one interval
+    if reach == 0:
+        raise ValueError(f"{name} must not be 1: that leaves the image as it is")
     return 1 - reach, 1 + reach
 
 
