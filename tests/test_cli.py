@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import torch
 
 from conftest import shared_data
 from csam import cli, microbench, models, pipeline, runs, training
-from csam.settings import PRESETS
+from csam.settings import PRESETS, Settings
 
 TINY = [
     *("--train-subset", "64", "--test-subset", "20", "--batch-size", "32", "--epochs", "1"),
@@ -74,6 +75,22 @@ def test_demo_repeats_from_its_config(csam: Command, trained: Path, tmp_path: Pa
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
+def test_config_of_a_run_from_given_weights(csam: Command, trained: Path, tmp_path: Path) -> None:
+    weights = trained / "models" / "dense.safetensors"
+    short = [*DEMO, "--methods", "dense"]
+    assert csam(*short, "--weights", weights, "--out", tmp_path / "a")[0] == 0
+    again = ["--config", tmp_path / "a" / "config.json"]
+    code, _, err = csam("demo", *again, "--out", tmp_path / "b")
+    assert code == 2
+    assert "name the file with --weights" in err
+    code, _, err = csam("demo", *again, "--weights", weights, "--out", tmp_path / "b")
+    assert code == 0, err
+    code, _, err = csam("certify", tmp_path / "a" / "models" / "dense.safetensors", *again, "--out", tmp_path / "c")
+    assert code == 0, err
+    rows = [json.loads((tmp_path / f / "summary.json").read_text())["rows"][0] for f in ("a", "b")]
+    assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
+
+
 def test_certify_writes_the_record_and_goes_on(csam: Command, trained: Path, tmp_path: Path) -> None:
     model = trained / "models" / "csam-0.9.safetensors"
     command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--seed", 3, "--out", tmp_path]
@@ -105,6 +122,47 @@ def test_report_reads_runs_and_the_records_of_others(csam: Command, trained: Pat
     assert "60.0 %" in out
     assert "demo/magnitude-0.9" in out
     assert (tmp_path / "p.png").exists()
+
+
+def test_no_number_of_a_table_is_cut_short(csam: Command, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    radii = [f"0.{i}1" for i in range(10)]
+    code, out, err = csam("report", trained, "--no-plot", "--radii", ",".join(radii))
+    assert code == 0, err
+    assert "…" not in out
+    assert all(f"r={radius}" in out for radius in radii)
+    for row in json.loads((trained / "summary.json").read_text())["rows"]:
+        assert f"{100 * row['clean_accuracy']:.1f}" in out
+
+
+def test_table_on_a_terminal_without_greek(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["report", str(trained), "--no-plot"])
+    stream.flush()
+    assert exit_.value.code == 0
+    assert b"C-SAM" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_report_tells_apart_what_has_the_same_name(csam: Command, trained: Path, tmp_path: Path) -> None:
+    record = (trained / "certificates" / "dense.tsv").read_text()
+    for name in ("a", "b"):
+        (tmp_path / name / "run" / "certificates").mkdir(parents=True)
+        (tmp_path / name / "run" / "certificates" / "dense.tsv").write_text(record)
+        (tmp_path / name / "mine.tsv").write_text(record)
+    places = [tmp_path / name / what for what in ("run", "mine.tsv") for name in ("a", "b")]
+    code, out, err = csam("report", *places, "--no-plot")
+    assert code == 0, err
+    for label in (*(f"{place}/dense" for place in places[:2]), *map(str, places[2:])):
+        assert f" {label} " in out
+
+
+def test_report_calls_the_current_folder_by_its_name(
+    csam: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    assert " demo/dense " in csam("report", ".", "--no-plot")[1]
 
 
 def test_info_says_who_serves_and_why_not(csam: Command) -> None:
@@ -145,6 +203,8 @@ def test_every_option_names_a_setting() -> None:
         (["demo", "--sigma", "-1"], "csam: sigma must be > 0, got -1.0"),
         (["demo", "--methods", "magic"], "csam: methods must be among"),
         (["demo", "--images", "9999"], "csam: images must be in [1, 360]"),
+        (["demo", "--seed", str(2**63)], "csam: seed must be in [0, 2^63)"),
+        (["demo", "--rho", "nan"], "csam: search.rho must be finite, got nan"),
         (["demo", "--epochs", "x"], "'x' is not a valid integer"),
         (["train"], "Missing option '--out'"),
         (["certify", "/nowhere.safetensors", "--out", "x"], "does not exist"),
@@ -170,18 +230,28 @@ def test_bad_files_are_named(csam: Command, trained: Path, tmp_path: Path) -> No
     (tmp_path / "bad.tsv").write_text("idx\tlabel\n1\t2\n")
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "data.json").write_text('{"data": ["mnist"]}')
+    foreign = tmp_path / "foreign"
+    (foreign / "certificates").mkdir(parents=True)
+    (foreign / "certificates" / "dense.tsv").write_bytes((trained / "certificates" / "dense.tsv").read_bytes())
+    (foreign / "summary.json").write_text("{}")
     out = tmp_path / "out"
     for arguments, message in (
         (["certify", tmp_path / "cut.safetensors", "--out", out], "cut.safetensors is not a whole safetensors file"),
         (["certify", model, "--architecture", "resnet20", "--out", out], "csam-0.9.safetensors is of another model"),
         (["report", tmp_path / "bad.tsv"], "bad.tsv, line 1"),
         (["report", tmp_path], "holds no certificates"),
+        (["report", foreign], "foreign/summary.json was not written by csam demo"),
+        (["report", trained, "--plot", out / "p.png"], "must lie in a folder that exists, got"),
+        (["report", trained, "--plot", tmp_path / "p.txt"], "must end in .png, .pdf or .svg, got"),
+        (["report", trained, "--radii", "0.1,nan"], "radius must be >= 0, got nan"),
         (["demo", "--config", tmp_path / "bad.json"], "bad.json is damaged"),
+        (["demo", "--config", tmp_path / "data.json"], "data.json: data must be one of digits, cifar10, got ['mnist']"),
         (["demo", "--config", tmp_path / "list.json"], "list.json must hold a JSON object"),
         ([*DEMO, "--alpha", "0.01", "--out", trained], "certify.alpha: 0.001 there, 0.01 now"),
     ):
-        code, _, err = csam(*arguments)
-        assert (code, message in err) == (2, True), err
+        code, printed, err = csam(*arguments)
+        assert (code, message in err, printed) == (2, True, ""), err
         assert err.count("\n") == 1
     assert not out.exists()
 
@@ -191,6 +261,23 @@ def test_model_that_does_not_say_its_sigma(csam: Command, tmp_path: Path) -> Non
     code, _, err = csam("certify", tmp_path / "m.safetensors", "--out", tmp_path / "run")
     assert code == 2
     assert "give --sigma" in err
+
+
+@pytest.mark.parametrize("stored", [None, "cifar10"])
+def test_normalization_of_the_file_wins_over_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str | None
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def see(settings: Settings, *_: Any, **__: Any) -> None:
+        raise Seen(settings.normalization)
+
+    monkeypatch.setattr(pipeline, "certify", see)
+    runs.save_model(tmp_path / "m.safetensors", models.build("resnet20"), {"sigma": 0.25, "normalization": stored})
+    with pytest.raises(Seen) as seen:
+        cli.main(["certify", str(tmp_path / "m.safetensors"), "--data", "cifar10", "--out", str(tmp_path / "run")])
+    assert seen.value.args == (stored,)
 
 
 def test_full_disk_is_a_clear_line_and_loses_nothing(
@@ -209,7 +296,7 @@ def test_full_disk_is_a_clear_line_and_loses_nothing(
     code, _, err = csam(*DEMO, "--out", tmp_path / "demo")
     monkeypatch.undo()
     assert code == 1
-    assert "csam: no space left on the disk" in err
+    assert f"csam: no space left on the disk while writing {tmp_path / 'demo'}" in err
     assert "same command again" in err
     assert not list(tmp_path.glob("**/.csam-tmp-*"))
     code, _, err = csam(*DEMO, "--out", tmp_path / "demo")

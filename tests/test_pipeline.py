@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -192,6 +193,11 @@ def test_every_method_makes_a_row(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["dense", *(m for m in pipeline.METHODS if m != "dense")]
 
 
+def test_sparsities_close_to_each_other_have_names_of_their_own() -> None:
+    names = [pipeline.variant_name("csam", sparsity) for sparsity in (0, 0.7, 0.700001, 0.7000011)]
+    assert names == ["csam-0", "csam-0.7", "csam-0.700001", "csam-0.7000011"]
+
+
 @pytest.mark.parametrize("granularity", ["filter", "channel", "block"])
 def test_group_masks_keep_the_first_and_the_last_layer(tmp_path: Path, granularity: str) -> None:
     settings = override(TINY, {"methods": ["magnitude"], "sparsities": [0.5], "train": {"granularity": granularity}})
@@ -242,6 +248,9 @@ def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"train": {"epochs": "many"}}, r"train\.epochs must be int, got 'many'"),
         ({"train": {"speed": 1}}, "TrainSettings has no setting 'speed'"),
         ({"train": {"epochs": -1}}, "epochs must be >= 0, got -1"),
+        ({"train": {"threads": 0}}, "threads must be >= 1 or None, got 0"),
+        ({"train": {"momentum": math.nan}}, r"train\.momentum must be finite, got nan"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
         ({"train": {"lr": 0.0}}, "lr must be > 0, got 0.0"),
         ({"train": {"granularity": "row"}}, "granularity must be one of .* got 'row'"),
         ({"search": {"rho": -1.0}}, "rho must be >= 0, got -1"),

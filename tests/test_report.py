@@ -70,13 +70,19 @@ def test_curve_without_any_certificate() -> None:
     assert Curve("a", [], 5).steps(1.0) == ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("radius", [-0.1, float("nan")])
+def test_curve_refuses_what_is_no_radius(radius: float) -> None:
+    with pytest.raises(ValueError, match="radius must be >= 0"):
+        Curve("a", [0.5], 1).at(radius)
+
+
 @pytest.mark.parametrize(("radii", "total"), [([], 0), ([0.1, 0.2], 1)])
 def test_curve_refuses_wrong_totals(radii: list[float], total: int) -> None:
     with pytest.raises(ValueError, match="total must be >= 1"):
         Curve("a", radii, total)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PDF"])
 def test_picture_is_written_whole(tmp_path: Path, suffix: str) -> None:
     curves = [Curve("dense", [0.1, 0.3], 4), Curve("csam", [0.2], 4, "50 %"), Curve("csam", [], 4, "90 %")]
     path = tmp_path / f"curves{suffix}"

@@ -81,8 +81,9 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         runs.write_json(path, {"a": 2})
+    assert caught.value.filename == str(path)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
@@ -117,6 +118,20 @@ def test_folder_resumes_and_counts_nothing_twice(tmp_path: Path) -> None:
     log = (tmp_path / "r" / "log.txt").read_text()
     assert "started" in log
     assert "resumed" in log
+
+
+def test_folder_stopped_while_it_is_made_is_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # In the order they happen: the lock's content, config.json, the log.
+    for owner, name in ((os, "write"), (os, "fsync"), (runs.Run, "log")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match="No space left"), runs.Run(tmp_path, CONFIG):
+                pass
+    with runs.Run(tmp_path, CONFIG) as run:
+        run.stage("train").save({"epoch": 1})
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

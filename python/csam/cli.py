@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed (a full disk, a diverged training, no backend), 2 b
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -178,7 +179,7 @@ def settings_from(
     """The preset of the data set, changed by the configuration file, changed by the options given."""
     if threads:
         torch.set_num_threads(threads)
-    stored = _stored_settings(config) if config else {}
+    stored = _stored_settings(config, given) if config else {}
     settings = PRESETS[data or stored.get("data", "digits")]
     if given.get("weights"):
         settings = override(settings, PRETRAINED)
@@ -197,14 +198,18 @@ def settings_from(
     return override(settings, nested)
 
 
-def _stored_settings(path: Path) -> dict[str, Any]:
+def _stored_settings(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     found = runs.read_json(path)
     for key in ("config", "settings"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object of settings, got {type(found).__name__}")
-    if found.get("weights") and not Path(found["weights"]).exists():
+    if found.get("data", "digits") not in list(PRESETS):
+        raise ValueError(f"{path}: data must be one of {', '.join(PRESETS)}, got {found['data']!r}")
+    if given.get("weights", "unused"):  # named anew, or of no use to the command
+        return {**found, "weights": None}
+    if found.get("weights") and not Path(str(found["weights"])).exists():
         raise ValueError(f"{path} was made with given weights, which a run does not keep; name the file with --weights")
     return found
 
@@ -268,12 +273,18 @@ def demo(
         messages.print("(this run was finished before; --out another folder computes it afresh)", soft_wrap=True)
 
 
+def show(table: Table) -> None:
+    """Print a table at its full width: a terminal may wrap it, but no number is cut short."""
+    table.width = results.measure(table, options=results.options.update(max_width=10_000)).maximum
+    results.print(table, crop=False)
+
+
 def show_demo(folder: Path, summary: dict[str, Any]) -> None:
     """Print a demo's table with all that its numbers depend on."""
     settings = summary["settings"]
     certify, images = settings["certify"], len(settings["certified_images"])
     titles = {name: method.title for name, method in pipeline.METHODS.items()}
-    results.print(report.summary_table(summary["rows"], titles))
+    show(report.summary_table(summary["rows"], titles))
     results.print(
         f"{settings['dataset']['name']}, all in per cent: clean accuracy on "
         f"{settings['dataset']['test_images']} test images, "
@@ -344,7 +355,8 @@ def certify(
     """
     said = runs.read_description(model)
     given["model"] = architecture or said.get("model")
-    given["normalization"] = given["normalization"] or said.get("normalization")
+    if given["normalization"] is None and "normalization" in said:
+        given["normalization"] = said["normalization"] or "none"
     given["train__sigma"] = sigma if sigma is not None else said.get("sigma")
     if given["train__sigma"] is None:
         raise click.UsageError(f"{model} does not say its sigma; give --sigma")
@@ -352,7 +364,7 @@ def certify(
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
     curve = report.Curve(model.stem, [row.radius for row in rows if row.correct], len(rows))
-    results.print(report.certificates_table([curve], settings.certify.radii))
+    show(report.certificates_table([curve], settings.certify.radii))
     if bounds:
         correct = [bound["correct"] for bound in bounds]
         values = [evaluation.pca([b["bound"] for b in bounds], correct, e) for e in settings.certify.eps]
@@ -374,18 +386,28 @@ def certify(
 @click.option("--no-plot", is_flag=True, help="Print only.")
 def report_command(places: tuple[Path, ...], radii: tuple[float, ...], plot: Path, no_plot: bool) -> None:
     """Tabulate and draw certificates: run folders of csam, and TSVs of any tool in the field's format."""
-    curves = []
-    for place in places:
-        if place.is_dir() and (place / "summary.json").exists():
-            show_demo(place, runs.read_json(place / "summary.json"))
-        curves += curves_of(place)
-    results.print(report.certificates_table(curves, radii))
+    if not no_plot:
+        report.check_picture(plot)
+    curves = [
+        curve for place, title in zip(places, titles_of(places), strict=True) for curve in curves_of(place, title)
+    ]
+    table = report.certificates_table(curves, radii)
+    demos = [place for place in places if (place / "summary.json").exists()]
+    for place, summary in [(place, report.read_summary(place)) for place in demos]:
+        show_demo(place, summary)
+    show(table)
     if not no_plot:
         report.plot_curves(curves, plot)
         results.print(str(plot), soft_wrap=True)
 
 
-def curves_of(place: Path) -> list[report.Curve]:
+def titles_of(places: Sequence[Path]) -> list[str]:
+    """Short names of run folders and TSVs; whole paths where two would be called the same."""
+    short = [place.resolve().name if place.is_dir() else place.stem for place in places]
+    return [name if short.count(name) == 1 else str(place) for place, name in zip(places, short, strict=True)]
+
+
+def curves_of(place: Path, title: str) -> list[report.Curve]:
     """One curve for a TSV file, one for each TSV of a run folder. Raises ValueError if there is none."""
     files = sorted((place / "certificates").glob("*.tsv")) if place.is_dir() else [place]
     if not files:
@@ -395,7 +417,7 @@ def curves_of(place: Path) -> list[report.Curve]:
         rows = evaluation.read_tsv(file)
         if not rows:
             raise ValueError(f"{file} holds no certificates yet")
-        label = f"{place.name}/{file.stem}" if place.is_dir() else file.stem
+        label = f"{title}/{file.stem}" if place.is_dir() else title
         curves.append(report.Curve(label, [row.radius for row in rows if row.correct], len(rows)))
     return curves
 
@@ -426,7 +448,7 @@ def bench(builtin: bool, arguments: tuple[str, ...]) -> None:
             ours, theirs = microbench.compare(case)
             table.add_row(case.name, str(ours), str(theirs), f"{theirs.median / ours.median:.1f}×")
             advance(1)
-    results.print(table)
+    show(table)
     results.print(json.dumps(runs.environment()), soft_wrap=True)
 
 
@@ -441,7 +463,7 @@ def info() -> None:
     table.add_row("torch's", torch.backends.cpu.get_cpu_capability())
     for name, state in csam_kernels.backends().items():
         table.add_row(f"backend {name}", state)
-    results.print(table)
+    show(table)
 
 
 def instruction_set() -> str:
@@ -455,6 +477,9 @@ def instruction_set() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit; errors are one line on standard error, with CSAM_DEBUG=1 a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ε still gets its table
     try:
         code = cli.main(args=arguments, prog_name="csam", standalone_mode=False)
     except click.ClickException as error:

@@ -212,7 +212,7 @@ def masked_copy(model: nn.Module, granularity: str) -> nn.Module:
 
 
 def variant_name(method: str, sparsity: float) -> str:
-    return f"{method}-{sparsity:g}" if METHODS[method].prunes else method
+    return f"{method}-{sparsity:.15g}" if METHODS[method].prunes else method
 
 
 def train_variant(job: Job, method: str, sparsity: float) -> dict[str, Any]:
@@ -278,8 +278,8 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     )
     correct = [bound["correct"] for bound in bounds]
     result = {
-        "pca": {f"{e:g}": evaluation.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
-        "certified_accuracy": {f"{r:g}": evaluation.certified_accuracy(rows, r) for r in certify.radii},
+        "pca": {f"{e:.15g}": evaluation.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
+        "certified_accuracy": {f"{r:.15g}": evaluation.certified_accuracy(rows, r) for r in certify.radii},
         "smoothing_seconds": sum(row.time for row in rows),
         "cc_cert_seconds": sum(bound["time"] for bound in bounds),
     }
@@ -535,7 +535,7 @@ def draw(folder: Path, settings: Settings) -> None:
     curves = []
     for method, sparsity in variants(settings):
         rows = evaluation.read_tsv(folder / "certificates" / f"{variant_name(method, sparsity)}.tsv")
-        panel = f"{100 * sparsity:g} % of the weights removed" if METHODS[method].prunes else ""
+        panel = f"{100 * sparsity:.10g} % of the weights removed" if METHODS[method].prunes else ""
         radii = [row.radius for row in rows if row.correct]
         curves.append(report.Curve(METHODS[method].title, radii, len(rows), panel))
     certify, sigma = settings.certify, settings.train.sigma

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from csam import runs
 
+FORMATS = (".png", ".pdf", ".svg")
 # Colour by method, dash by place within a method: still told apart without colour. Colours: Okabe & Ito 2008.
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
@@ -41,7 +42,9 @@ class Curve:
             )
 
     def at(self, radius: float) -> float:
-        """Fraction of all images that are correct with a certified radius >= `radius`."""
+        """Fraction of all images that are correct with a certified radius >= `radius` (>= 0, else ValueError)."""
+        if not radius >= 0:
+            raise ValueError(f"radius must be >= 0, got {radius}")
         return sum(r >= radius for r in self.radii) / self.total
 
     def steps(self, right: float) -> tuple[list[float], list[float]]:
@@ -109,16 +112,33 @@ def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]], settings: Map
     runs.write_atomic(folder / "summary.csv", summary_csv(rows))
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What `write_summary` wrote. Raises RunError naming a damaged or foreign file."""
+    path = folder / "summary.json"
+    found = runs.read_json(path)
+    if not isinstance(found, dict) or found.keys() != {"rows", "settings"}:
+        raise runs.RunError(f"{path} was not written by csam demo: it must hold 'rows' and 'settings'")
+    return found
+
+
 def certificates_table(curves: Sequence[Curve], radii: Sequence[float]) -> Table:
     """One line a curve: images, certified accuracy at each radius, average certified radius (ACR, Zhai et al. 2020)."""
     table = _compact_table()
-    table.add_column("certificates", overflow="fold")
+    table.add_column("certificates", no_wrap=True)
     for head in ("images", *(f"r={r:g}" for r in radii), "ACR"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for curve in curves:
         cells = [f"{100 * curve.at(r):.1f} %" for r in radii]
         table.add_row(curve.label, str(curve.total), *cells, f"{sum(curve.radii) / curve.total:.3f}")
     return table
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError for a picture that `plot_curves` could not write: another format, no such folder."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"path must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {str(path)!r}")
 
 
 def plot_curves(
@@ -131,8 +151,7 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("curves must hold at least one curve, got none")
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"path must end in .png, .pdf or .svg, got {str(path)!r}")
+    check_picture(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +196,7 @@ def plot_curves(
     if title:
         figure.suptitle(title, fontsize="medium")
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:], dpi=140)
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=140)
     pyplot.close(figure)
     runs.write_atomic(path, picture.getvalue())
 

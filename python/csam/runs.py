@@ -47,7 +47,7 @@ class RunError(ValueError):
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: a reader finds the old file or the new one, never a part.
 
-    Raises OSError (a full disk, no permission); the old file is then untouched and the temporary one removed.
+    Raises OSError naming `path` (a full disk, no permission); the old file is then untouched, the temporary removed.
     """
     path = Path(path)
     temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{path.name}"
@@ -57,11 +57,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise _naming(path, error) from error
         raise
     _sync_folder(path.parent)
+
+
+def _naming(path: Path, error: OSError) -> OSError:
+    """The error of the file that was asked for: a full disk names none, and nobody knows the temporary one."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,16 +113,18 @@ class Journal:
                 raise RunError(f"{self.path} line {number} is damaged: {error}") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one object. Raises OSError (a full disk); the file then ends in its last whole line."""
+        """Add one object. Raises OSError naming the file (a full disk); it then ends in its last whole line."""
         line = (json.dumps(dict(record)) + "\n").encode()
         try:
             with open(self.path, "ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.truncate(self.path, self._size)
+            if isinstance(error, OSError):
+                raise _naming(self.path, error) from error
             raise
         self._size += len(line)
         self.records.append(dict(record))
@@ -282,8 +291,8 @@ class Run:
             raise RunError(f"run folder {self.folder} is a file; choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign()
-        self._take_lock()
         try:
+            self._take_lock()
             self._open()
         except BaseException:
             self.close()
@@ -351,8 +360,6 @@ class Run:
         os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def _open(self) -> None:
-        for name in ("checkpoints", "models", "results", "certificates"):
-            (self.folder / name).mkdir(exist_ok=True)
         for leftover in self.folder.glob(f"**/{_TEMPORARY}*"):
             leftover.unlink(missing_ok=True)
         path = self.folder / "config.json"
@@ -362,6 +369,9 @@ class Run:
         else:
             write_json(path, {"format": FORMAT, "config": self.config, "environment": now})
             self.log(f"started: {json.dumps(now)}")
+        # After config.json: killed between the two, the folder is still a run folder.
+        for name in ("checkpoints", "models", "results", "certificates"):
+            (self.folder / name).mkdir(exist_ok=True)
         self._metrics = Journal(self.folder / "metrics.jsonl")
         self._recorded = {(record["stage"], record["epoch"]) for record in self.metrics()}
 

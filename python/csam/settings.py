@@ -124,6 +124,8 @@ class Settings:
                 raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
         if not (math.isfinite(self.train.sigma) and self.train.sigma > 0):
             raise ValueError(f"sigma must be > 0, got {self.train.sigma}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.normalization is not None and self.normalization not in models.NORMALIZATION:
             known = ", ".join(models.NORMALIZATION)
             raise ValueError(f"normalization must be one of {known}, got {self.normalization!r}")
@@ -175,4 +177,6 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
     if type(value) not in allowed:
         wanted = " or ".join("none" if k is NoneType else getattr(k, "__name__", str(k)) for k in allowed)
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return value

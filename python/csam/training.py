@@ -79,6 +79,8 @@ class Feed:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{name} must be >= {low}, got {value}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be >= 1 or None, got {self.threads}")
 
     def steps_per_epoch(self, images: int) -> int:
         return max(1, images // self.batch_size)
