@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES := $(shell find csrc bench tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench gpu-ledger gpu-check lint format wheel clean
+.PHONY: demo test bench roofline gpu-ledger gpu-check lint format wheel clean
 
 $(VENV)/.dependencies: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ test: $(VENV)/.built $(VENV)/.nvcc
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --benchmark-only
+
+roofline: $(VENV)/.built
+	$(BIN)/python bench/roofline.py
 
 gpu-ledger: $(VENV)/.built $(VENV)/.nvcc
 	$(BIN)/python bench/gpu_ledger.py

@@ -58,6 +58,11 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def results_path() -> Path:
+    """The CSV of this processor."""
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', _processor().lower()).strip('-') or 'cpu'}.csv"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """One row a benchmark: quantiles in milliseconds of both sides, the ratio, and what it was measured on."""
     benches = getattr(getattr(session.config, "_benchmarksession", None), "benchmarks", [])
@@ -77,7 +82,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not rows:
         return
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', _processor().lower()).strip('-') or 'cpu'}.csv"
+    path = results_path()
     kept = {}
     if path.exists():
         with path.open(newline="") as file:

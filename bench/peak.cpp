@@ -1,0 +1,53 @@
+// What one core can multiply and add at most: GFLOP/s of independent FMA chains in registers, a line an instruction.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+namespace {
+
+constexpr long kRounds = 1'000'000;
+
+// Twelve accumulators: more than latency times throughput on any x86-64 core of today.
+#define EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
+#define KEEP(i) asm volatile("" : "+v"(a##i));
+#define ZERO_512(i) __m512 a##i = _mm512_setzero_ps();
+#define ZERO_256(i) __m256 a##i = _mm256_setzero_ps();
+#define FMA_512(i) a##i = _mm512_fmadd_ps(x, x, a##i);
+#define FMA_256(i) a##i = _mm256_fmadd_ps(x, x, a##i);
+#define DOT_512(i) a##i = _mm512_dpbf16_ps(a##i, x, x);
+#define TIMED(zero, step)                              \
+  EACH(zero)                                           \
+  const auto start = std::chrono::steady_clock::now(); \
+  for (long r = 0; r < kRounds; ++r) {                 \
+    EACH(step) EACH(KEEP)                              \
+  }                                                    \
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+
+__attribute__((target("avx2,fma"))) double fma256() {
+  const __m256 x = _mm256_set1_ps(1.0f);
+  TIMED(ZERO_256, FMA_256)
+}
+__attribute__((target("avx512f"))) double fma512() {
+  const __m512 x = _mm512_set1_ps(1.0f);
+  TIMED(ZERO_512, FMA_512)
+}
+__attribute__((target("avx512f,avx512bf16"))) double dot512() {
+  const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+  TIMED(ZERO_512, DOT_512)
+}
+
+void report(const char* name, double (*run)(), double flops) {
+  double best = run();
+  for (int i = 0; i < 49; ++i) best = std::min(best, run());
+  std::printf("%s %.1f\n", name, kRounds * 12 * flops / best / 1e9);
+}
+
+}  // namespace
+
+int main() {
+  if (__builtin_cpu_supports("avx512f")) report("float32", fma512, 32);
+  else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) report("float32", fma256, 16);
+  if (__builtin_cpu_supports("avx512bf16")) report("bfloat16", dot512, 64);
+}
