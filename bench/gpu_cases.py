@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csam_kernels import reference
+
 RESNET18 = [
     *[(64, 3, 3, 3)],
     *[(64, 64, 3, 3)] * 4,
@@ -30,9 +32,15 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
     twin: Callable[..., Any] | None = None
     peak: str = "float32"  # what multiplies: float32, tf32 or half
+    expected: Callable[..., Any] | None = None  # what the call gives, where the reference has no such function
 
     def inputs(self) -> list[Tensor]:
         return tensors(self.arguments)
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -89,6 +97,7 @@ def noise_cases(device: torch.device) -> Iterator[Case]:
         params[:, 5] = 0.8 + 0.4 * _rand(400, device=device)
         x = _rand(3, 32, 32, device=device)
         yield Case("semantic_batch", name, (x, params), None if blur else rotated)
+    yield Case("philox_uniform", "4000x8", (4000, 8, 7, 0, 0))
 
 
 def mask_cases(device: torch.device) -> Iterator[Case]:
@@ -129,7 +138,11 @@ def mask_cases(device: torch.device) -> Iterator[Case]:
         yield Case("mask_gradients", f"ResNet-18 G {str(dtype)[6:]}", (given, theta, masks, 0, True, True), triple)
 
     filters = [_rand(s[0], *[1] * (len(s) - 1), device=device) for s in RESNET18]
+    kernels = [_rand(*s[:2], *[1] * (len(s) - 2), device=device) for s in RESNET18]
+    plain = ("plain", 0.0, 0.0, [], "global", 0, 0, torch.bfloat16, 0)
+    yield Case("effective_weights", "ResNet-18 filter masks to bf16", (theta, filters, *plain), effective)
     yield Case("mask_gradients", "ResNet-18 filter masks", (grads, theta, filters, 0, True, True))
+    yield Case("mask_gradients", "ResNet-18 kernel masks", (grads, theta, kernels, 0, True, True))
 
     def scaled(weights: list[Tensor], tau: float) -> list[Tensor]:
         magnitudes = [w.abs() for w in weights]
@@ -185,6 +198,9 @@ def convolution_cases(device: torch.device) -> Iterator[Case]:
             given = _rand(*weight.shape, device=device) if soft else mask
             arguments = (grad, x, weight, given, *options, [True, True, soft])
             yield Case("masked_conv2d_backward", label, arguments, backward, peak)
+    yield from _fed_by_noise(device)
+    yield from _few_channels(device, backward)
+    yield from _other_layouts(device, convolution, backward)
     x, weight = torch.randn(256, 512, device=device).to(torch.bfloat16), torch.randn(1000, 512, device=device)
     mask = _rand(1000, 512, device=device) < 0.3
     yield Case(
@@ -194,3 +210,67 @@ def convolution_cases(device: torch.device) -> Iterator[Case]:
         lambda x, w, m, *_: F.linear(x, (w * m).to(x.dtype)),
         "half",
     )
+
+
+def _fed_by_noise(device: torch.device) -> Iterator[Case]:
+    """The first layer of ResNet-18, and one twice as wide, on noise drawn in its load path."""
+
+    def convolved(x: Tensor, n: int, sigma: float, *rest: Any) -> Tensor:
+        noise, (w, m, bias, *options) = rest[:3], rest[3:]
+        batch = reference.smoothing_noise(x, n, sigma, *noise, x.dtype, torch.contiguous_format)
+        return reference.masked_conv2d(batch, w, m, bias, *options)
+
+    def noisy_convolution(x: Tensor, n: int, sigma: float, *rest: Any) -> Tensor:
+        w, m, bias, *options = rest[3:]
+        batch = x.repeat((n, 1, 1, 1))
+        return F.conv2d(batch + torch.randn_like(batch) * sigma, (w * m).to(x.dtype), bias, *options[:4])
+
+    for filters in (64, 128):
+        for dtype in (torch.bfloat16, torch.float32):
+            weight, mask = torch.randn(filters, 3, 3, 3, device=device), _rand(filters, 3, 3, 3, device=device)
+            x = _rand(3, 32, 32, device=device, dtype=dtype)
+            arguments = (x, 400, 0.25, 7, 0, 0, weight, mask, None, [1, 1], [1, 1], [1, 1], 1, 0)
+            peak = "float32" if dtype is torch.float32 else "half"
+            name = f"400x3x32x32->{filters} 3x3 {str(dtype)[6:]}"
+            yield Case("smoothing_conv2d", name, arguments, noisy_convolution, peak, convolved)
+
+
+def _few_channels(device: torch.device, backward: Callable[..., Any]) -> Iterator[Case]:
+    """Layers of ResNet-20: the epilogue's form of the first, and channel masks in the backward pass of the next."""
+
+    def inference(x: Tensor, w: Tensor, m: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Tensor:
+        y = F.conv2d(x, (w * m).to(x.dtype), bias.to(x.dtype), *rest[1:5])
+        return (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).relu().to(x.dtype)
+
+    options = ([1, 1], [1, 1], [1, 1], 1, 0)
+    for dtype, peak in ((torch.bfloat16, "half"), (torch.float32, "float32")):
+        x = torch.randn(400, 3, 32, 32, device=device).to(dtype)
+        weight, mask = torch.randn(16, 3, 3, 3, device=device), _rand(16, 3, 3, 3, device=device)
+        epilogue = (*(torch.randn(16, device=device) for _ in range(3)), True)
+        name = f"3->16 3x3 32x32 {str(dtype)[6:]}"
+        arguments = (x, weight, mask, *epilogue, *options)
+        yield Case("masked_conv2d_inference", name, arguments, inference, peak, inference)
+        x, grad = (torch.randn(64, 16, 32, 32, device=device).to(dtype) for _ in range(2))
+        if dtype is torch.bfloat16:
+            x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+        weight, mask = torch.randn(16, 16, 3, 3, device=device), _rand(1, 16, 1, 1, device=device)
+        name = f"16->16 3x3 32x32 channel masks {str(dtype)[6:]}"
+        arguments = (grad, x, weight, mask, *options, [True] * 3)
+        yield Case("masked_conv2d_backward", name, arguments, backward, peak)
+
+
+def _other_layouts(
+    device: torch.device, convolution: Callable[..., Any], backward: Callable[..., Any]
+) -> Iterator[Case]:
+    """Depthwise with pixels side by side; float32 that may multiply as TF32, weights and masks channels_last too."""
+    for name, channels, groups, size, peak in (
+        ("256 depthwise 3x3 16x16 NCHW float32", 256, 256, 16, "float32"),
+        ("128->128 3x3 16x16 tf32", 128, 1, 16, "tf32"),
+    ):
+        x, grad = (torch.randn(64, channels, size, size, device=device) for _ in range(2))
+        weight, mask = (_rand(channels, channels // groups, 3, 3, device=device) for _ in range(2))
+        if groups == 1:
+            x, grad, weight, mask = (t.to(memory_format=torch.channels_last) for t in (x, grad, weight, mask))
+        options = ([1, 1], [1, 1], [1, 1], groups, 0)
+        yield Case("masked_conv2d", name, (x, weight, mask, None, *options), convolution, peak)
+        yield Case("masked_conv2d_backward", name, (grad, x, weight, mask, *options, [True] * 3), backward, peak)

@@ -2,8 +2,9 @@
 
 Correctness comes first and a difference beyond the tolerance table of the tests ends with exit code 1. Timings are
 medians of interleaved rounds against torch's own operators (cuDNN convolution on the materialised product and the rest
-of `gpu_cases.py`), with the bandwidth and the share of the card's peak that the call reaches; they are written to
-bench/results/gpu-<card>.csv. `--case TEXT` keeps the cases whose operation or name holds TEXT.
+of `gpu_cases.py`), with the bandwidth and the share of the card's published peak (memory or arithmetic, whichever is
+nearer; A100, H100 and B200) that the call reaches; they are written to bench/results/gpu-<card>.csv. `--case TEXT`
+keeps the cases whose operation or name holds TEXT.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import csam
 from bench_search import CORE, LR, RHO, SPARSITY, TAU, TorchStep
 from bench_smooth import BATCH, SIGMA, N, cohen_counts
 from csam_kernels import backend, reference
-from gpu_cases import Case, cases, tensors
+from gpu_cases import Case, allow_tf32, cases, tensors
+from gpu_ledger import CARDS, called
 
 ROUNDS = 51
-# (rtol, atol) by the dtype that the operands had; the table of tests/conftest.py, and TF32 stays off
+# (rtol, atol) by the dtype that the operands had: the table of tests/conftest.py
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (2e-3, 2e-3)}
-FIELDS = ("device", "torch", "triton", "op", "case", "provider", "ms", "twin_ms", "ratio", "gb_per_s", "max_error")
+CALL = ("op", "case", "provider", "ms", "twin_ms", "ratio", "gb_per_s", "peak_share", "max_error")
+FIELDS = ("device", "torch", "triton", *CALL)
 
 
 def fresh(values: Any) -> Any:
@@ -51,6 +54,7 @@ def difference(actual: list[Tensor], expected: list[Tensor], case: Case) -> tupl
     """Largest absolute error, and whether all values are within the table; integers must be equal."""
     worst, good = 0.0, len(actual) == len(expected)
     dtypes = [t.dtype for t in case.inputs() + expected if t.dtype in TOLERANCE]
+    dtypes += [torch.float16] * (case.peak == "tf32")  # it rounds operands to as many bits
     rtol, atol = max((TOLERANCE[d] for d in dtypes), default=(0.0, 0.0))
     for a, e in zip(actual, expected, strict=False):
         a, e = a.to("cpu", torch.float64), e.to("cpu", torch.float64)
@@ -103,7 +107,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA device; nothing was run", file=sys.stderr)
         return 2
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device, card = torch.device("cuda"), torch.cuda.get_device_name()
     reasons = {name: backend.backends()[name] for name in ("triton", "cuda")}
     print(card, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
@@ -112,7 +115,9 @@ def main() -> int:
     for case in cases(device):
         if options.case not in f"{case.op} {case.name}":
             continue
-        expected = results(getattr(reference, case.op), case.arguments)
+        allow_tf32(False)
+        expected = results(case.expected or getattr(reference, case.op), case.arguments)
+        allow_tf32(case.peak == "tf32")
         for name, module in providers.items():
             serve = getattr(module, case.op, None)
             if serve is None:
@@ -124,8 +129,10 @@ def main() -> int:
             if not options.no_timing:
                 row |= timing(case, serve)
                 print(f"  {row['ms']} ms, torch {row['twin_ms'] or '-'} ms, {row['gb_per_s']} GB/s", end="")
+                print(f", {row['peak_share'] or '?'} of peak", end="")
             print()
             rows.append({"device": card, "torch": torch.__version__, "triton": _triton_version()} | row)
+    allow_tf32(False)
     if not options.no_timing:
         base = {"device": card, "torch": torch.__version__, "triton": _triton_version(), "provider": "all"}
         for name, ours, twin in whole_jobs(device):
@@ -158,7 +165,16 @@ def timing(case: Case, serve: Callable[..., Any]) -> dict[str, Any]:
         "twin_ms": f"{theirs[0]:.4f}" if theirs else "",
         "ratio": f"{theirs[0] / ours:.2f}" if theirs else "",
         "gb_per_s": f"{least / ours / 1e6:.0f}",
+        "peak_share": peak_share(case, least, ours, torch.cuda.get_device_name()),
     }
+
+
+def peak_share(case: Case, least: int, ms: float, device: str) -> str:
+    """Time that the card's published bandwidth or arithmetic allows, over the time taken; "" for an unlisted card."""
+    card = next((card for card in CARDS.values() if card.name in device), None)
+    return (
+        f"{card.seconds(least, sum(launch.flops for launch in called(case)), case.peak) / ms * 1e3:.3f}" if card else ""
+    )
 
 
 def _triton_version() -> str:

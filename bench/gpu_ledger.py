@@ -37,7 +37,7 @@ from csam_kernels import backend
 from csam_kernels import triton as provider
 from csam_kernels.triton import tuning
 from csam_kernels.triton.launch import Launch, record
-from gpu_cases import Case, cases, tensors
+from gpu_cases import Case, allow_tf32, cases, tensors
 from nvcc import compile_kernels, nvcc
 
 LEDGER = Path(__file__).with_name("gpu_ledger.csv")
@@ -51,6 +51,10 @@ class Card(NamedTuple):
     bandwidth: float  # bytes/s
     peak: dict[str, float]  # FLOP/s by what multiplies
     shared: int  # bytes of shared memory a multiprocessor (CUDA C++ Programming Guide, compute capabilities)
+
+    def seconds(self, moved: int, flops: int, peak: str) -> float:
+        """The least time for so many bytes and operations."""
+        return max(moved / self.bandwidth, flops / self.peak[peak])
 
 
 CARDS = {
@@ -136,10 +140,18 @@ def ptxas_counts(said: str) -> tuple[int, int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2]), int(shared[1]) if shared else 0
 
 
+def called(case: Case) -> list[Launch]:
+    """The launches of a call, which are recorded and not run."""
+    with record() as launches:
+        getattr(provider, case.op)(*case.arguments)
+    return launches
+
+
 def triton_rows() -> Iterator[dict[str, Any]]:
     """A row for every kernel of a call and one, kernel "*", for the whole call, for each architecture."""
     calls, sources = [], {}
     for case in cases(torch.device("meta")):
+        allow_tf32(case.peak == "tf32")
         for arch in CARDS:
             with tuning.forced(tuning.CLASSES[arch // 10]), record() as launches:
                 out = getattr(provider, case.op)(*case.arguments)
@@ -222,7 +234,7 @@ def _row(name: str, case: Case, kernel: str, arch: int, launches: list[Launch], 
         "least_bytes": least,
         "flops": flops,
         "flops_per_byte": round(flops / moved, 2) if moved else "",
-        "predicted_us": round(1e6 * max(moved / card.bandwidth, flops / card.peak[case.peak]), 2),
+        "predicted_us": round(1e6 * card.seconds(moved, flops, case.peak), 2),
     }
 
 

@@ -86,7 +86,11 @@ def _function(op: str, forced: str, where: device) -> Callable[..., Any]:
         if not reason:
             function: Callable[..., Any] = getattr(_load(name)[0], op)
             return function
-    raise BackendUnavailable(f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    message = f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if forced:
+        free = next((name for name in _UNASKED if not _why_not(op, name, where)), "")
+        message += f"; unset CSAM_BACKEND={forced}, and {free} serves it" if free else ""
+    raise BackendUnavailable(message)
 
 
 def explain(op: str, *args: Any) -> str:

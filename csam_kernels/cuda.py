@@ -1,7 +1,7 @@
 """The CUDA C++ provider: hands the device addresses of a call, the number of multiprocessors and the stream to `_CUDA`.
 
 No function waits for the device or reads a value from it, so every call can be captured in a CUDA graph. Lists of
-layers go through a fixed number of launches: their table travels in the kernels' parameters.
+layers travel in the kernels' parameters, so a pass is one set of launches for every 280 layers (128 of binarize).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def count_votes(logits: Tensor, out: Tensor) -> None:
 
 def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     x, params = x.contiguous(), params.to(torch.float32).contiguous()
-    out = torch.empty((len(params), *x.shape), device=x.device)
+    out = torch.empty((len(params), *x.shape), dtype=torch.float32, device=x.device)
     scratch = torch.empty(_CUDA.semantic_room(len(params), x.numel()), dtype=torch.uint8, device=x.device)
     where = (x.data_ptr(), len(params), *x.shape, params.data_ptr(), out.data_ptr(), scratch.data_ptr())
     _run(_CUDA.semantic_batch, x.device, *where)
@@ -139,7 +139,7 @@ def _mask_step(
     table = _CUDA.Layers(layers)
     adversarial = kind == "adversarial"
     partial = torch.empty(table.units() if adversarial else 0, dtype=torch.float64, device=where)
-    scales = torch.empty(len(layers) if adversarial else 0, device=where)
+    scales = torch.empty(len(layers) if adversarial else 0, dtype=torch.float32, device=where)
     options = (KIND[kind], norm == "global", radius, rho, seed & WORD, step)
     _run(_CUDA.mask_step, where, table, *options, partial.data_ptr(), scales.data_ptr())
 

@@ -243,6 +243,29 @@ def test_binarize_mixed_dtypes_unaligned_and_more_layers_than_a_table_holds(cuda
     assert not any(m.any() for m in cuda.binarize(scores[:3], [0], "global"))
 
 
+def test_not_a_number_ranks_below_every_number(cuda: Any) -> None:
+    scores = torch.randn(600)
+    scores[::3] = torch.tensor([0x7FC00000, -0x400000, 0x7FFFFFFF]).repeat(67)[:200].int().view(torch.float32)
+    scores[1::3] = -torch.inf
+    (mask,) = cuda.binarize([scores], [400], "global")
+    assert torch.equal(mask, ~scores.isnan())
+    (mask,) = cuda.binarize([scores], [401], "global")
+    assert bool(mask[0])
+    assert int(mask.sum()) == 401
+    assert not cuda.binarize([scores], [0], "global")[0].any()
+
+
+def test_results_do_not_follow_torchs_default_dtype(cuda: Any) -> None:
+    x, masks = torch.rand(1, 4, 4), [torch.rand(20)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert cuda.semantic_batch(x, torch.tensor([SEMANTIC_NEUTRAL])).dtype is torch.float32
+        (out,) = cuda.perturb_masks(masks, *perturbation(masks, "adversarial", "global"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype is torch.float32
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 7, 5), (2, 3, 600), (1, 40, 1)], ids=str)
 def test_semantic_batch(cuda: Any, shape: tuple[int, ...]) -> None:
     rows = [list(SEMANTIC_NEUTRAL) for _ in range(9)]

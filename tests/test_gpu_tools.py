@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib
+import inspect
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +47,79 @@ def test_cases_are_calls_that_every_provider_takes(tool: ModuleType) -> None:
         assert tool.difference(actual, expected, case)[1], case.op
         wrong = [a + (1 if a.dtype is torch.int64 else 0.1) for a in actual]
         assert not tool.difference(wrong, expected, case)[1], case.op
-    assert seen == {"smoothing_noise", "count_votes", "semantic_batch"}
+    assert seen == {"smoothing_noise", "count_votes", "semantic_batch", "philox_uniform"}
+
+
+@pytest.mark.parametrize("tool", ["gpu_check"], indirect=True)
+def test_share_of_peak_is_what_the_card_allows_over_what_was_taken(tool: ModuleType) -> None:
+    pytest.importorskip("triton")
+    logits, out = torch.empty(5, 10, device="meta"), torch.empty(10, dtype=torch.int64, device="meta")
+    case = tool.Case("count_votes", "", (logits, out))
+    assert tool.peak_share(case, 3_350_000, 0.002, "NVIDIA H100 80GB HBM3") == "0.500"
+    assert tool.peak_share(case, 3_350_000, 0.002, "some other card") == ""
+    wide = tool.Case("masked_linear", "", (*(torch.empty(1000, 1000, device="meta"),) * 3, None, 0))
+    assert tool.peak_share(wide, 0, 1.0, "NVIDIA A100-SXM4-80GB") == f"{2e9 / 19.5e12 * 1e3:.3f}"
+
+
+def launched_kernels() -> set[str]:
+    """Names of the Triton functions that a launcher starts: those that ask which program they are."""
+    from csam_kernels.triton import kernels
+
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    functions = {f.fn for module in modules for f in vars(module).values() if hasattr(f, "fn")}
+    names = {f.__name__ for f in functions if re.search(r"program_id\(|= my_chunk\(", inspect.getsource(f))}
+    return names - {"my_chunk"}
+
+
+CONVOLUTIONS = {
+    "masked_conv2d_kernel": ("forward", "BLOCK_P"),
+    "masked_conv2d_input_gradient_kernel": ("input_gradient", "BLOCK_P"),
+    "masked_conv2d_weight_gradient_kernel": ("weight_gradient", "BLOCK_C"),
+}
+FORMS = {
+    "PRECISION": {"ieee", "tf32"},
+    "FLAT": {False, True},
+    "RELU": {False, True},
+    "PARTIAL": {False, True},
+    "COVER_BLOCK": {16, 64, 512},
+    "BINS": {0, 16},
+}
+
+
+@pytest.mark.parametrize("tool", ["gpu_cases"], indirect=True)
+def test_ledger_reaches_every_kernel_and_every_row_of_the_tables(tool: ModuleType) -> None:
+    """It compiles the launches of its calls: a kernel or a row that no call reaches would go uncompiled."""
+    pytest.importorskip("triton")
+    from csam_kernels import triton as provider
+    from csam_kernels.triton import tuning
+    from csam_kernels.triton.launch import record
+
+    seen, tiles, directly = set(), set(), set()
+    forms: dict[str, set[Any]] = {form: set() for form in FORMS}
+    for case in tool.cases(torch.device("meta")):
+        tool.allow_tf32(case.peak == "tf32")
+        with record() as launches:
+            getattr(provider, case.op)(*case.arguments)
+        for launch in launches:
+            name, given = launch.kernel.fn.__name__, launch.arguments | launch.options
+            seen.add(name)
+            for form in FORMS.keys() & given.keys():
+                forms[form].add(given[form])
+            if name == "depthwise_kernel":
+                directly.add(given["BLOCK_P"])
+            if name in CONVOLUTIONS:
+                kernel, columns = CONVOLUTIONS[name]
+                fields = ("BLOCK_R", columns, "BLOCK_K", "num_warps", "num_stages", "maxnreg")
+                dtype = given["grad_ptr" if "grad_ptr" in given else "out_ptr"].dtype
+                arithmetic = "float32" if dtype is torch.float32 else "half"
+                row = tuning.ConvTile(*(given[field] for field in fields))
+                tiles.add(("noise" if given.get("NOISE") else kernel, arithmetic, row))
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    assert seen == launched_kernels()
+    assert tiles == {(*key, row) for key, rows in tuning.MASKED_CONV2D["sm80"].items() for row in rows}
+    assert directly == {row.columns for row in tuning.DEPTHWISE.values()}
+    assert forms == FORMS
 
 
 @pytest.mark.parametrize("tool", ["gpu_ledger"], indirect=True)
@@ -82,6 +158,7 @@ ABOVE = {
     "percentile_init": 2.23,  # the quantile of each layer likewise, then theta again for the scores
     "perturb_masks": 1.34,  # the ascent reads g twice, for its norm and for the step
     "effective_weights": 1.29,  # likewise
+    "mask_gradients": 1.14,  # small mask values: their sums go through memory in float64
     "masked_conv2d": 1.18,  # the mask is read again for the table of live tiles, which shows in small layers
     "masked_conv2d_backward": 2.42,  # two products read dL/dy, and the parts of a split reduction are added up
 }

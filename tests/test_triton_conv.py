@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import csam_kernels as ck
 from conftest import assert_close
 from csam_kernels import backend, cpu, reference
-from csam_kernels.layout import expand_mask
+from csam_kernels.layout import expand_mask, fake_like, fake_mask_gradient
 from test_masks_ops import mask_shape
 
 if not backend.INTERPRETED:
@@ -100,7 +100,8 @@ def check_backward(tensors: list[torch.Tensor], options: tuple[Any, ...], out: t
     assert (
         ours[0].stride() == torch.empty_like(reference.masked_conv2d_backward(*args, [True, False, False])[0]).stride()
     )
-    assert ours[1].stride() == torch.empty_like(w).stride()
+    assert ours[1].stride() == fake_like(w).stride()
+    assert ours[2].stride() == fake_mask_gradient(m, w, m.dtype).stride()
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -361,9 +362,12 @@ def test_refusals() -> None:
     options = ((1, 1), (1, 1), (1, 1), 1, 0)
     with pytest.raises(TypeError, match=r"x must have dtype .* on the GPU, got float64"):
         launchers.masked_conv2d(x.double(), w, m, None, *options)
-    with pytest.raises(ValueError, match=r"fewer than 2\^31 pixels"):
-        launchers.masked_conv2d(torch.empty(2**24, 4, 16, 16, device="meta"), w, m, None, *options)
-    with pytest.raises(ValueError, match=r"span fewer than 2\^31 elements"):
-        launchers.masked_conv2d(torch.empty(1, 4, 2**15, 2**15, device="meta"), w, m, None, *options)
+    for batch in (2**23, 2**23 - 1):  # the last tile would reach past 2^31
+        with pytest.raises(ValueError, match=r"at most 2\^31 - 2\^22 pixels"):
+            launchers.masked_conv2d(torch.empty(batch, 4, 16, 16, device="meta"), w, m, None, *options)
+    wide = torch.empty(1, 4, 2**15, 2**15, device="meta")
+    for image in (wide, torch.empty(1, 1, 1, 1, device="meta").expand(wide.shape)):  # dx would have 2^32 elements
+        with pytest.raises(ValueError, match=r"x must hold and span fewer than 2\^31 elements"):
+            launchers.masked_conv2d(image, w, m, None, *options)
     with pytest.raises(ValueError, match="scale and shift"):
         launchers.masked_conv2d_inference(x, w, m, scale=torch.ones(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -26,7 +28,7 @@ if not backend.INTERPRETED:
 
 from csam_kernels import triton as provider
 from csam_kernels.triton import tuning
-from csam_kernels.triton.launch import record
+from csam_kernels.triton.launch import launch, record
 
 SHAPES = [(8, 3, 3, 3), (16, 16, 1, 1), (5, 7, 3, 5), (24, 33), (1, 1, 1, 1), (13, 12, 3, 3), (0, 4, 3, 3)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -246,6 +248,40 @@ def test_tables_are_built_once_a_content() -> None:
     assert tables.chunk_table((1000, 0, 301), 256, cpu_device) is not first
     assert tables.table(((1, 2**40), (3, 4)), cpu_device).tolist() == [[1, 2**40], [3, 4]]
     assert sum(math.ceil(n / 256) for n in (1000, 0, 300)) == len(first)
+
+
+def test_tables_and_scratch_do_not_follow_torchs_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csam_kernels.triton import tables
+
+    with torch.device("meta"):
+        assert tables.chunk_table((1000, 301), 128, torch.device("cpu")).device.type == "cpu"
+        assert tables.table(((5, 2**41),), torch.device("cpu")).tolist() == [[5, 2**41]]
+    monkeypatch.setenv("CSAM_BACKEND", "triton")
+    x, w, m = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.rand(4, 1, 1, 1)
+    arguments = (torch.randn(2, 4, 3, 3), x, w, m, (1, 1), (0, 0), (1, 1), 1, 0, [True] * 3)
+    expected = provider.masked_conv2d_backward(*arguments)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert ck.philox_uniform(3, 2, seed=0).dtype is F32
+        assert same(provider.masked_conv2d_backward(*arguments), expected)
+    finally:
+        torch.set_default_dtype(F32)
+
+
+def test_a_launch_goes_to_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the current one, on which Triton would launch."""
+    entered, launched = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda where: contextlib.nullcontext(entered.append(where)))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **arguments: launched.append((grid, entered[-1]))
+
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda:1")
+    launch(Kernel(), (3,), reads=[x], writes=[], n=4, x_ptr=x)
+    launch(Kernel(), (0,), reads=[x], writes=[], x_ptr=x)
+    assert launched == [((3,), torch.device("cuda:1"))]
 
 
 def test_kernels_compile_without_spills() -> None:

@@ -190,5 +190,7 @@ def test_one_launch_writes_each_value_once(name: str) -> None:
 
 
 def test_an_image_beyond_32_bit_indices_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
-        smoothing_noise(torch.empty(2**15, 2**8, 2**8, device="meta"), 1, 0.5, 0, 0, 0, F32, NCHW)
+    wide, dot = torch.empty(1, 1, 2**31 - 1, device="meta"), torch.empty(1, 1, 1, device="meta")
+    for x, n in ((wide, 1), (dot, 2**31)):  # the last tile would reach past 2^31
+        with pytest.raises(ValueError, match=r"x and n must be at most 2\^31 - 2\^22"):
+            smoothing_noise(x, n, 0.5, 0, 0, 0, F32, NCHW)

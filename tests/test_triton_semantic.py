@@ -74,6 +74,11 @@ def test_strided_input() -> None:
     assert torch.equal(semantic_batch(x, params), semantic_batch(x.contiguous(), params.contiguous()))
 
 
+def test_an_image_beyond_32_bit_indices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x must have at most 2\^31 - 2\^22 elements"):
+        semantic_batch(torch.empty(1, 1, 2**31 - 1, device="meta"), torch.empty(1, 8, device="meta"))
+
+
 def test_launches_do_not_depend_on_the_parameters() -> None:
     x, params = torch.empty(3, 224, 224, device="meta"), torch.empty(100, 8, device="meta")
     with record() as launches:

@@ -66,6 +66,12 @@ def test_lowest_index_wins_and_nan_casts_no_vote(monkeypatch: pytest.MonkeyPatch
         assert ck.count_votes(torch.tensor(rows, dtype=dtype)).tolist() == [3, 1, 0]
 
 
+def test_a_forced_provider_that_cannot_serve_names_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CSAM_BACKEND", "cuda")
+    with pytest.raises(ck.BackendUnavailable, match="unset CSAM_BACKEND=cuda, and cpu serves it"):
+        ck.count_votes(torch.zeros(1, 2))
+
+
 def test_ties_across_blocks_of_classes(few_programs: None) -> None:
     logits = torch.zeros(6, 100)
     logits[0, [40, 8, 99]] = 1
@@ -84,6 +90,11 @@ def test_doubles_are_compared_as_doubles() -> None:
     out = torch.zeros(2, dtype=torch.int64)
     count_votes(logits, out)
     assert out.tolist() == [0, 1]
+
+
+def test_rows_beyond_32_bit_indices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits must have at most 2\^31 - 2\^22 rows"):
+        count_votes(torch.empty(2**31 - 1, 2, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))
 
 
 def test_one_launch_reads_the_logits_once() -> None:

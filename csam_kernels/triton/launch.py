@@ -8,10 +8,13 @@ device, a launcher shows the kernels, configurations, grids and bytes of a call 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+LIMIT = 2**31 - 2**22  # what is counted in 32 bits: the last tile or step may reach past the end
 
 
 class Launch(NamedTuple):
@@ -63,7 +66,13 @@ def launch(
         traffic = (_bytes(reads), _bytes(writes))
         _record.append(Launch(kernel, grid, arguments, options, *traffic, flops))
     elif all(grid):
-        kernel[grid](**arguments, **options)
+        with current(next(a.device for a in arguments.values() if isinstance(a, Tensor))):
+            kernel[grid](**arguments, **options)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make the tensors' device the current one: Triton launches there, on its stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _bytes(parts: Sequence[Tensor | int]) -> int:

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from csam_kernels.triton.launch import current
+
 Row = tuple[int, ...]
 _captured: list[Tensor] = []
 
@@ -32,13 +34,13 @@ def chunk_counts(sizes: Row, chunk: int) -> list[int]:
 
 
 def _rows(rows: tuple[Row, ...]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _chunks(sizes: Row, chunk: int) -> Tensor:
-    counts = torch.tensor(chunk_counts(sizes, chunk))
+    counts = torch.tensor(chunk_counts(sizes, chunk), device="cpu")  # whatever the default device is
     layer = torch.repeat_interleave(counts)
-    own = torch.arange(len(layer)) - (counts.cumsum(0) - counts)[layer]
+    own = torch.arange(len(layer), device="cpu") - (counts.cumsum(0) - counts)[layer]
     return torch.stack((layer, own), 1).to(torch.int32)
 
 
@@ -49,10 +51,11 @@ def _on_device(
         return torch.empty(shape, dtype=dtype, device=device)
     if device.type != "cuda":
         return _resident(build, content, device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(build(*content).pin_memory())
-        return _captured[-1].to(device, non_blocking=True)
-    return _resident(build, content, device, torch.cuda.current_stream(device).cuda_stream)
+    with current(device):
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(build(*content).pin_memory())
+            return _captured[-1].to(device, non_blocking=True)
+        return _resident(build, content, device, torch.cuda.current_stream().cuda_stream)
 
 
 @lru_cache(maxsize=256)

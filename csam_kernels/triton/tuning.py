@@ -69,6 +69,7 @@ _CONV: dict[tuple[str, str], tuple[ConvTile, ConvTile]] = {
 MASKED_CONV2D = dict.fromkeys(CLASSES.values(), _CONV)
 # Depthwise kernels: channels x pixels, for pixels (NCHW) or channels (channels_last) next to each other in memory.
 DEPTHWISE: dict[bool, ConvTile] = {False: ConvTile(1, 512, 1, 4, 2), True: ConvTile(64, 16, 1, 4, 2)}
+FINISH = {False: {"num_warps": 4}, True: {"num_warps": 8, "maxnreg": 128}}  # by whether all is channels_last
 LISTED_FROM = 4  # blocks of pixels that share a weight tile from which looking for dead tiles first pays
 SPLIT_PIXELS = 256  # pixels a part of a split reduction should have at least
 PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296}  # two for each multiprocessor: how far a reduction is split

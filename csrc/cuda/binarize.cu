@@ -84,7 +84,7 @@ __device__ inline void for_rounds(const Entry& e, int64_t from, Use use) {
     uint32_t keys[kGroup];
     widen(raw[r], e.dtype, v);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) keys[i] = ordered_key(v[i]);
+    for (int i = 0; i < kGroup; ++i) keys[i] = v[i] == v[i] ? ordered_key(v[i]) : 0;  // NaN below every number
     use(first + r * kBlock, keys, count[r]);
   }
 }

@@ -186,9 +186,9 @@ def masked_conv2d_kernel(
     rows,
     tiles,
     sigma,
-    seed,
-    first_sample,
-    stream_word,
+    seed: tl.uint64,
+    first_sample: tl.uint64,
+    stream_word: tl.uint32,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -231,7 +231,7 @@ def masked_conv2d_kernel(
 
     if NOISE:
         k0, k1 = split_word(seed)
-        sample_low, sample_high = split_word(first_sample + b)
+        sample_low, sample_high = split_word(first_sample.to(tl.uint64) + b.to(tl.uint64))
     count = tiles
     if LISTED:
         count = tl.load(counts_ptr + row)
@@ -254,7 +254,7 @@ def masked_conv2d_kernel(
         if NOISE:
             image = tl.load(x_ptr + group * channels * x_c + x_at, inside, 0.0).to(tl.float32)
             element = (group * channels + c)[:, None] * (height * width) + ih * width + iw
-            noise = noise_at(element, sample_low[None, :], sample_high[None, :], stream_word.to(tl.uint32), k0, k1)
+            noise = noise_at(element, sample_low[None, :], sample_high[None, :], stream_word, k0, k1)
             x = narrow(tl.where(inside, tl.fma(noise, sigma, image), 0.0), DTYPE)
         else:
             x = tl.load(x_ptr + x_base[None, :] + x_at, inside, 0.0)
@@ -422,6 +422,7 @@ def masked_conv2d_weight_gradient_kernel(
     PARTIAL: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_MASK: tl.constexpr,
+    ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -431,7 +432,8 @@ def masked_conv2d_weight_gradient_kernel(
     dweight = G * mask, dmask = G * weight and the program's part of the squared norm of dmask.
 
     A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels. PARTIAL: G of that part goes to
-    partial[part, o, (c, kh, kw)] instead. Without the mask's gradient a tile of dead weights costs nothing.
+    partial[part, o, (c, kh, kw)] instead. Without the mask's gradient a tile of dead weights costs nothing. ALIKE:
+    dmask has dweight's strides, otherwise it is contiguous.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     column_block = tl.program_id(0) % column_blocks
@@ -478,7 +480,10 @@ def masked_conv2d_weight_gradient_kernel(
         if NEED_MASK:
             weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
             weight = tl.load(weight_ptr + weight_at, exists, 0.0).to(tl.float32)
-            at = o_all[:, None] * (channels * TAPS) + (c * TAPS + tap)[None, :]
+            if ALIKE:
+                at = (o_all * dw_o)[:, None] + (c * dw_c + kh * dw_h + kw * dw_w)[None, :]
+            else:
+                at = o_all[:, None] * (channels * TAPS) + (c * TAPS + tap)[None, :]
             dmask = acc * weight
             tl.store(dmask_ptr + at, narrow(dmask, dmask_ptr.dtype.element_ty), exists)
             tl.store(squares_ptr + tl.program_id(0), tl.sum(dmask * dmask))
@@ -516,11 +521,13 @@ def finish_gradients_kernel(
     BLOCKED: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_MASK: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """G = sum of the parts of partial[parts, O, cols] in their order; dweight = G * mask and dmask[o, segment] = sum
-    of G * weight over the `span` consecutive weights of a segment, with the program's part of its squared norm.
+    of G * weight over the `span` consecutive weights of a segment, with the program's part of its squared norm. ALIKE:
+    dmask lies as dweight, as in the kernel above.
 
     A program: BLOCK_S segments of one filter.
     """
@@ -549,7 +556,10 @@ def finish_gradients_kernel(
             sums += tl.sum(g * weight, 1)
     if NEED_MASK:
         dmask = narrow(sums, dmask_ptr.dtype.element_ty)
-        tl.store(dmask_ptr + o * segments + segment, dmask, segment < segments)
+        at = o * segments + segment
+        if ALIKE:
+            at = o * dw_o + _mask_at(segment // TAPS, segment % TAPS, dw_c, dw_h, dw_w, 1, TAPS, KERNEL_W, False)
+        tl.store(dmask_ptr + at, dmask, segment < segments)
         tl.store(squares_ptr + tl.program_id(0), tl.sum(sums * sums, 0))
 
 

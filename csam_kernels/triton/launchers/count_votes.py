@@ -9,11 +9,13 @@ from torch import Tensor
 
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels.count_votes import count_votes as kernel
-from csam_kernels.triton.launch import launch
+from csam_kernels.triton.launch import LIMIT, launch
 
 
 def count_votes(logits: Tensor, out: Tensor) -> None:
     n, classes = logits.shape
+    if n > LIMIT:
+        raise ValueError(f"logits must have at most 2^31 - 2^22 rows on a GPU, got {n}; count them in parts")
     table = tuning.COUNT_VOTES[tuning.device_class(logits.device)]
     row = next(row for most, row in table.items() if classes <= most)
     block = min(triton.next_power_of_2(classes), row["BLOCK"])

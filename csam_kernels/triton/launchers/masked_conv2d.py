@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csam_kernels.layout import MaskLayout, mask_layout
+from csam_kernels.layout import MaskLayout, mask_layout, memory_format
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import masked_conv2d as kernels
 from csam_kernels.triton.kernels import masked_depthwise as depthwise
-from csam_kernels.triton.launch import launch
+from csam_kernels.triton.launch import LIMIT, launch
 
 _Meta = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Pair = tuple[int, int]
-_LIMIT = 2**31 - 1
+_WORD = 2**64 - 1
 _CHUNK = 1024  # tiles that the list kernel looks at in one step
 
 
@@ -89,14 +89,13 @@ def _refuse(**tensors: Tensor) -> None:
             )
 
 
-def _reach(shape: torch.Size, stride: tuple[int, ...]) -> int:
-    return sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
 def _bounded(name: str, shape: torch.Size, stride: tuple[int, ...]) -> None:
-    """Offsets inside an image or a weight are 32-bit; only the batch is addressed with 64 bits."""
-    if _reach(shape, stride) > _LIMIT:
-        raise ValueError(f"{name} of shape {tuple(shape)} must span fewer than 2^31 elements; make it contiguous")
+    """Offsets inside an image or a weight, and a result like it, are 32-bit; only the batch is addressed with 64."""
+    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if max(reach, math.prod(shape)) >= 2**31:
+        raise ValueError(
+            f"{name} must hold and span fewer than 2^31 elements, got shape {tuple(shape)}, strides {stride}"
+        )
 
 
 def _strides(prefix: str, stride: tuple[int, ...], axes: str = "bchw") -> dict[str, int]:
@@ -140,8 +139,11 @@ def _geometry(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
     )
-    if batch * max(height * width, out_height * out_width) > _LIMIT:
-        raise ValueError(f"x of shape {tuple(x[0])} must have fewer than 2^31 pixels in a batch; split the batch")
+    if batch * max(height * width, out_height * out_width) > LIMIT:
+        raise ValueError(
+            f"x must have at most 2^31 - 2^22 pixels in a batch, and its result too, got shape {tuple(x[0])}; "
+            "split the batch"
+        )
     _bounded("an image of x", x[0][1:], x[1][1:])
     _bounded("weight", *weight[:2])
     _bounded("mask", *mask[:2])
@@ -207,8 +209,8 @@ def _forward_plan(
     where: str, x: _Meta, weight: _Meta, mask: _Meta, dtype: torch.dtype, options: Any, direct: bool = True
 ) -> Plan:
     g = _geometry(x, weight, mask, *options)
-    memory_format = _suggested(x, weight, 0 in g.out_shape)
-    out = torch.empty(g.out_shape, device="meta", memory_format=memory_format)
+    suggested = _suggested(x, weight, 0 in g.out_shape)
+    out = torch.empty(g.out_shape, device="meta", memory_format=suggested)
     _bounded("an image of the result", out.shape[1:], out.stride()[1:])
     pixels = g.batch * g.out_height * g.out_width
     common = {
@@ -224,12 +226,12 @@ def _forward_plan(
         **g.constants,
     }
     if g.depthwise and direct:
-        t = tuning.DEPTHWISE[memory_format is torch.channels_last]
+        t = tuning.DEPTHWISE[suggested is torch.channels_last]
         filters = g.groups * g.filters
         rows = _blocks(filters, t.rows)
         common |= {"filters": filters, "multiplier": g.filters, "rows": rows, "BLOCK_R": t.rows, "BLOCK_P": t.columns}
         common |= _options_of(t)
-        return Plan(g, memory_format, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
+        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
     tile, launching = _tile(where, "forward" if direct else "noise", dtype, g.filters)
     flat = _flat(x, weight)
     row_blocks = _blocks(g.filters, tile["BLOCK_R"])
@@ -241,7 +243,7 @@ def _forward_plan(
     common |= {"channels": g.channels, "filters": g.filters, "row_blocks": row_blocks, "rows": rows, "tiles": tiles}
     common |= {"FLAT": flat, "LISTED": listed, **tile, **launching}
     table = _table(g, tile, row_blocks, tiles, flat, False)
-    return Plan(g, memory_format, (rows * columns,), common, rows, tiles, table)
+    return Plan(g, suggested, (rows * columns,), common, rows, tiles, table)
 
 
 def _live_tiles(mask: Tensor, plan: Plan) -> Tensor:
@@ -443,7 +445,7 @@ def smoothing_conv2d(
     Returns:
         [n, O, H', W'] in `dtype`.
     """
-    noise = {"sigma": sigma, "seed": seed, "first_sample": first_sample, "stream_word": stream, "NOISE": True}
+    noise = {"sigma": sigma, "seed": seed & _WORD, "first_sample": first_sample, "stream_word": stream, "NOISE": True}
     options = _options(stride, padding, dilation, groups, block_size)
     return _forward(
         x,
@@ -464,8 +466,8 @@ def smoothing_conv2d(
 @lru_cache(4096)
 def _input_plan(where: str, grad: _Meta, x: _Meta, weight: _Meta, mask: _Meta, options: Any) -> Plan:
     g = _geometry(x, weight, mask, *options)
-    memory_format = _suggested(x, weight, 0 in g.out_shape)
-    out = torch.empty(x[0], device="meta", memory_format=memory_format)
+    suggested = _suggested(x, weight, 0 in g.out_shape)
+    out = torch.empty(x[0], device="meta", memory_format=suggested)
     _bounded("an image of the gradient", grad[0][1:], grad[1][1:])
     stride_h, stride_w = g.constants["STRIDE_H"], g.constants["STRIDE_W"]
     common = {
@@ -480,12 +482,12 @@ def _input_plan(where: str, grad: _Meta, x: _Meta, weight: _Meta, mask: _Meta, o
         **g.constants,
     }
     if g.depthwise:
-        t = tuning.DEPTHWISE[memory_format is torch.channels_last]
+        t = tuning.DEPTHWISE[suggested is torch.channels_last]
         pixels = g.batch * g.height * g.width
         rows = _blocks(g.groups, t.rows)
         common |= {"pixels": pixels, "channels": g.groups, "multiplier": g.filters, "rows": rows}
         common |= {"BLOCK_R": t.rows, "BLOCK_P": t.columns, **_options_of(t)}
-        return Plan(g, memory_format, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
+        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
     tile, launching = _tile(where, "input_gradient", grad[2], g.channels)
     row_blocks = _blocks(g.channels, tile["BLOCK_R"])
     rows = g.groups * stride_h * stride_w * row_blocks
@@ -494,9 +496,7 @@ def _input_plan(where: str, grad: _Meta, x: _Meta, weight: _Meta, mask: _Meta, o
     columns = _blocks(pixels, tile["BLOCK_P"])
     common |= {"batch": g.batch, "channels": g.channels, "filters": g.filters, "row_blocks": row_blocks, "rows": rows}
     common |= {"tiles": tiles, "LISTED": columns >= tuning.LISTED_FROM, **tile, **launching}
-    return Plan(
-        g, memory_format, (rows * columns,), common, rows, tiles, _table(g, tile, row_blocks, tiles, False, True)
-    )
+    return Plan(g, suggested, (rows * columns,), common, rows, tiles, _table(g, tile, row_blocks, tiles, False, True))
 
 
 def _input_gradient(
@@ -538,6 +538,7 @@ class WeightPlan(NamedTuple):
     span: int  # consecutive weights that share one
     per_filter: bool  # else the mask's gradient is a sum over filters
     whole: bool  # a broadcast with no such form: dmask is summed from the gradient of a full mask
+    alike: bool  # weight and mask are both channels_last, and so are their gradients
 
 
 def _segments(weight: _Meta, mask: _Meta, block: int, need_mask: bool) -> tuple[int, int, bool, bool]:
@@ -569,6 +570,8 @@ def _weight_plan(
         **g.constants,
     }
     mapping = _segments(weight, mask, options[-1], need_mask)
+    dense = torch.empty_strided(*weight[:2], device="meta")
+    alike = weight[:2] == mask[:2] and memory_format(dense) is torch.channels_last
     if g.depthwise:
         t = tuning.DEPTHWISE[_channels_last(*x[:2])]
         filters = g.groups * g.filters
@@ -598,7 +601,7 @@ def _weight_plan(
     parts = min(_blocks(tuning.PROGRAMS[where], max(programs, 1)), _blocks(pixels, max(tuning.SPLIT_PIXELS, step)))
     common["split_pixels"] = _blocks(_blocks(pixels, max(parts, 1)), step) * step
     parts = max(_blocks(pixels, max(common["split_pixels"], 1)), 1)
-    return WeightPlan(g, (programs, parts), common, *mapping)
+    return WeightPlan(g, (programs, parts), common, *mapping, alike)
 
 
 def masked_conv2d_weight_gradients(
@@ -611,37 +614,38 @@ def masked_conv2d_weight_gradients(
     need_mask: bool,
     convolution: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dweight (in weight's dtype and strides), dL/dmask and parts [*] whose sum is its squared norm.
+    """dL/dweight (in weight's dtype and memory format), dL/dmask and parts [*] whose sum is its squared norm.
 
     G = dL/dW is formed once. With one part of pixels and a mask that has one value a weight it stays in registers;
     otherwise a second launch adds the parts up in their order. What is not needed is undefined.
     """
     where = tuning.device_class(x.device)
-    dweight = torch.empty_like(weight)
+    dweight = torch.empty_like(weight, memory_format=memory_format(weight))
     full, mask = mask, _raw(mask)
     metas = (_meta(grad), _meta(x), _meta(weight), _meta(dweight), _meta(mask))
     plan = _weight_plan(where, *metas, options, need_mask)
     g, arguments, device = plan.geometry, plan.arguments, x.device
     filters = g.groups * g.filters
-    narrow = plan.per_filter and not plan.whole
-    per_filter = torch.empty(
-        filters * plan.segments if need_mask else 0, dtype=mask.dtype if narrow else torch.float32, device=device
-    )
+    if need_mask and plan.per_filter and not plan.whole:
+        lies = torch.channels_last if plan.alike else torch.contiguous_format
+        dmask = torch.empty(mask.shape, dtype=mask.dtype, device=device, memory_format=lies)
+    else:  # its sums come later
+        dmask = torch.empty(filters * plan.segments if need_mask else 0, dtype=torch.float32, device=device)
     parts = plan.grid[1]
     partial = g.depthwise or parts > 1 or plan.span > 1 or not plan.per_filter
-    workspace = torch.empty(parts * filters * g.cols if partial else 0, device=device)
+    workspace = torch.empty(parts * filters * g.cols if partial else 0, dtype=torch.float32, device=device)
     blocks = (1, 1, 1)
     if partial:
         inner = min(1 << (plan.span - 1).bit_length(), 1024)
         outer = min(1024 // inner, 1 << (plan.segments - 1).bit_length())
         blocks = (_blocks(plan.segments, outer), outer, inner)
-    squares = torch.empty(filters * blocks[0] if partial else plan.grid[0], device=device)
+    squares = torch.empty(filters * blocks[0] if partial else plan.grid[0], dtype=torch.float32, device=device)
     if g.depthwise:
         kernel = depthwise.depthwise_weight_gradient_kernel
         pointers: dict[str, Any] = {"grad_ptr": grad, "x_ptr": x, "partial_ptr": workspace}
         launch(kernel, plan.grid, reads=[grad, x], writes=[workspace], flops=g.flops, **pointers, **arguments)
     else:
-        results = [workspace] if partial else [dweight] * need_weight + [per_filter, squares] * need_mask
+        results = [workspace] if partial else [dweight] * need_weight + [dmask, squares] * need_mask
         launch(
             kernels.masked_conv2d_weight_gradient_kernel,
             plan.grid,
@@ -653,12 +657,13 @@ def masked_conv2d_weight_gradients(
             weight_ptr=weight,
             mask_ptr=mask,
             dweight_ptr=dweight,
-            dmask_ptr=per_filter,
+            dmask_ptr=dmask,
             squares_ptr=squares,
             partial_ptr=workspace,
             PARTIAL=partial,
             NEED_WEIGHT=need_weight,
             NEED_MASK=need_mask,
+            ALIKE=plan.alike,
             PRECISION=_precision(x.dtype, convolution),
             **arguments,
         )
@@ -667,12 +672,12 @@ def masked_conv2d_weight_gradients(
             kernels.finish_gradients_kernel,
             (filters * blocks[0],),
             reads=[workspace] + [mask] * need_weight + [weight] * need_mask,
-            writes=[dweight] * need_weight + [per_filter, squares] * need_mask,
+            writes=[dweight] * need_weight + [dmask, squares] * need_mask,
             partial_ptr=workspace,
             weight_ptr=weight,
             mask_ptr=mask,
             dweight_ptr=dweight,
-            dmask_ptr=per_filter,
+            dmask_ptr=dmask,
             squares_ptr=squares,
             filters=filters,
             cols=g.cols,
@@ -686,23 +691,25 @@ def masked_conv2d_weight_gradients(
             **{name: g.constants[name] for name in ("KERNEL_H", "KERNEL_W", "BLOCKED")},
             NEED_WEIGHT=need_weight,
             NEED_MASK=need_mask,
+            ALIKE=plan.alike,
             BLOCK_S=blocks[1],
             BLOCK_J=blocks[2],
+            **tuning.FINISH[plan.alike],
         )
     if not need_mask:
-        return dweight, per_filter, squares[:0]
+        return dweight, dmask, squares[:0]
     if plan.whole:
-        dmask = per_filter.view(weight.shape).sum_to_size(full.shape)
+        dmask = dmask.view(weight.shape).sum_to_size(full.shape)
         return dweight, dmask.to(full.dtype), dmask.square().sum()[None]
     if not plan.per_filter:
-        return dweight, *_sum_rows(per_filter.view(filters, -1), full)
-    return dweight, per_filter.view(full.shape), squares
+        return dweight, *_sum_rows(dmask.view(filters, -1), full)
+    return dweight, dmask, squares
 
 
 def _sum_rows(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(mask.shape, dtype=mask.dtype, device=rows.device)
     block = 32
-    squares = torch.empty(_blocks(rows.shape[1], block), device=rows.device)
+    squares = torch.empty(_blocks(rows.shape[1], block), dtype=torch.float32, device=rows.device)
     launch(
         kernels.sum_rows_kernel,
         (len(squares),),

@@ -16,7 +16,7 @@ _WORD = 2**64 - 1
 
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
     on_gpu = torch.cuda.is_available() and not backend.INTERPRETED
-    out = torch.empty(n, k, device="cuda" if on_gpu else "cpu")
+    out = torch.empty(n, k, dtype=torch.float32, device="cuda" if on_gpu else "cpu")
     row = tuning.PHILOX_UNIFORM[tuning.device_class(out.device)]
     launch(
         kernel,

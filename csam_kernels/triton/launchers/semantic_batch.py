@@ -8,13 +8,13 @@ from torch import Tensor
 
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import semantic_batch as kernels
-from csam_kernels.triton.launch import launch
+from csam_kernels.triton.launch import LIMIT, launch
 
 
 def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     channels, height, width = x.shape
-    if x.numel() >= 2**31:
-        raise ValueError(f"x must have fewer than 2^31 elements on a GPU, got shape {tuple(x.shape)}")
+    if x.numel() > LIMIT:
+        raise ValueError(f"x must have at most 2^31 - 2^22 elements on a GPU, got shape {tuple(x.shape)}")
     n = len(params)
     x, params = x.contiguous(), params.contiguous()
     out = torch.empty((n, *x.shape), dtype=torch.float32, device=x.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels.smoothing_noise import smoothing_noise as kernel
-from csam_kernels.triton.launch import launch
+from csam_kernels.triton.launch import LIMIT, launch
 
 _WORD = 2**64 - 1
 _FLOPS = 40  # a deviate: 25 of Box-Muller and x + sigma * eps, 15 integer ones of Philox, which take the same slots
@@ -26,8 +26,8 @@ def smoothing_noise(
 ) -> Tensor:
     channels, height, width = x.shape
     pixels, elements = height * width, x.numel()
-    if elements >= 2**31:
-        raise ValueError(f"x must have fewer than 2^31 elements on a GPU, got shape {tuple(x.shape)}")
+    if max(elements, n) > LIMIT:
+        raise ValueError(f"x and n must be at most 2^31 - 2^22 on a GPU, got {elements} elements and n={n}")
     out = torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
     row = tuning.SMOOTHING_NOISE[tuning.device_class(x.device)]
     quads = row["QUADS"]
