@@ -192,6 +192,31 @@ def test_masked_linear(benchmark: Any, phase: str) -> None:
     versus(benchmark, ours, _phase(phase, lambda: F.linear(x, weight * mask)))
 
 
+@pytest.mark.parametrize("density", [0.1, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("filters", "channels", "size", "stride"),
+    [(64, 64, 32, 1), (128, 64, 32, 2), (128, 128, 16, 1), (256, 256, 8, 1), (512, 512, 4, 1)],
+    ids=["64x64-32", "128x64-32s2", "128x128-16", "256x256-8", "512x512-4"],
+)
+def test_sample_conv2d(
+    benchmark: Any, filters: int, channels: int, size: int, stride: int, dtype: torch.dtype, density: float
+) -> None:
+    """32 samples through a 3x3 layer of ResNet-18, against the dense convolution of the zeroed weight.
+
+    Bound: one 64-byte load a cycle from the first-level cache, for 16 multiply-adds in float32 and 32 in bfloat16.
+    """
+    weight = torch.randn(filters, channels, 3, 3) * (torch.rand(filters, channels, 3, 3) < density)
+    x = torch.randn(channels, size, size, 32).to(dtype)
+    packed = ck.compress(weight)
+    dense = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    batch = x.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+    call = torch.ops.csam.sample_conv2d
+    ours = lambda: call(x, *packed, None, None, [3, 3], [stride] * 2, [1, 1], [1, 1], False)  # noqa: E731
+    benchmark.extra_info["gflop"] = 2e-9 * len(packed[0]) * ours()[0].numel()
+    versus(benchmark, ours, lambda: F.conv2d(batch, dense, stride=stride, padding=1))
+
+
 def _phase(phase: str, forward: Any) -> Any:
     """The forward pass alone, the backward pass alone (on a kept graph), or both."""
     if phase == "forward":

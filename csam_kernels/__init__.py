@@ -10,6 +10,7 @@ from csam_kernels.ops.masked_linear import masked_linear
 from csam_kernels.ops.percentile_init import percentile_init
 from csam_kernels.ops.perturb_masks import perturb_masks
 from csam_kernels.ops.philox_uniform import philox_uniform
+from csam_kernels.ops.sample_conv2d import compress, sample_conv2d
 from csam_kernels.ops.semantic_batch import SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, semantic_batch
 from csam_kernels.ops.smoothing_noise import smoothing_noise
 
@@ -25,6 +26,7 @@ OPERATIONS = (
     "count_votes",
     "semantic_batch",
     "philox_uniform",
+    "sample_conv2d",
 )
 
 __all__ = [
@@ -34,5 +36,6 @@ __all__ = [
     "SEMANTIC_NEUTRAL",
     "BackendUnavailable",
     "backends",
+    "compress",
     "explain",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format  # as the dispatcher decides; torch exports it nowhere else
 
 from csam_kernels import _C
-from csam_kernels.layout import MaskLayout, expand_mask, mask_layout, reduce_to_mask
+from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
@@ -247,6 +247,34 @@ def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     x, params = x.contiguous(), params.to(torch.float32).contiguous()
     out = _new(torch.empty((len(params), *x.shape), device="meta"), torch.float32)
     _C.semantic_batch(x.data_ptr(), len(params), *x.shape, params.data_ptr(), out.data_ptr(), _threads(8 * out.numel()))
+    return out
+
+
+def sample_conv2d(
+    x: Tensor,
+    values: Tensor,
+    taps: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    window = (kernel_size, stride, padding, dilation)
+    filters, size = len(rows) - 1, conv2d_size(x.shape[1:3], *window)
+    out = _new(torch.empty((filters, *size, x.shape[3]), device="meta"), x.dtype)
+    if out.numel():
+        x, values, taps, rows = (t.contiguous() for t in (x, values, taps, rows))
+        extra = [None if t is None else t.contiguous() for t in (bias, other)]
+        threads = _threads(len(values) * out[0].numel() // 8)
+        weight = (values.data_ptr(), taps.data_ptr(), rows.data_ptr(), filters)
+        added = (0 if t is None else t.data_ptr() for t in extra)
+        _C.sample_conv2d(
+            x.data_ptr(), DTYPE[x.dtype], list(x.shape), *weight, *added, window, relu, out.data_ptr(), size, threads
+        )
     return out
 
 

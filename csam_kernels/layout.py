@@ -15,6 +15,7 @@ A weight [O, ...] is seen as `rows` filters of `cols` flattened weights. The mas
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,14 @@ def memory_format(t: Tensor) -> torch.memory_format:
     """In which format the results made like `t` lie: channels_last where it does, contiguous for any other order."""
     last = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
+
+
+def conv2d_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of a convolution's result."""
+    window = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in window]
 
 
 def fake_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -240,6 +240,28 @@ def _gaussian_blur(y: Tensor, sigma: float) -> Tensor:
     return y[:, 0]
 
 
+def sample_conv2d(
+    x: Tensor,
+    values: Tensor,
+    taps: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    filters = torch.arange(len(rows) - 1, device=x.device).repeat_interleave(rows.diff())
+    weight = x.new_zeros((len(rows) - 1, x.shape[0], *kernel_size), dtype=torch.float32)
+    weight.flatten(1)[filters, taps.long()] = values.to(x.dtype).to(torch.float32)
+    out = F.conv2d(x.permute(3, 0, 1, 2).float(), weight, bias, stride, padding, dilation).permute(1, 2, 3, 0)
+    if other is not None:
+        out = out + other
+    return (out.relu() if relu else out).to(x.dtype).contiguous()
+
+
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,

@@ -124,6 +124,35 @@ PYBIND11_MODULE(_C, m) {
                                  threads);
       },
       Nogil());
+  m.def(
+      "sample_conv2d",
+      [](Address x, int dtype, std::array<int64_t, 4> shape, Address values, Address taps, Address rows,
+         int64_t filters, Address bias, Address other, std::array<std::array<int64_t, 2>, 4> window, bool relu,
+         Address out, std::array<int64_t, 2> out_size, int threads) {
+        const auto& [kernel, stride, padding, dilation] = window;
+        kernels().sample_conv2d({at<void>(x),
+                                 dtype,
+                                 shape[0],
+                                 shape[1],
+                                 shape[2],
+                                 shape[3],
+                                 at<float>(values),
+                                 at<int32_t>(taps),
+                                 at<int32_t>(rows),
+                                 filters,
+                                 at<float>(bias),
+                                 at<void>(other),
+                                 {kernel[0], kernel[1]},
+                                 {stride[0], stride[1]},
+                                 {padding[0], padding[1]},
+                                 {dilation[0], dilation[1]},
+                                 relu,
+                                 at<void>(out),
+                                 out_size[0],
+                                 out_size[1]},
+                                threads);
+      },
+      Nogil());
   py::class_<Block>(m, "Block", py::buffer_protocol(),
                     "Memory of a large result; torch.frombuffer makes a tensor of it.")
       .def(py::init<int64_t>())

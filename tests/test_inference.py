@@ -150,3 +150,26 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
     assert new is network
     assert len(steps) == 1
     assert steps[0].startswith("convolutions not fused: TraceError")
+
+
+@pytest.mark.parametrize("bias", ["none", "zero", "negative", "positive", "mixed"])
+@pytest.mark.parametrize("kept", [0, 5, 16, 20, 40])
+def test_dead_channels_leave_with_what_only_they_fed(kept: int, bias: str) -> None:
+    """Between two convolutions; a positive bias of an empty filter still counts, less so at the padded border."""
+    inner, outer = nn.Conv2d(4, 40, 3, padding=1, bias=bias != "none"), nn.Conv2d(40, 6, 3, padding=1)
+    network = nn.Sequential(inner, nn.ReLU(), outer, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 49, 3))
+    with torch.no_grad():
+        inner.weight[kept:] = 0
+        outer.weight[:, 1:4] = 0  # read by nobody
+        if inner.bias is not None:
+            sign = {"zero": 0, "negative": -1, "positive": 1, "mixed": (-1) ** torch.arange(40)}[bias]
+            inner.bias.copy_(sign * (0.5 + torch.rand(40)))
+    network = network.eval().requires_grad_(False)
+    x = torch.rand(6, 4, 7, 7)
+    wanted = network(x)
+    new, layout, steps = inference.ready(network, x[:2], wanted[:2], torch.float32, tile=6)
+    first, second = (m for m in new.modules() if isinstance(m, inference.FusedConv2d))
+    live = kept - min(max(kept - 1, 0), 3) + (kept < 40 and bias in ("positive", "mixed"))
+    assert first.weight.shape[0] == second.weight.shape[1] == min(40, max(1, -(-live // 16)) * 16)
+    assert any("dead channels removed" in step for step in steps)
+    assert_close(new(inference.laid_out(x, layout)), wanted)

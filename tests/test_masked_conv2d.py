@@ -318,6 +318,10 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
         (torch.rand(3, 4, 4), torch.tensor([ck.SEMANTIC_NEUTRAL] * 2)),
     ),
     "philox_uniform": (torch.ops.csam.philox_uniform, (4, 3, 1, 0, 0)),
+    "sample_conv2d": (
+        torch.ops.csam.sample_conv2d,
+        (T(3, 5, 5, 8), *ck.compress(T(4, 3, 3, 3)), T(4), T(4, 3, 3, 8), [3, 3], [2, 2], [1, 1], [1, 1], True),
+    ),
 }
 
 

@@ -65,7 +65,7 @@ def masked_conv2d(
     if bias is not None and tuple(checks.tensor("bias", bias).shape) != (out_channels,):
         raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     x, padding = _pad(x, padding, weight.shape[2:], stride, dilation)
     for axis, size, pad, kernel, step in zip("HW", x.shape[-2:], padding, weight.shape[2:], dilation, strict=True):
         if size + 2 * pad < step * (kernel - 1) + 1:
@@ -86,7 +86,7 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _pair(name: str, value: Any, low: int) -> list[int]:
+def pair(name: str, value: Any, low: int) -> list[int]:
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     if len(values) not in (1, 2):
         raise ValueError(f"{name} must be an integer or a pair, got {value!r}")
@@ -99,7 +99,7 @@ def _pad(
 ) -> tuple[Tensor, list[int]]:
     """Numeric padding; for "same" with an even reach the odd column goes to the right, as in torch."""
     if not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
+        return x, pair("padding", padding, 0)
     if padding == "valid":
         return x, [0, 0]
     if padding != "same":

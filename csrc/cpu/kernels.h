@@ -66,6 +66,21 @@ struct SemanticArgs {
   float* out;
 };
 
+struct SampleConvArgs {
+  const void* x;  // [channels, height, width, samples]
+  int dtype;      // of x, other and out
+  int64_t channels, height, width, samples;
+  const float* values;  // the weight in compressed rows
+  const int32_t *taps, *rows;
+  int64_t filters;
+  const float* bias;  // or null
+  const void* other;  // or null
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  bool relu;
+  void* out;
+  int64_t out_height, out_width;
+};
+
 struct Kernels {
   const char* name;
   void (*philox_uniform)(float* out, int64_t n, int64_t k, uint64_t seed, uint64_t first, uint32_t stream);
@@ -76,6 +91,7 @@ struct Kernels {
   void (*select_scan)(SelectScan&);
   void (*count_votes)(const VoteArgs&, int threads);
   void (*semantic_batch)(const SemanticArgs&, int threads);
+  void (*sample_conv2d)(const SampleConvArgs&, int threads);
 };
 
 extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;

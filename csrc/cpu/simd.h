@@ -124,11 +124,14 @@ CSAM_INLINE vf clip01(vf x) {  // NaN stays NaN
 }
 
 // bfloat16: round to nearest even on the integer form; NaN stays NaN.
-CSAM_INLINE vh to_bf16(vf x) {
+CSAM_INLINE vu bf16_bits(vf x) {
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
-  const vu out = (x == x) ? rounded : quiet;
+  return (x == x) ? rounded : quiet;
+}
+CSAM_INLINE vh to_bf16(vf x) {
+  const vu out = bf16_bits(x);
 #if defined(__AVX512F__)
   return (vh)_mm512_cvtepi32_epi16((__m512i)out);
 #else

@@ -1,6 +1,6 @@
 """C-SAM on top of csam_kernels: masked layers, mask search, certificates and the reference training loop."""
 
-from csam import data, masks, models, transforms
+from csam import data, masks, models, sampling, transforms
 from csam.cc_cert import CCCert, cc_cert_bound
 from csam.nn import MaskedConv2d, MaskedLinear, convert, fold, masked_layers
 from csam.search import MaskSearch
@@ -20,5 +20,6 @@ __all__ = [
     "masked_layers",
     "masks",
     "models",
+    "sampling",
     "transforms",
 ]

@@ -108,7 +108,7 @@ class CCCert:
     `csam.Smooth`; its logits go through a float64 softmax, and in a low `dtype` carry that dtype's rounding.
 
     Args:
-        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K].
+        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K]; or a `Prepared` network, as in `csam.Smooth`.
         transform: distribution to draw from, e.g. `Rotation(10) | Brightness(0.2)`.
         n, k: draws a block, and blocks; >= 1.
         delta: in (0, 1).
@@ -122,7 +122,7 @@ class CCCert:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | smoothing.Prepared,
         transform: Transform,
         *,
         n: int = 100,

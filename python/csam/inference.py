@@ -1,8 +1,9 @@
 """A network made ready to run: what can be computed once is folded into the weights, the rest fused.
 
-Three rewrites, each kept only if the logits on a probe stay what they were: masks and batch norms disappear in the
-weights, and on a CPU a convolution takes the residual sum and the ReLU that follow it into its own loop, as oneDNN's
-post-operations, with its weight packed once. Every rewrite says in words what it did, or why it could not.
+Rewrites, each kept only if the logits on a probe stay what they were: masks and batch norms disappear in the weights,
+and on a CPU a convolution takes the residual sum and the ReLU that follow it into its own loop, as oneDNN's
+post-operations, with its weight packed once, and filters that came out empty leave with everything that only they fed.
+Every rewrite says in words what it did, or why it could not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from csam.nn import fold, masked_layers
 
 _RELU = {F.relu, torch.relu, "relu", "relu_"}
 _SUM = {operator.add, torch.add, "add"}
+_WIDTH = 16  # channels that oneDNN's kernels work on at once
 _INERT = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
 
 
@@ -51,14 +53,17 @@ def ready(
         layout = torch.contiguous_format
         steps.append("kept contiguous: the model does not take channels_last")
     elif probe.device.type == "cpu" and _onednn(dtype):
-        passes = [_Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe))]
+        passes = [
+            _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe)),
+            _Pass("dead channels", "removed", _dead_channels, _remove_dead_channels),
+        ]
         network, fused = _rewritten(network, laid_out(probe, layout), wanted, passes)
         steps += fused
     network = network.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     probe = laid_out(probe.to(dtype), layout)
     if failure := _failure(network, probe):
         raise ValueError(f"dtype must be None: the model does not run in {dtype}: {failure}") from failure
-    _pack(network, probe, tile)
+    pack(network, probe, tile)
     return network, layout, steps
 
 
@@ -102,6 +107,29 @@ def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
     return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
 
 
+def lanes(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] as contiguous [C, H, W, B]; by way of plain transposes, which torch copies fast."""
+    b, c, h, w = x.shape
+    moved = x.permute(1, 2, 3, 0)
+    if moved.is_contiguous():
+        return moved
+    if x.is_contiguous():
+        return x.flatten(1).t().contiguous().view(c, h, w, b)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(1).t().contiguous().view(h, w, c, b).permute(2, 0, 1, 3).contiguous()
+    return moved.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] in channels_last; from `lanes` by way of plain transposes."""
+    b, c, h, w = x.shape
+    moved = x.permute(1, 2, 3, 0)
+    if b > 1 and moved.is_contiguous():
+        flat = moved.permute(1, 2, 0, 3).contiguous().view(-1, b).t().contiguous()
+        return flat.view(b, h, w, c).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _failure(network: nn.Module, batch: Tensor) -> RuntimeError | None:
     # a traced network would print its error before it raises it
     run = network.forward if isinstance(network, fx.GraphModule) else network
@@ -141,6 +169,7 @@ class FusedConv2d(nn.Conv2d):
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *args)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        input = channels_last(input)
         weight = self.weight if self.packed is None else self.packed
         args = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         run, relu = torch.ops.mkldnn._convolution_pointwise, self.activation == "relu"
@@ -148,11 +177,11 @@ class FusedConv2d(nn.Conv2d):
         if other is None:
             out = run(input, *args, self.activation, [], "")
         else:
-            out = run.binary(input, other, *args, "add", 1.0, "relu" if relu else None, [], "")
+            out = run.binary(input, channels_last(other), *args, "add", 1.0, "relu" if relu else None, [], "")
         return out
 
 
-def _pack(network: nn.Module, probe: Tensor, tile: int) -> None:
+def pack(network: nn.Module, probe: Tensor, tile: int) -> None:
     """Pack the weights of the fused convolutions for batches of `tile` images like the probe's."""
 
     def remember(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -241,6 +270,68 @@ def _fuse_convolutions(network: nn.Module, probe: Tensor) -> nn.Module:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _pairs(network: nn.Module) -> list[tuple[FusedConv2d, FusedConv2d]]:
+    """(producer, consumer) where the consumer's convolution alone reads what the producer gives; neither is grouped."""
+    if not isinstance(network, fx.GraphModule):
+        return []
+    modules = dict(network.named_modules())
+    calls = [n for n in network.graph.nodes if n.op == "call_module" and type(modules[n.target]) is FusedConv2d]
+    pairs = []
+    for node in calls:
+        if len(node.users) != 1 or len(node.args) != 1:
+            continue
+        (after,) = node.users
+        if after in calls and after.args[0] is node and node not in after.args[1:]:
+            pairs.append((modules[node.target], modules[after.target]))
+    return [(a, b) for a, b in pairs if a.groups == b.groups == 1]
+
+
+def _liveness(producer: FusedConv2d, consumer: FusedConv2d) -> tuple[Tensor, Tensor]:
+    """Of the channels between the two: bool [C], which depend on the input and are read; and float [C], the value of
+    those that are read but constant, 0 elsewhere."""
+    read = (consumer.weight != 0).flatten(2).any(2).any(0)
+    fed = (producer.weight != 0).flatten(1).any(1)
+    value = torch.zeros_like(producer.weight[:, 0, 0, 0]) if producer.bias is None else producer.bias
+    value = value.clamp(min=0) if producer.activation == "relu" else value
+    return fed & read, torch.where(read & ~fed, value, 0.0)
+
+
+def _dead_channels(network: nn.Module) -> int:
+    return sum(int((~_liveness(*pair)[0]).sum()) for pair in _pairs(network))
+
+
+def _remove_dead_channels(network: nn.Module) -> nn.Module:
+    """Channels between two convolutions that are constant or that nobody reads, taken out of both.
+
+    The constant ones, empty filters with a bias, become a single one of value 1: next to a zero-padded border they
+    are no bias of the consumer. The width is rounded up to a multiple of `_WIDTH` where that is not the whole.
+    """
+    network = copy.deepcopy(network)
+    for producer, consumer in reversed(_pairs(network)):
+        live, value = _liveness(producer, consumer)
+        kept = live.nonzero().flatten()
+        constant = bool(value.any())
+        width = max(1, -(-(len(kept) + constant) // _WIDTH)) * _WIDTH
+        if width >= len(live):
+            continue
+        into, out = (layer.weight.detach() for layer in (producer, consumer))
+        bias = into.new_zeros(len(into)) if producer.bias is None else producer.bias.detach()
+        new_into, new_bias = into.new_zeros(width, *into.shape[1:]), into.new_zeros(width)
+        new_out = out.new_zeros(len(out), width, *out.shape[2:])
+        new_into[: len(kept)], new_bias[: len(kept)], new_out[:, : len(kept)] = into[kept], bias[kept], out[:, kept]
+        if constant:
+            new_bias[len(kept)] = 1.0
+            new_out[:, len(kept)] = (out * value.view(1, -1, 1, 1)).sum(1)
+        for layer, name, tensor in (
+            (producer, "weight", new_into),
+            (producer, "bias", new_bias),
+            (consumer, "weight", new_out),
+        ):
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        producer.out_channels = consumer.in_channels = width
+    return network
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:

@@ -69,18 +69,20 @@ class Smooth:
 
     The base classifier that is certified is the network as it is executed. With `dtype=None` that is a frozen
     copy of `model` in eval mode, computed by its own modules in its own dtype (noise is drawn in float32).
-    With a `dtype` it is that copy with masks and batch-norm folded into the weights, cast to `dtype`,
-    channels_last: its logits are the model's up to rounding in `dtype`. `prepared.steps` lists what could be
-    done. The copy is made at the first image and again when a parameter or buffer of `model` has changed
-    (seen through torch's version counters; a change through `.data` or of a plain attribute is not: build a new
-    Smooth then). `model` itself is never run and keeps its mode. `forward` must not keep state between calls:
-    tiles run on several threads at once, outside the caller's autocast.
+    With a `dtype` it is that copy rewritten for speed (`csam.inference`): masks and batch norms folded, cast to
+    `dtype`, channels_last, convolutions fused with what follows. Its logits are the model's up to rounding in
+    `dtype`, and `prepared.steps` lists what could be done. The copy is made at the first image and again when a
+    parameter or buffer of `model` has changed (seen through torch's version counters; a change through `.data`
+    or of a plain attribute is not: build a new Smooth then). `model` itself is never run and keeps its mode.
+    `forward` must not keep state between calls: tiles run on several threads at once, outside the caller's
+    autocast.
 
     Calls with the same seed and stream use the same noise: each guarantee holds alone, but an independent
     repetition takes another seed or stream.
 
     Args:
-        model: maps [B, C, H, W] pixels to logits [B, num_classes].
+        model: maps [B, C, H, W] pixels to logits [B, num_classes]; or a `Prepared` network, such as that of a
+            `csam.sampling.Plan`, which then runs as it is.
         num_classes: width of the logits, >= 2.
         sigma: standard deviation of the noise, in the pixels' unit, > 0.
         dtype: None, or torch.float32, bfloat16 or float16 for the fast path.
@@ -97,7 +99,7 @@ class Smooth:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Prepared,
         num_classes: int,
         sigma: float,
         *,
@@ -157,8 +159,8 @@ class Smooth:
         alpha = _probability("alpha", alpha)
         # Both ranges are under way before the first look at a count: one wait for the device an image.
         selection, estimation = (self._votes(x, k, first, batch_size, stream) for k, first in ((n0, 0), (n, n0)))
-        chosen = int(_checked(selection, n0).argmax())
-        radius = certified_radius(int(_checked(estimation, n)[chosen]), n, self.sigma, alpha)
+        chosen = int(checked(selection, n0).argmax())
+        radius = certified_radius(int(checked(estimation, n)[chosen]), n, self.sigma, alpha)
         return (ABSTAIN, 0.0) if radius is None else (chosen, radius)
 
     def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001, batch_size: int = 400, *, stream: int = 0) -> int:
@@ -182,44 +184,54 @@ class Smooth:
         Counts add up: those of two adjacent ranges sum to those of their union. Errors as in `certify`.
         """
         n = checks.integer("n", n, low=1)
-        return _checked(self._votes(x, n, first_sample, batch_size, stream), n)
+        return checked(self._votes(x, n, first_sample, batch_size, stream), n)
 
     def _votes(self, x: Tensor, n: int, first_sample: int, batch_size: int, stream: int) -> Tensor:
         """`counts` as they come to be on the device, unread."""
         x = image(x)
-        batch_size = checks.integer("batch_size", batch_size, low=1)
-        stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
-        first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
         prepared = self._classifier.prepare(x)
         if prepared.num_classes != self.num_classes:
             raise ValueError(
                 f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
             )
-        x = x.to(prepared.device)
-        votes = torch.zeros(self.num_classes, dtype=torch.int64, device=prepared.device)
-        counting = threading.Lock()
-
-        def noisy(start: int) -> Tensor:
-            return csam_kernels.smoothing_noise(
-                x,
-                prepared.tile,
-                self.sigma,
-                seed=self.seed,
-                first_sample=start,
-                stream=stream,
-                dtype=prepared.input_dtype,
-                memory_format=prepared.memory_format,
-            )
-
-        def count(logits: Tensor, start: int) -> None:
-            with counting:
-                csam_kernels.count_votes(logits, out=votes)
-
-        prepared.run(noisy, count, first_sample, n, batch_size)
-        return votes
+        return votes(prepared, x, self.sigma, n, self.seed, first_sample, batch_size, stream)
 
 
-def _checked(votes: Tensor, n: int) -> Tensor:
+def votes(
+    prepared: Prepared, x: Tensor, sigma: float, n: int, seed: int, first_sample: int, batch_size: int, stream: int
+) -> Tensor:
+    """Votes of the noisy samples first_sample .. first_sample + n - 1 of x [C, H, W], int64 [num_classes], on the
+    network's device; samples with NaN logits cast none. Arguments and errors as in `Smooth.counts`.
+    """
+    batch_size = checks.integer("batch_size", batch_size, low=1)
+    stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
+    first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
+    x = x.to(prepared.device)
+    out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
+    counting = threading.Lock()
+
+    def noisy(start: int) -> Tensor:
+        return csam_kernels.smoothing_noise(
+            x,
+            prepared.tile,
+            sigma,
+            seed=seed,
+            first_sample=start,
+            stream=stream,
+            dtype=prepared.input_dtype,
+            memory_format=prepared.memory_format,
+        )
+
+    def count(logits: Tensor, start: int) -> None:
+        with counting:
+            csam_kernels.count_votes(logits, out=out)
+
+    prepared.run(noisy, count, first_sample, n, batch_size)
+    return out
+
+
+def checked(votes: Tensor, n: int) -> Tensor:
+    """The votes on the host, all n of them."""
     votes = votes.cpu()
     missing = n - int(votes.sum())
     if missing:
@@ -305,7 +317,7 @@ class TiledClassifier:
     """Keeps the frozen copy of a model that labels tiles, and makes it anew when the model has changed.
 
     Args:
-        model: maps [B, C, H, W] to logits [B, K].
+        model: maps [B, C, H, W] to logits [B, K]; or a `Prepared` network, which fixes dtype and tile.
         dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast.
         tile: rows of a canonical tile, >= 1; None for the default of the model's device.
 
@@ -313,7 +325,17 @@ class TiledClassifier:
         TypeError, ValueError: wrong kind or range, or a batch-norm layer without running statistics.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, tile: int | None) -> None:
+    # the copy, the shape of its images (None: any) and what it was made from
+    _made: tuple[Prepared | None, torch.Size | None, list[tuple[Tensor, int]]]
+
+    def __init__(self, model: nn.Module | Prepared, dtype: torch.dtype | None, tile: int | None) -> None:
+        if isinstance(model, Prepared):
+            for name, value, own in (("dtype", dtype, model.dtype), ("tile", tile, model.tile)):
+                if value not in (None, own):
+                    raise ValueError(f"{name} must be None or the prepared network's {own}, got {value}")
+            self.model, self.dtype, self.tile = nn.Module(), model.dtype, model.tile
+            self._made = (model, None, [])
+            return
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         for name, module in model.named_modules():
@@ -328,7 +350,7 @@ class TiledClassifier:
             where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
             tile = TILE.get(where, TILE["cpu"])
         self.tile = checks.integer("tile", tile, low=1)
-        self._made: tuple[Prepared | None, torch.Size, list[tuple[Tensor, int]]] = (None, torch.Size(), [])
+        self._made = (None, torch.Size(), [])
 
     @property
     def current(self) -> Prepared | None:
@@ -351,7 +373,7 @@ class TiledClassifier:
         same = len(now) == len(versions) and all(
             a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, versions, strict=True)
         )
-        if current is None or x.shape != shape or not same:
+        if current is None or shape not in (None, x.shape) or not same:
             where = next((t.device for t, _ in now), x.device)
             with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
                 current = _prepare(self.model, x.shape, where, self.dtype, self.tile)
@@ -448,7 +470,9 @@ __all__ = [
     "Smooth",
     "TiledClassifier",
     "certified_radius",
+    "checked",
     "image",
     "lower_confidence_bound",
     "run_tiles",
+    "votes",
 ]

@@ -1,0 +1,153 @@
+"""The sampling engine votes as the model does, whatever it runs, and its cost falls with every weight pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import csam
+from csam import inference, sampling
+from csam.sampling import SampleConv2d
+
+SIGMA = 0.25
+
+
+def pruned(name: str, sparsity: float, granularity: str = "weight", **options: Any) -> nn.Module:
+    """A network with batch-norm statistics of its own and magnitude masks, in eval mode."""
+    torch.manual_seed(0)
+    model = csam.models.build(name, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    model = csam.convert(model, granularity=granularity, exclude=head)
+    csam.masks.global_magnitude(model, sparsity)
+    model.eval()
+    with torch.no_grad():  # no class wins everywhere, so that votes tell one run from another
+        channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+        model.get_submodule(head[0]).bias -= model(torch.rand(64, channels, 8, 8)).mean(0)
+    return model
+
+
+def logits(prepared: csam.smoothing.Prepared, x: Tensor) -> Tensor:
+    batch = inference.laid_out(x.to(prepared.dtype), prepared.memory_format)
+    with torch.inference_mode():
+        return prepared.module(batch).float()
+
+
+@pytest.mark.parametrize("choices", ["dense", "sparse", "auto"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "digits"])
+def test_logits_are_the_models(name: str, dtype: torch.dtype, tolerance: float, choices: str) -> None:
+    model = pruned(name, 0.9)
+    channels = 1 if name == "digits" else 3
+    x = torch.rand(sampling.TILE, channels, 8, 8)
+    plan = sampling.plan(model, x[0], dtype=dtype, choices=choices)
+    with torch.no_grad():
+        wanted = model(x)
+    assert (logits(plan.prepared, x) - wanted).abs().max() <= tolerance * wanted.abs().max()
+    sparse = [layer for layer in plan.layers if layer.engine == "sparse"]
+    found = [m for m in plan.prepared.module.modules() if isinstance(m, SampleConv2d)]
+    assert len(sparse) == len(found)
+    assert bool(sparse) == (choices == "sparse") or choices == "auto"
+
+
+def test_a_mixture_of_engines_is_the_model_too() -> None:
+    model, x = pruned("resnet20", 0.9), torch.rand(sampling.TILE, 3, 8, 8)
+    names = [layer.name for layer in sampling.plan(model, x[0], choices="dense").layers]
+    choices = {name: sampling.ENGINES[i % 2] for i, name in enumerate(names)}
+    plan = sampling.plan(model, x[0], dtype=torch.float32, choices=choices)
+    assert plan.choices == choices
+    with torch.no_grad():
+        torch.testing.assert_close(logits(plan.prepared, x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_votes_do_not_depend_on_batches_threads_or_splits() -> None:
+    model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
+    plan = sampling.plan(model, x, choices="sparse")
+    wanted = plan.votes(x, SIGMA, 500, seed=3)
+    assert int(wanted.sum()) == 500
+    assert int((wanted > 0).sum()) > 1
+    before = torch.get_num_threads()
+    for number, batch_size in ((1, 1), (2, 64), (3, 1000)):
+        torch.set_num_threads(number)
+        assert torch.equal(plan.votes(x, SIGMA, 500, seed=3, batch_size=batch_size), wanted)
+    torch.set_num_threads(before)
+    split = plan.votes(x, SIGMA, 77, seed=3) + plan.votes(x, SIGMA, 423, seed=3, first_sample=77)
+    assert torch.equal(split, wanted)
+    assert not torch.equal(plan.votes(x, SIGMA, 500, seed=4), wanted)
+
+
+def test_smooth_and_cc_cert_take_a_prepared_network() -> None:
+    model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
+    plan = sampling.plan(model, x, choices="sparse")
+    smooth = csam.Smooth(plan.prepared, num_classes=10, sigma=SIGMA, seed=3)
+    assert torch.equal(smooth.counts(x, 200), plan.votes(x, SIGMA, 200, seed=3))
+    assert smooth.prepared is plan.prepared
+    assert smooth.settings["dtype"] == "bfloat16"
+    bound = csam.CCCert(plan.prepared, csam.transforms.Rotation(10), n=20, k=2).certify(x).bound
+    assert 0 < bound <= 1
+    with pytest.raises(ValueError, match="tile must be None or the prepared network's 32"):
+        csam.Smooth(plan.prepared, num_classes=10, sigma=SIGMA, tile=50)
+
+
+def test_explain_names_every_layer_and_what_was_done() -> None:
+    plan = sampling.plan(pruned("digits", 0.9), torch.rand(1, 8, 8))
+    text = plan.explain()
+    for layer in plan.layers:
+        assert layer.name in text
+    assert "convolutions fused" in text
+    assert plan.sample_ms.keys() == {"dense", "sparse", "the faster of each layer"}
+    assert sum(layer.dense is not None for layer in plan.layers) == sum(layer.density < 0.5 for layer in plan.layers)
+
+
+def test_the_cost_of_a_sparse_layer_is_its_weights() -> None:
+    """Counted, not timed: what the kernel walks over is the surviving weights."""
+    layers = sampling.plan(pruned("resnet18", 0.95), torch.rand(3, 8, 8), choices="sparse").layers
+    module = sampling.plan(pruned("resnet18", 0.95), torch.rand(3, 8, 8), choices="sparse").prepared.module
+    for layer in layers:
+        if layer.engine == "sparse":
+            weights = module.get_submodule(layer.name)
+            assert len(weights.values) == round(layer.density * torch.Size(layer.weight).numel())
+
+
+def test_filter_masks_shrink_the_dense_layers() -> None:
+    model, x = pruned("resnet20", 0.5, "filter"), torch.rand(sampling.TILE, 3, 8, 8)
+    plan = sampling.plan(model, x[0], dtype=torch.float32, choices="dense")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(plan.prepared, x), model(x), rtol=1e-4, atol=1e-4)
+    before = sum(2e-9 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    after = sum(2e-9 * torch.Size(layer.weight).numel() for layer in plan.layers)
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("fast", "choices must be one of"),
+        ({"nowhere": "dense"}, "choices must give dense or sparse for every layer of the plan, got nowhere: dense"),
+        ({}, "choices must give .* got no conv1"),
+    ],
+    ids=str,
+)
+def test_bad_choices(choices: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampling.plan(pruned("digits", 0.9), torch.rand(1, 8, 8), choices=choices)
+
+
+def test_bad_arguments() -> None:
+    model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        sampling.plan(model, x, dtype=torch.int8)
+    plan = sampling.plan(model, x, choices="dense")
+    with pytest.raises(ValueError, match="sigma must be > 0"):
+        plan.votes(x, 0.0, 10)
+    with pytest.raises(ValueError, match="n must be in"):
+        plan.votes(x, SIGMA, 0)
+    with pytest.raises(ValueError, match="x must have finite pixels"):
+        plan.votes(torch.full_like(x, torch.nan), SIGMA, 10)
