@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from csam import inference, smoothing
 from csam.inference import FusedConv2d
@@ -227,12 +227,32 @@ def _with_sparse(prepared: Prepared, names: set[str], image: torch.Size) -> Prep
     first = next(layer.name for layer in _layers(prepared, image))
     for name in names:
         module.set_submodule(name, SampleConv2d(module.get_submodule(name)))  # type: ignore[arg-type]
+        _move_once(module, name)
     layout = torch.contiguous_format if first in names else torch.channels_last
     total = len([m for m in prepared.module.modules() if isinstance(m, FusedConv2d)])
     steps = (*prepared.steps, f"{len(names)} of {total} convolutions sparse")
     made = replace(prepared, module=module, memory_format=layout, tile=TILE, steps=steps)
     inference.pack(module, _batch(made, image), TILE)
     return made
+
+
+def _in_lanes(x: Tensor) -> Tensor:
+    """The same images with the samples innermost in memory."""
+    return inference.lanes(x).permute(3, 0, 1, 2)
+
+
+def _move_once(module: nn.Module, name: str) -> None:
+    """Lay what a sparse convolution reads out anew where it is made, once for all its readers that are sparse."""
+    assert isinstance(module, fx.GraphModule)
+    (node,) = (n for n in module.graph.nodes if n.op == "call_module" and n.target == name)
+    for source in node.args:
+        if source.target is not _in_lanes:
+            moved = next((user for user in source.users if user.target is _in_lanes), None)
+            if moved is None:
+                with module.graph.inserting_after(source):
+                    moved = module.graph.call_function(_in_lanes, (source,))
+            node.replace_input_with(source, moved)
+    module.recompile()
 
 
 def _timed(layer: Layer, prepared: Prepared) -> Layer:
