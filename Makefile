@@ -12,7 +12,7 @@ $(VENV)/.dependencies: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py pyproject.toml $(SOURCES)
+$(VENV)/.built: $(VENV)/.dependencies setup.py pyproject.toml python/bin/csam $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -328,6 +330,17 @@ def test_real_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "same command again" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.3, 0.6, 1.0])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(seconds: float) -> None:
+    command = [shutil.which("csam", path=sysconfig.get_path("scripts")), "info"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 0)  # 0 where the command was faster
+    assert err == ("csam: interrupted\n" if process.returncode else "")
 
 
 def test_diverged_training_fails_with_advice(csam: Command, tmp_path: Path) -> None:
