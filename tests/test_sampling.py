@@ -126,6 +126,23 @@ def test_filter_masks_shrink_the_dense_layers() -> None:
     assert after < before
 
 
+def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.head((x if x.sum() > -1e9 else -x).mean((2, 3)))
+
+    x = torch.rand(1, 8, 8)
+    plan = sampling.plan(Branching(), x)
+    assert plan.layers == ()
+    assert int(plan.votes(x, SIGMA, 100).sum()) == 100
+    assert "convolutions not fused: TraceError" in plan.explain()
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [

@@ -167,6 +167,8 @@ def plan(
     few = {layer.name for layer in layers if layer.density < DENSITY and dtype != torch.float16}
     asked = _asked(choices, layers, few)
     sample_ms: dict[str, float] = {}
+    if asked is None and not few:
+        asked = set()  # nothing to compare
     if asked is None:
         layers = [_timed(layer, dense) if layer.name in few else layer for layer in layers]
         faster = {layer.name for layer in layers if layer.sparse and layer.dense and layer.sparse < layer.dense}
