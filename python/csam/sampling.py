@@ -167,28 +167,26 @@ def plan(
     few = {layer.name for layer in layers if layer.density < DENSITY and dtype != torch.float16}
     asked = _asked(choices, layers, few)
     sample_ms: dict[str, float] = {}
-    if asked is None and not few:
-        asked = set()  # nothing to compare
     if asked is None:
         layers = [_timed(layer, dense) if layer.name in few else layer for layer in layers]
         faster = {layer.name for layer in layers if layer.sparse and layer.dense and layer.sparse < layer.dense}
         sets = {"dense": set(), "sparse": few, "the faster of each layer": faster}
-        plans = {title: _with_sparse(dense, names, example.shape) for title, names in sets.items()}
+        plans = {title: _with_sparse(dense, layers, names, example.shape) for title, names in sets.items()}
         seconds = _least_seconds([(p.module, _batch(p, example.shape)) for p in plans.values()])
         sample_ms = {title: 1e3 * t / p.tile for (title, p), t in zip(plans.items(), seconds, strict=True)}
         fastest = min(sample_ms, key=sample_ms.__getitem__)
         made, asked = plans[fastest], sets[fastest]
     else:
-        made = _with_sparse(dense, asked, example.shape)
+        made = _with_sparse(dense, layers, asked, example.shape)
     engines = (replace(layer, engine="sparse" if layer.name in asked else "dense") for layer in layers)
     return Plan(made, tuple(engines), sample_ms)
 
 
 def _asked(choices: Mapping[str, str] | str, layers: list[Layer], few: set[str]) -> set[str] | None:
-    """The layers to run sparse; None to find out."""
+    """The layers to run sparse; None to find out which of `few`."""
     if isinstance(choices, str):
         checks.choice("choices", choices, ("auto", *ENGINES))
-        return {"auto": None, "dense": set(), "sparse": few}[choices]
+        return {"auto": None if few else set(), "dense": set(), "sparse": few}[choices]
     names = {layer.name for layer in layers}
     wrong = sorted(
         {f"{name}: {engine}" for name, engine in choices.items() if name not in names or engine not in ENGINES}
@@ -221,18 +219,18 @@ def _layers(prepared: Prepared, image: torch.Size) -> list[Layer]:
     return layers
 
 
-def _with_sparse(prepared: Prepared, names: set[str], image: torch.Size) -> Prepared:
-    """The network with the named convolutions sparse."""
+def _with_sparse(prepared: Prepared, layers: list[Layer], names: set[str], image: torch.Size) -> Prepared:
+    """The network with the named ones of its layers sparse."""
     if not names:
         return prepared
     module = copy.deepcopy(prepared.module)
-    first = next(layer.name for layer in _layers(prepared, image))
-    for name in names:
+    assert isinstance(module, fx.GraphModule)
+    for name in (layer.name for layer in layers if layer.name in names):
         module.set_submodule(name, SampleConv2d(module.get_submodule(name)))  # type: ignore[arg-type]
         _move_once(module, name)
-    layout = torch.contiguous_format if first in names else torch.channels_last
-    total = len([m for m in prepared.module.modules() if isinstance(m, FusedConv2d)])
-    steps = (*prepared.steps, f"{len(names)} of {total} convolutions sparse")
+    module.recompile()
+    layout = torch.contiguous_format if layers[0].name in names else torch.channels_last
+    steps = (*prepared.steps, f"{len(names)} of {len(layers)} convolutions sparse")
     made = replace(prepared, module=module, memory_format=layout, tile=TILE, steps=steps)
     inference.pack(module, _batch(made, image), TILE)
     return made
@@ -243,9 +241,8 @@ def _in_lanes(x: Tensor) -> Tensor:
     return inference.lanes(x).permute(3, 0, 1, 2)
 
 
-def _move_once(module: nn.Module, name: str) -> None:
+def _move_once(module: fx.GraphModule, name: str) -> None:
     """Lay what a sparse convolution reads out anew where it is made, once for all its readers that are sparse."""
-    assert isinstance(module, fx.GraphModule)
     (node,) = (n for n in module.graph.nodes if n.op == "call_module" and n.target == name)
     for source in node.args:
         if source.target is not _in_lanes:
@@ -254,7 +251,6 @@ def _move_once(module: nn.Module, name: str) -> None:
                 with module.graph.inserting_after(source):
                     moved = module.graph.call_function(_in_lanes, (source,))
             node.replace_input_with(source, moved)
-    module.recompile()
 
 
 def _timed(layer: Layer, prepared: Prepared) -> Layer:
