@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(shell find csrc bench tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench roofline gpu-ledger gpu-check lint format wheel clean
+.PHONY: demo test bench peers roofline gpu-ledger gpu-check lint format wheel clean
 
 $(VENV)/.dependencies: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,14 @@ test: $(VENV)/.built $(VENV)/.nvcc
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# What the sampling engine is measured against; CI=true keeps OpenVINO from sending usage statistics.
+$(VENV)/.peers: $(VENV)/.built requirements-peers.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	touch $@
+
+peers: $(VENV)/.peers
+	CI=true $(BIN)/python bench/peers.py
 
 roofline: $(VENV)/.built
 	$(BIN)/python bench/roofline.py

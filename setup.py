@@ -18,7 +18,16 @@ from setuptools import setup
 from setuptools.errors import CompileError
 
 CPU = Path("csrc/cpu")
-KERNELS = ("smoothing_noise", "masks", "count_votes", "semantic_batch", "sample_conv2d", "select_scan", "table")
+KERNELS = (
+    "smoothing_noise",
+    "masks",
+    "count_votes",
+    "semantic_batch",
+    "sample_conv2d",
+    "sample_network",
+    "select_scan",
+    "table",
+)
 COMMON = ("dispatch", "binarize", "percentile_init", "memory")
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS: dict[str, list[str]] = {"generic": []}

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csam_kernels import reference
-
 RESNET18 = [
     *[(64, 3, 3, 3)],
     *[(64, 64, 3, 3)] * 4,
@@ -32,7 +30,6 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
     twin: Callable[..., Any] | None = None
     peak: str = "float32"  # what multiplies: float32, tf32 or half
-    expected: Callable[..., Any] | None = None  # what the call gives, where the reference has no such function
 
     def inputs(self) -> list[Tensor]:
         return tensors(self.arguments)
@@ -54,6 +51,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield from noise_cases(device)
     yield from mask_cases(device)
     yield from convolution_cases(device)
+    yield from other_forms(device)
 
 
 def _rand(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -211,52 +209,68 @@ def convolution_cases(device: torch.device) -> Iterator[Case]:
         "half",
     )
 
+    def linear_backward(grad: Tensor, x: Tensor, w: Tensor, m: Tensor, block: int, need: list[bool]) -> Any:
+        full, dw = m.repeat_interleave(block, 1), grad.t() @ x
+        return grad @ (w * full), dw * full, (dw * w).view(*m.shape, block).sum(2)
+
+    grad, x, weight = (torch.randn(s, device=device) for s in ((256, 10), (256, 512), (10, 512)))
+    arguments = (grad, x, weight, _rand(10, 32, device=device), 16, [True] * 3)
+    yield Case("masked_linear_backward", "256x512->10 blocks of 16 float32", arguments, linear_backward)
+
 
 def _fed_by_noise(device: torch.device) -> Iterator[Case]:
-    """The first layer of ResNet-18, and one twice as wide, on noise drawn in its load path."""
+    """The first layer of ResNet-18 on noise drawn in its load path; one twice as wide, which also normalises it there,
+    with an epilogue."""
 
-    def convolved(x: Tensor, n: int, sigma: float, *rest: Any) -> Tensor:
-        noise, (w, m, bias, *options) = rest[:3], rest[3:]
-        batch = reference.smoothing_noise(x, n, sigma, *noise, x.dtype, torch.contiguous_format)
-        return reference.masked_conv2d(batch, w, m, bias, *options)
+    def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return x if scale is None or shift is None else x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
     def noisy_convolution(x: Tensor, n: int, sigma: float, *rest: Any) -> Tensor:
-        w, m, bias, *options = rest[3:]
+        w, m, bias, *options = rest[3:11]
         batch = x.repeat((n, 1, 1, 1))
-        return F.conv2d(batch + torch.randn_like(batch) * sigma, (w * m).to(x.dtype), bias, *options[:4])
+        batch = affine(batch + torch.randn_like(batch) * sigma, *rest[11:13]).to(x.dtype)
+        y = affine(F.conv2d(batch, (w * m).to(x.dtype), bias, *options[:4]), *rest[13:15])
+        return (y.relu() if rest[15] else y).to(x.dtype)
 
     for filters in (64, 128):
         for dtype in (torch.bfloat16, torch.float32):
             weight, mask = torch.randn(filters, 3, 3, 3, device=device), _rand(filters, 3, 3, 3, device=device)
             x = _rand(3, 32, 32, device=device, dtype=dtype)
+            sizes = (3, 3, filters, filters) if filters > 64 else ()
+            scaling = [_rand(size, device=device) for size in sizes] or [None] * 4
             arguments = (x, 400, 0.25, 7, 0, 0, weight, mask, None, [1, 1], [1, 1], [1, 1], 1, 0)
             peak = "float32" if dtype is torch.float32 else "half"
             name = f"400x3x32x32->{filters} 3x3 {str(dtype)[6:]}"
-            yield Case("smoothing_conv2d", name, arguments, noisy_convolution, peak, convolved)
+            arguments = (*arguments, *scaling, filters > 64, dtype, None)
+            yield Case("smoothing_conv2d", name, arguments, noisy_convolution, peak)
 
 
 def _few_channels(device: torch.device, backward: Callable[..., Any]) -> Iterator[Case]:
-    """Layers of ResNet-20: the epilogue's form of the first, and channel masks in the backward pass of the next."""
+    """Layers of ResNet-20: the epilogue's form of the first, and channel masks in the backward pass of the next;
+    filter masks in the backward pass of the first, as it is and as wide as ResNet-18's."""
 
     def inference(x: Tensor, w: Tensor, m: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Tensor:
         y = F.conv2d(x, (w * m).to(x.dtype), bias.to(x.dtype), *rest[1:5])
-        return (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).relu().to(x.dtype)
+        return (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + rest[6]).relu().to(x.dtype)
 
     options = ([1, 1], [1, 1], [1, 1], 1, 0)
     for dtype, peak in ((torch.bfloat16, "half"), (torch.float32, "float32")):
         x = torch.randn(400, 3, 32, 32, device=device).to(dtype)
         weight, mask = torch.randn(16, 3, 3, 3, device=device), _rand(16, 3, 3, 3, device=device)
         epilogue = (*(torch.randn(16, device=device) for _ in range(3)), True)
-        name = f"3->16 3x3 32x32 {str(dtype)[6:]}"
-        arguments = (x, weight, mask, *epilogue, *options)
-        yield Case("masked_conv2d_inference", name, arguments, inference, peak, inference)
-        x, grad = (torch.randn(64, 16, 32, 32, device=device).to(dtype) for _ in range(2))
-        if dtype is torch.bfloat16:
-            x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-        weight, mask = torch.randn(16, 16, 3, 3, device=device), _rand(1, 16, 1, 1, device=device)
-        name = f"16->16 3x3 32x32 channel masks {str(dtype)[6:]}"
-        arguments = (grad, x, weight, mask, *options, [True] * 3)
-        yield Case("masked_conv2d_backward", name, arguments, backward, peak)
+        other = torch.randn(400, 16, 32, 32, device=device).to(dtype)
+        name = f"3->16 3x3 32x32 and a sum {str(dtype)[6:]}"
+        arguments = (x, weight, mask, *epilogue, *options, other, None)
+        yield Case("masked_conv2d_inference", name, arguments, inference, peak)
+        layout = torch.channels_last if dtype is torch.bfloat16 else torch.contiguous_format
+        for channels, filters, kind in ((16, 16, "channel"), (3, 16, "filter"), (3, 64, "filter")):
+            x, grad = (torch.randn(64, c, 32, 32, device=device).to(dtype) for c in (channels, filters))
+            x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
+            weight = torch.randn(filters, channels, 3, 3, device=device)
+            mask = _rand(*((filters, 1) if kind == "filter" else (1, channels)), 1, 1, device=device)
+            name = f"{channels}->{filters} 3x3 32x32 {kind} masks {str(dtype)[6:]}"
+            arguments = (grad, x, weight, mask, *options, [channels > 3, True, True])
+            yield Case("masked_conv2d_backward", name, arguments, backward, peak)
 
 
 def _other_layouts(
@@ -274,3 +288,52 @@ def _other_layouts(
         options = ([1, 1], [1, 1], [1, 1], groups, 0)
         yield Case("masked_conv2d", name, (x, weight, mask, None, *options), convolution, peak)
         yield Case("masked_conv2d_backward", name, (grad, x, weight, mask, *options, [True] * 3), backward, peak)
+
+
+def other_forms(device: torch.device) -> Iterator[Case]:
+    """What the calls above leave out of the kernels' switches: layers of odd sizes, each with its own threshold and
+    norm, one gradient without the other, float64; float16 throughout, masks by block, filter and layer."""
+    logits, out = torch.randn(20_000, 10, device=device).double(), torch.zeros(10, dtype=torch.int64, device=device)
+    yield Case("count_votes", "20000x10 float64", (logits, out))
+
+    shapes = [(513, 129, 3, 3), (255, 257, 3, 3), (511, 1023)]
+    theta, grads = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
+    masks = [_rand(*s, device=device) for s in shapes]
+    sizes = [t.numel() for t in theta]
+    arguments = (masks, "adversarial", 0.1, 0.05, grads, "layer", 7, 3)
+    yield Case("perturb_masks", "odd layers, adversarial, a norm each", arguments)
+    scores = [m.to(torch.bfloat16) for m in masks]
+    yield Case("binarize", "odd layers, 70 % of each, bfloat16", (scores, [-(-3 * n // 10) for n in sizes], "layer"))
+    yield Case("percentile_init", "odd layers, tau 0.9", (theta, 0.9))
+    theta[0] = theta[0].to(memory_format=torch.channels_last)
+    masks[1] = masks[1][:, :1, :1, :1].contiguous()
+    for part, need in (("dL/dtheta", (True, False)), ("dL/dM", (False, True))):
+        arguments = (grads, theta, masks, 0, *need)
+        yield Case("mask_gradients", f"odd layers, channels_last, filters, {part}", arguments)
+
+    options, half = ([1, 1], [1, 1], [1, 1]), torch.float16
+    x, grad = (torch.randn(64, 256, 16, 16, device=device).to(half) for _ in range(2))
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    weight = torch.randn(256, 1, 3, 3, device=device)
+    name = "256 depthwise 3x3 16x16"
+    by_block = _rand(256, 3, device=device)
+    epilogue = (*(_rand(256, device=device) for _ in range(3)), True, *options, 256, 4, None, None)
+    yield Case("masked_conv2d_inference", f"{name} blocks of 4 float16", (x, weight, by_block, *epilogue), peak="half")
+    for kind, mask, need in (
+        ("blocks of 4", by_block, [True] * 3),
+        ("filter masks", _rand(256, 1, 1, 1, device=device), [True, False, True]),
+        ("one mask", _rand(1, 1, 1, 1, device=device), [False, True, True]),
+    ):
+        arguments = (grad, x, weight, mask, *options, 256, 4 if mask is by_block else 0, need)
+        yield Case("masked_conv2d_backward", f"{name} {kind} float16", arguments, peak="half")
+
+    x, grad = (torch.randn(64, 64, 32, 32, device=device).to(half) for _ in range(2))
+    weight, mask = torch.randn(64, 64, 3, 3, device=device).to(half), _rand(64, 36, device=device, dtype=half)
+    arguments = (x, weight, mask, _rand(64, device=device, dtype=half), *options, 1, 16)
+    name = "64->64 3x3 32x32 blocks of 16, all float16"
+    yield Case("masked_conv2d", name, arguments, peak="half")
+    arguments = (grad, x, weight, mask, *options, 1, 16, [True, False, True])
+    yield Case("masked_conv2d_backward", name, arguments, peak="half")
+    grad, x, weight = (torch.randn(s, device=device) for s in ((128, 1000), (128, 512), (1000, 512)))
+    arguments = (grad, x, weight, _rand(1000, 1, device=device), 0, [True] * 3)
+    yield Case("masked_linear_backward", "128x512->1000 filter masks float32", arguments)

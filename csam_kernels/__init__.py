@@ -6,16 +6,20 @@ from csam_kernels.ops.count_votes import count_votes
 from csam_kernels.ops.effective_weights import effective_weights
 from csam_kernels.ops.mask_gradients import mask_gradients
 from csam_kernels.ops.masked_conv2d import masked_conv2d
+from csam_kernels.ops.masked_conv2d_inference import live_tiles, masked_conv2d_inference
 from csam_kernels.ops.masked_linear import masked_linear
 from csam_kernels.ops.percentile_init import percentile_init
 from csam_kernels.ops.perturb_masks import perturb_masks
 from csam_kernels.ops.philox_uniform import philox_uniform
 from csam_kernels.ops.sample_conv2d import compress, sample_conv2d
+from csam_kernels.ops.sample_network import sample_network
 from csam_kernels.ops.semantic_batch import SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, semantic_batch
+from csam_kernels.ops.smoothing_conv2d import smoothing_conv2d
 from csam_kernels.ops.smoothing_noise import smoothing_noise
 
 OPERATIONS = (
     "masked_conv2d",
+    "masked_conv2d_inference",
     "masked_linear",
     "effective_weights",
     "perturb_masks",
@@ -23,6 +27,7 @@ OPERATIONS = (
     "binarize",
     "percentile_init",
     "smoothing_noise",
+    "smoothing_conv2d",
     "count_votes",
     "semantic_batch",
     "philox_uniform",
@@ -38,4 +43,6 @@ __all__ = [
     "backends",
     "compress",
     "explain",
+    "live_tiles",
+    "sample_network",
 ]

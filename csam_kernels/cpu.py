@@ -15,6 +15,7 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 from csam_kernels import _C
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
+from csam_kernels.ops.sample_network import Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
 _GRAIN = 1 << 15  # values a thread should have at least
@@ -262,6 +263,7 @@ def sample_conv2d(
     padding: list[int],
     dilation: list[int],
     relu: bool,
+    dense: bool,
 ) -> Tensor:
     window = (kernel_size, stride, padding, dilation)
     filters, size = len(rows) - 1, conv2d_size(x.shape[1:3], *window)
@@ -273,9 +275,50 @@ def sample_conv2d(
         weight = (values.data_ptr(), taps.data_ptr(), rows.data_ptr(), filters)
         added = (0 if t is None else t.data_ptr() for t in extra)
         _C.sample_conv2d(
-            x.data_ptr(), DTYPE[x.dtype], list(x.shape), *weight, *added, window, relu, out.data_ptr(), size, threads
+            x.data_ptr(),
+            DTYPE[x.dtype],
+            list(x.shape),
+            *weight,
+            *added,
+            window,
+            relu,
+            dense,
+            out.data_ptr(),
+            size,
+            threads,
         )
     return out
+
+
+def sample_network(program: Program, dtype: torch.dtype, places: dict[Value, int], arena: int) -> _C.SampleNetwork:
+    """The program in C++, which copies what the addresses show."""
+
+    def at(value: Value | None) -> int:
+        return -1 if value is None else places[value.root] + value.offset
+
+    def address(t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        kept.append(t.detach().contiguous())
+        return kept[-1].data_ptr()
+
+    kept: list[Tensor] = []
+    steps = []
+    for s in program.steps:
+        weight = [address(t) for t in s.weight or (None, None, None)]
+        window = (s.kernel, s.stride, s.padding, s.dilation)
+        shape, size = (s.input.channels, s.input.height, s.input.width), (s.out.height, s.out.width)
+        filters, bias, bounds = s.out.channels, address(s.bias), (s.low, s.high)
+        at_all = (at(s.input), at(s.other), at(s.out))
+        i = s.integers
+        integers = (0, 0.0, 0.0, 0, False) if i is None else (address(i.scales), i.shift, i.other_scale, i.zero, i.real)
+        steps.append(
+            (s.weight is None, *at_all, shape, *weight, filters, bias, window, bounds, s.dense, size, integers)
+        )
+    image, logits = program.image, program.logits
+    shape = (image.channels, image.height, image.width)
+    scaling = (address(program.mean), address(program.std), (program.scale, program.shift))
+    return _C.SampleNetwork(DTYPE[dtype], shape, *scaling, steps, (arena, at(image), at(logits), logits.channels))
 
 
 def masked_conv2d(
@@ -337,6 +380,68 @@ def _few(live: Tensor) -> Tensor | None:
         return None
     indices = live.nonzero()[:, 0]
     return indices if 0 < len(indices) <= _COMPACT * len(live) else None
+
+
+def masked_conv2d_inference(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    other: Tensor | None,
+    tiles: Tensor | None,
+) -> Tensor:
+    out = masked_conv2d(x, weight, mask, bias, stride, padding, dilation, groups, block_size)
+    if scale is not None and shift is not None:
+        wide = _wide(x.dtype)
+        out = out * scale.to(wide).view(-1, 1, 1) + shift.to(wide).view(-1, 1, 1)
+    if other is not None:
+        out = out + other
+    return (out.relu() if relu else out).to(x.dtype)
+
+
+def live_tiles(
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int, noise: bool
+) -> Tensor | None:
+    return None
+
+
+def smoothing_conv2d(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    input_scale: Tensor | None,
+    input_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+    tiles: Tensor | None,
+) -> Tensor:
+    drawn = dtype if input_scale is None else torch.float32
+    batch = smoothing_noise(x, n, sigma, seed, first_sample, stream, drawn, torch.contiguous_format)
+    if input_scale is not None and input_shift is not None:
+        batch = (batch * input_scale.view(-1, 1, 1) + input_shift.view(-1, 1, 1)).to(dtype)
+    options = (stride, padding, dilation, groups, block_size)
+    return masked_conv2d_inference(batch, weight, mask, bias, scale, shift, relu, *options, None, tiles)
 
 
 def masked_conv2d_backward(

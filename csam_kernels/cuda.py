@@ -82,6 +82,11 @@ def smoothing_noise(
 
 
 def count_votes(logits: Tensor, out: Tensor) -> None:
+    if logits.shape[1] > 2**31 - 2**12:
+        raise ValueError(
+            f"logits must have at most 2^31 - 2^12 classes on a GPU, got {logits.shape[1]}: move them to the CPU, "
+            "or set CSAM_BACKEND=reference"
+        )
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     rows = (logits.data_ptr(), *logits.shape, logits.stride(0), DTYPE[logits.dtype])

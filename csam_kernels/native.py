@@ -7,7 +7,14 @@ from torch import Tensor
 
 from csam_kernels.layout import memory_format
 
-DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}  # csrc/common/dtype.h
+DTYPE = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+    torch.int8: 5,
+}  # csrc/common/dtype.h
 KIND = {"plain": 0, "uniform": 1, "adversarial": 2}  # enum Perturbation
 WORD = 2**64 - 1  # a seed as the unsigned number that the kernels take
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csam_kernels.layout import expand_mask, reduce_to_mask
+from csam_kernels.ops.sample_network import Program, Value
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -240,6 +241,13 @@ def _gaussian_blur(y: Tensor, sigma: float) -> Tensor:
     return y[:, 0]
 
 
+def _dense_weight(values: Tensor, taps: Tensor, rows: Tensor, channels: int, kernel_size: list[int]) -> Tensor:
+    filters = torch.arange(len(rows) - 1, device=values.device).repeat_interleave(rows.diff())
+    weight = values.new_zeros((len(rows) - 1, channels, *kernel_size))
+    weight.flatten(1)[filters, taps.long()] = values
+    return weight
+
+
 def sample_conv2d(
     x: Tensor,
     values: Tensor,
@@ -252,14 +260,68 @@ def sample_conv2d(
     padding: list[int],
     dilation: list[int],
     relu: bool,
+    dense: bool = False,
 ) -> Tensor:
-    filters = torch.arange(len(rows) - 1, device=x.device).repeat_interleave(rows.diff())
-    weight = x.new_zeros((len(rows) - 1, x.shape[0], *kernel_size), dtype=torch.float32)
-    weight.flatten(1)[filters, taps.long()] = values.to(x.dtype).to(torch.float32)
+    weight = _dense_weight(values.to(x.dtype).to(torch.float32), taps, rows, x.shape[0], kernel_size)
     out = F.conv2d(x.permute(3, 0, 1, 2).float(), weight, bias, stride, padding, dilation).permute(1, 2, 3, 0)
     if other is not None:
         out = out + other
     return (out.relu() if relu else out).to(x.dtype).contiguous()
+
+
+def sample_network(program: Program, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits float32 [n, K] of images [n, C, H, W], every value rounded to dtype."""
+    return sample_values(program, x, dtype)[program.logits].flatten(0, 2).t().float()
+
+
+def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value, Tensor]:
+    """What every step of a program gives, [C, H, W, n], in dtype; of int8 as float32."""
+    values: dict[Value, Tensor] = {}
+    stored = torch.float32 if dtype is torch.int8 else dtype
+
+    def new(value: Value) -> Tensor:
+        if value not in values:
+            shape = (value.channels, value.height, value.width, len(x))
+            if value.part is None:
+                values[value] = torch.zeros(shape, dtype=stored)
+            else:
+                start = value.part[1] * value.part[0].height * value.part[0].width
+                whole = new(value.part[0]).flatten(0, 2)
+                values[value] = whole[start : start + value.size].view(shape)
+        return values[value]
+
+    mean = 0.0 if program.mean is None else program.mean.view(-1, 1, 1, 1)
+    std = 1.0 if program.std is None else program.std.view(-1, 1, 1, 1)
+    pixels = (x.to(stored).float().permute(1, 2, 3, 0) - mean) / std
+    if dtype is torch.int8:
+        pixels = (pixels * program.scale + program.shift).clamp(0, 255).round()
+    new(program.image).copy_(pixels)
+    for s in program.steps:
+        image, out = new(s.input).float(), new(s.out)
+        images = image.permute(3, 0, 1, 2)
+        kernel, stride, padding, dilation = (list(pair) for pair in (s.kernel, s.stride, s.padding, s.dilation))
+        if s.weight is None:
+            low = F.max_pool2d(images, kernel, stride, padding, dilation)
+            ceil = low.shape[2:] != out.shape[1:3]
+            most = F.max_pool2d(images, kernel, stride, padding, dilation, ceil_mode=True) if ceil else low
+            out.copy_(most.permute(1, 2, 3, 0))
+            continue
+        entries, taps, rows = s.weight
+        added: Tensor | float = 0.0 if s.other is None else new(s.other).float()
+        if s.integers is None:
+            weight = _dense_weight(entries.to(dtype).float(), taps, rows, len(image), kernel)
+            result = F.conv2d(images, weight, s.bias, stride, padding, dilation).permute(1, 2, 3, 0) + added
+        else:
+            whole, (top, left) = s.integers, padding
+            around = F.pad(images.double(), (left, left, top, top), value=whole.zero)
+            weight = _dense_weight(entries.double(), taps, rows, len(image), kernel)
+            sums = F.conv2d(around, weight, None if s.bias is None else s.bias.double(), stride, 0, dilation)
+            added = torch.as_tensor(added * whole.other_scale + whole.shift).float()  # rounded as in the kernels
+            scales = whole.scales.double().view(-1, 1, 1, 1)
+            result = (sums.float().permute(1, 2, 3, 0).double() * scales + added).float()
+        result = result.clamp(s.low, s.high)
+        out.copy_(result if s.integers is None or s.integers.real else result.round())
+    return values
 
 
 def masked_conv2d(
@@ -275,6 +337,70 @@ def masked_conv2d(
 ) -> Tensor:
     w = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
     return torch.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+
+
+def masked_conv2d_inference(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    other: Tensor | None,
+    tiles: Tensor | None,
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w = _product(weight, expand_mask(mask, weight.shape, block_size), x.dtype)
+    rounded = None if bias is None else bias.to(x.dtype).to(wide)
+    out = torch.conv2d(x.to(wide), w.to(wide), rounded, stride, padding, dilation, groups)
+    if scale is not None and shift is not None:
+        out = out * scale.to(wide).view(-1, 1, 1) + shift.to(wide).view(-1, 1, 1)
+    if other is not None:
+        out = out + other
+    return (out.relu() if relu else out).to(x.dtype)
+
+
+def live_tiles(
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int, noise: bool
+) -> Tensor | None:
+    return None
+
+
+def smoothing_conv2d(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    input_scale: Tensor | None,
+    input_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+    tiles: Tensor | None,
+) -> Tensor:
+    drawn = dtype if input_scale is None else torch.float32
+    batch = smoothing_noise(x, n, sigma, seed, first_sample, stream, drawn, torch.contiguous_format)
+    if input_scale is not None and input_shift is not None:
+        batch = (batch * input_scale.view(-1, 1, 1) + input_shift.view(-1, 1, 1)).to(dtype)
+    options = (stride, padding, dilation, groups, block_size)
+    return masked_conv2d_inference(batch, weight, mask, bias, scale, shift, relu, *options, None, tiles)
 
 
 def masked_conv2d_backward(

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -38,6 +40,41 @@ struct Pass {
     pass = {layers.data(), int64_t(layers.size()), dtypes[0], dtypes[1], dtypes[2], dtypes[3], kind, seed, step};
   }
 };
+
+using Window = std::array<std::array<int64_t, 2>, 4>;  // kernel, stride, padding, dilation
+
+// (scales, shift, other_scale, zero, real)
+using Integers = std::tuple<Address, float, float, int, bool>;
+
+// (pools, in, other, out, [C, H, W], values, taps, rows, filters, bias, window, (low, high), dense, [H', W'], integers)
+using StepTuple = std::tuple<bool, int64_t, int64_t, int64_t, std::array<int64_t, 3>, Address, Address, Address,
+                             int64_t, Address, Window, std::array<float, 2>, bool, std::array<int64_t, 2>, Integers>;
+
+std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_t, 3> image, Address mean, Address std,
+                                                    std::array<float, 2> integers, const std::vector<StepTuple>& tuples,
+                                                    std::array<int64_t, 4> places) {
+  std::vector<csam::SampleStep> steps;
+  for (const auto& [pools, in, other, out, shape, values, taps, rows, filters, bias, window, range, dense, size,
+                    integers] : tuples) {
+    const auto& [kernel, stride, padding, dilation] = window;
+    csam::SampleStep step = {pools, {}, in, other, out};
+    csam::SampleConvArgs& c = step.conv;
+    c.dtype = dtype;
+    c.channels = shape[0], c.height = shape[1], c.width = shape[2];
+    c.values = at<float>(values), c.taps = at<int32_t>(taps), c.rows = at<int32_t>(rows), c.filters = filters;
+    c.bias = at<float>(bias);
+    for (int i = 0; i < 2; ++i)
+      c.kernel[i] = kernel[i], c.stride[i] = stride[i], c.padding[i] = padding[i], c.dilation[i] = dilation[i];
+    c.low = range[0], c.high = range[1], c.dense = dense;
+    c.out_height = size[0], c.out_width = size[1];
+    const auto& [scales, shift, other_scale, zero, real] = integers;
+    c.scales = at<float>(scales), c.shift = shift, c.other_scale = other_scale, c.zero = zero, c.real = real;
+    steps.push_back(step);
+  }
+  return std::unique_ptr<csam::SampleNetwork>(kernels().sample_network(
+      {dtype, image[0], image[1], image[2], at<float>(mean), at<float>(std), integers[0], integers[1], steps.data(),
+       int64_t(steps.size()), places[0], places[1], places[2], places[3]}));
+}
 
 struct Block {
   int64_t bytes;
@@ -127,8 +164,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sample_conv2d",
       [](Address x, int dtype, std::array<int64_t, 4> shape, Address values, Address taps, Address rows,
-         int64_t filters, Address bias, Address other, std::array<std::array<int64_t, 2>, 4> window, bool relu,
-         Address out, std::array<int64_t, 2> out_size, int threads) {
+         int64_t filters, Address bias, Address other, Window window, bool relu, bool dense, Address out,
+         std::array<int64_t, 2> out_size, int threads) {
         const auto& [kernel, stride, padding, dilation] = window;
         kernels().sample_conv2d({at<void>(x),
                                  dtype,
@@ -146,13 +183,42 @@ PYBIND11_MODULE(_C, m) {
                                  {stride[0], stride[1]},
                                  {padding[0], padding[1]},
                                  {dilation[0], dilation[1]},
-                                 relu,
+                                 relu ? 0 : -INFINITY,
+                                 INFINITY,
+                                 dense,
+                                 nullptr,
+                                 0,
+                                 0,
+                                 0,
+                                 false,
                                  at<void>(out),
                                  out_size[0],
                                  out_size[1]},
                                 threads);
       },
       Nogil());
+  py::class_<csam::SampleNetwork>(m, "SampleNetwork", "A network on samples that lie innermost; copies its weights.")
+      .def(py::init(&sample_network))
+      .def_property_readonly("format", &csam::SampleNetwork::format)
+      .def_property_readonly("lanes", &csam::SampleNetwork::lanes)
+      .def_property_readonly("memory", &csam::SampleNetwork::memory)
+      .def(
+          "votes",
+          [](const csam::SampleNetwork& s, Address x, float sigma, uint64_t seed, uint32_t stream, uint64_t first,
+             int64_t n, Address out) { s.votes(at<float>(x), sigma, seed, stream, first, n, at<int64_t>(out)); },
+          Nogil())
+      .def(
+          "costs", [](const csam::SampleNetwork& s, Address vectors) { s.costs(at<double>(vectors)); }, Nogil())
+      .def(
+          "times",
+          [](const csam::SampleNetwork& s, int64_t rounds, Address seconds) { s.times(rounds, at<double>(seconds)); },
+          Nogil())
+      .def(
+          "logits",
+          [](const csam::SampleNetwork& s, Address x, int64_t n, Address out) {
+            s.logits(at<void>(x), n, at<float>(out));
+          },
+          Nogil());
   py::class_<Block>(m, "Block", py::buffer_protocol(),
                     "Memory of a large result; torch.frombuffer makes a tensor of it.")
       .def(py::init<int64_t>())

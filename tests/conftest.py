@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors here
+
+os.environ["CSAM_CACHE"] = tempfile.mkdtemp()  # what is measured or decoded once belongs to this run
 
 import pytest
 import torch

@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+ALIGNMENT = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU refuses what a host lets pass
 MULTIPROCESSORS = 3  # few, so that blocks of the persistent grids have several units of work
 
 
@@ -30,7 +31,7 @@ def build(folder: Path) -> Path:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", source, "-o", target], check=True)
+        subprocess.run(["g++", *FLAGS, *ALIGNMENT, *include, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from conftest import shared_data
-from csam import cli, microbench, models, pipeline, runs, training
+from csam import cli, evaluation, microbench, models, pipeline, runs, training
 from csam.settings import PRESETS, Settings
 
 TINY = [
@@ -108,6 +108,25 @@ def test_certify_writes_the_record_and_goes_on(csam: Command, trained: Path, tmp
     record.write_text("\n".join(whole[:2]) + "\n" + whole[2][:7])
     assert csam(*command, "--cc-cert")[0] == 0
     assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
+
+
+def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model, run = trained / "models" / "dense.safetensors", tmp_path / "run"
+    command = ["certify", model, "--images", 2, "--n0", 5, "--test-subset", 20, "--train-subset", 64, "--out", run]
+    adaptive = [*command, "--n", 4000, "--adaptive", "--target-radius", 0.01]
+    code, out, err = csam(*adaptive, "--rtol", 0.2)
+    assert code == 0, err
+    assert "samples/s" in err
+    recipe, votes = evaluation.read_votes(run / "certificates" / "smoothing.tsv")
+    assert (recipe["target_radius"], recipe["rtol"], recipe["method"]) == (0.01, 0.2, "exact")
+    mean = sum(v["samples"] for v in votes.values()) / 2
+    assert mean < 4005
+    for printed in (out, csam("report", run, "--no-plot")[1]):
+        assert f"{mean:.0f} {4005 / mean:.1f}×" in " ".join(printed.split())
+    code, _, err = csam(*adaptive)
+    assert (code, "certify.rtol: 0.2 there, None now" in err) == (2, True), err
+    code, _, err = csam(*command, "--rtol", 0.1)
+    assert (code, "rtol must be none unless adaptive is true" in err) == (2, True), err
 
 
 def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ runs with blocks and threads forwards and backwards (tests/cuda_shim), which no 
 
 from __future__ import annotations
 
+import importlib
+import math
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,24 +66,50 @@ def test_philox_words(cuda: Any, n: int, k: int) -> None:
     assert torch.equal(out, cpu.philox_uniform(n, k, -9, 2**32 - 2, 2**32 - 1))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 33, 100, 257, 1000, 5000])
+def views(rows: Tensor) -> Iterator[Tensor]:
+    """The same rows dense, off any 16-byte boundary, and with gaps; NaN lies around them."""
+    n, classes = rows.shape
+    for offset, stride in ((0, classes), (1, classes), (0, classes + 16), (3, classes + 1)):
+        memory = torch.full((offset + n * stride + 1,), torch.nan, dtype=rows.dtype)
+        view = memory.as_strided((n, classes), (stride, 1), offset)
+        yield view.copy_(rows)
+
+
+def check_votes(cuda: Any, logits: Tensor) -> None:
+    for view in views(logits):
+        out, expected = (torch.arange(logits.shape[1]) for _ in range(2))
+        cuda.count_votes(view, out)
+        cpu.count_votes(logits, expected)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 8, 10, 32, 33, 64, 100, 257, 1000, 5000])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 def test_votes(cuda: Any, classes: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(70, classes) * 4).round().to(dtype)  # many ties
     logits[3] = -torch.inf
-    logits[5, classes // 2] = torch.nan
+    logits[5, classes // 2], logits[6, 0], logits[9, -1] = torch.nan, torch.nan, torch.nan
     logits[7], logits[8] = 0.0, -0.0
-    for part in (logits, logits[:, : classes // 2 + 1], logits[:1], logits[:0]):
-        out, expected = (torch.arange(part.shape[1]) for _ in range(2))
-        cuda.count_votes(part, out)
-        cpu.count_votes(part, expected)
-        assert torch.equal(out, expected)
+    for part in (logits, logits[:1], logits[:0]):
+        check_votes(cuda, part)
 
 
-def test_votes_of_one_class_in_many_units(cuda: Any) -> None:
-    out = torch.zeros(10, dtype=torch.int64)
-    cuda.count_votes(torch.eye(10)[torch.full((5000,), 3)], out)
-    assert out.tolist() == [0, 0, 0, 5000, 0, 0, 0, 0, 0, 0]
+@pytest.mark.parametrize(("n", "classes"), [(2300, 10), (300, 100), (80, 1000)])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_votes_of_many_units(
+    cuda: Any, n: int, classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_run", lambda f, where, *args: f(*args, 1, 0))  # more rows than the blocks of one hold
+    logits = torch.randn(n, classes).to(dtype)
+    logits[::5, classes // 2] = torch.nan
+    logits[1::2, 3] = 9.0  # equal votes of a warp
+    check_votes(cuda, logits)
+
+
+def test_more_classes_than_32_bit_indices_are_refused(built: Any) -> None:
+    logits = torch.empty(1, 2**31, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match=r"logits must have at most 2\^31 - 2\^12 classes.*got 2147483648"):
+        built.count_votes(logits, torch.empty(2**31, dtype=torch.int64, device="meta"))
 
 
 def perturbation(masks: list[Tensor], kind: str, norm: str) -> tuple[Any, ...]:
@@ -178,6 +208,9 @@ def test_mask_gradients(cuda: Any, granularity: str, mask_dtype: torch.dtype, gr
         ((20, 300, 3, 3), (1, 300, 1, 1), 0),
         ((5, 9001), (5, 3), 3001),  # blocks of two pieces, the last one short
         ((7, 1003), (7, 251), 4),  # blocks that end with the row
+        ((40, 4104), (1, 4104), 0),  # bands in 16-byte accesses
+        ((20, 304, 3, 3), (1, 304, 1, 1), 0),
+        ((70, 24, 3, 3), (70, 1, 1, 1), 0),  # tiles of eight filters
         ((500, 1, 3, 3), (500, 1, 1, 1), 0),  # depthwise
         ((1, 6, 3, 3), (1, 6, 1, 1), 0),
         ((4, 0, 3, 3), (4, 1, 1, 1), 0),
@@ -189,11 +222,13 @@ def test_mask_gradients(cuda: Any, granularity: str, mask_dtype: torch.dtype, gr
 def test_mask_gradients_of_large_layers(
     cuda: Any, shape: tuple[int, ...], mask_shape: tuple[int, ...], block: int
 ) -> None:
-    weight, mask = torch.randn(shape), torch.rand(mask_shape)
-    args = ([torch.randn(shape)], [weight], [mask], block, True, True)
-    check_gradients(cuda.mask_gradients(*args), reference.mask_gradients(*args))
-    args = ([weight], [mask], "plain", 0, 0, [], "global", 0, 0, None, block)
-    assert torch.equal(cuda.effective_weights(*args)[0], reference.effective_weights(*args)[0])
+    mask = torch.rand(mask_shape)
+    for offsets in ((0, 0), (1, 0), (0, 1)):  # 1: off any 16-byte boundary
+        weight, grad = (torch.randn(math.prod(shape) + offset)[offset:].view(shape) for offset in offsets)
+        args = ([grad], [weight], [mask], block, True, True)
+        check_gradients(cuda.mask_gradients(*args), reference.mask_gradients(*args))
+        args = ([weight], [mask], "plain", 0, 0, [], "global", 0, 0, None, block)
+        assert torch.equal(cuda.effective_weights(*args)[0], reference.effective_weights(*args)[0])
 
 
 def test_gradient_norm_does_not_depend_on_the_grid(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +328,34 @@ def test_float64_is_refused_by_name(built: Any) -> None:
         built.effective_weights([wide[0].float()], wide, *plain, torch.float64, 0)
     with pytest.raises(TypeError, match=r"weights\[0\] must not be float64"):
         built.mask_gradients(wide, wide, wide, 0, True, True)
+
+
+# What nvcc must have made of the kernels' vector accesses, by the part of the mangled name; behind branches it splits
+# plain vector stores into scalars.
+WIDE = {
+    "count_votes": {"votes_kernel": ("ld.global.v4",)},
+    "masks": {
+        "step_kernel": ("ld.global.v4", "st.global.wb.v4.f32", "st.global.wb.v4.u32"),
+        "gradient_kernel": ("ld.global.v4", "st.global.wb.v4.f32"),
+        "squares_kernel": ("ld.global.v4",),
+    },
+    "binarize": {"histogram_kernel": ("ld.global.v4",), "mask_kernel": ("ld.global.v4", "st.global.wb.v2.u32")},
+    "smoothing_noise": {"12noise_kernel": ("ld.global.nc.v4", "st.global.wb.v4")},
+    "semantic_batch": {"column_blur_kernelILi4": ("ld.global.nc.v4", "st.global.wb.v4.f32")},
+}
+
+
+@pytest.mark.parametrize("source", WIDE)
+def test_wide_accesses_survive_the_compiler(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(cuda_host.ROOT / "bench")
+    command = importlib.import_module("nvcc").nvcc()
+    if command is None:
+        pytest.skip("no nvcc: `make .venv/.nvcc` brings it")
+    target = tmp_path / "kernels.ptx"
+    flags = ["-std=c++17", "-ptx", "--ftz=false", "-fmad=false", "-arch=sm_90"]
+    subprocess.run([*command, *flags, cuda_host.ROOT / f"csrc/cuda/{source}.cu", "-o", target], check=True)
+    bodies = {body.split("(")[0]: body for body in target.read_text().split(".entry ")[1:]}
+    for kernel, accesses in WIDE[source].items():
+        named = [body for name, body in bodies.items() if kernel in name]
+        assert named
+        assert all(access in body for body in named for access in accesses)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from conftest import shared_data
-from csam.evaluation import Row, TsvWriter, certified_accuracy, certify_dataset, pca, read_tsv
+from csam import evaluation, runs
+from csam.evaluation import (
+    Row,
+    TsvWriter,
+    certified_accuracy,
+    certify_dataset,
+    mean_samples,
+    pca,
+    read_tsv,
+    read_votes,
+    votes_path,
+)
 from csam.smoothing import ABSTAIN, Smooth
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
@@ -255,3 +274,270 @@ def test_accuracies_refuse_nonsense() -> None:
         pca([0.1], [True], 0.0)
     with pytest.raises(ValueError, match=r"bounds must be in \[0, 1\]"):
         pca([2.0], [True], 0.1)
+
+
+# Several images under way, and nothing lost
+
+
+class Net(nn.Module):
+    """A convolution and random weights: votes are divided."""
+
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.linear = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+STOP = {"adaptive": True, "rtol": 0.3}
+
+
+def lanes(weights: int = 1, sigma: float = 0.5, **kwargs: Any) -> Smooth:
+    """A smoothed classifier that runs in the sampling engine."""
+    return Smooth(Net(weights), 3, sigma, dtype=torch.float32, **({"choices": "dense"} | kwargs))
+
+
+def modules() -> Smooth:
+    """The same, run by torch."""
+    return Smooth(Net(), 3, 0.5, tile=8)
+
+
+def run(path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth] = lanes, **kwargs: Any) -> list[Row]:
+    return certify_dataset(make(), *images, path, **({"n0": 20, "n": 2000, "alpha": 0.01} | STOP | kwargs))
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The last that is known of each image, without its time."""
+    return [{k: v for k, v in votes.items() if k != "time"} for _, votes in sorted(read_votes(path)[1].items())]
+
+
+@pytest.mark.parametrize("make", [lanes, modules])
+@pytest.mark.parametrize("stop", [{}, {"adaptive": False, "rtol": None}, {"target_radius": 0.2}], ids=str)
+def test_images_that_share_the_machine_are_certified_as_alone(
+    tmp_path: Path, images: tuple[Tensor, Tensor], threads: int, make: Callable[[], Smooth], stop: dict[str, Any]
+) -> None:
+    drawn: list[int] = []
+    rows = run(tmp_path / "r.tsv", images, make, **stop, on_samples=drawn.append)
+    assert [row.idx for row in read_tsv(tmp_path / "r.tsv")] == list(range(8))
+    recipe, votes = read_votes(tmp_path / "r.tsv")
+    alone = make()
+    for row in rows:
+        want = alone.certificate(images[0][row.idx], 20, 2000, 0.01, stream=row.idx, **(STOP | stop))
+        assert (row.predict, row.radius) == want[:2]
+        assert (votes[row.idx]["samples"], votes[row.idx]["reason"]) == want[2:]
+    total = sum(v["samples"] for v in votes.values())
+    assert sum(drawn) == total
+    assert mean_samples(tmp_path / "r.tsv", rows) == (total / 8, 2020)
+    assert (recipe["n"], recipe["sigma"]) == (2000, 0.5)
+    assert (recipe["fingerprint"] is None) == (make is modules)
+
+
+def test_rows_are_in_order_though_images_end_out_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """The first image is close to the wanted radius and takes many samples, the others few."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-1 / 9], [1 / 9]]).expand(2, 9))
+        model[1].bias.copy_(torch.tensor([0.5, -0.5]))
+    smooth, x = Smooth(model, 2, 0.25, dtype=torch.float32, choices="dense"), torch.full((6, 1, 3, 3), 0.9)
+    x[0] = 0.55
+    ended: list[int] = []
+    append = runs.Journal.append
+
+    def watched(journal: runs.Journal, record: dict[str, Any]) -> None:
+        ended.extend([record["idx"]] if "reason" in record else [])
+        append(journal, record)
+
+    monkeypatch.setattr(runs.Journal, "append", watched)
+    rows = certify_dataset(smooth, x, [1] * 6, tmp_path / "r.tsv", n0=20, n=5000, adaptive=True, target_radius=0.15)
+    assert [row.idx for row in read_tsv(tmp_path / "r.tsv")] == [row.idx for row in rows] == list(range(6))
+    assert sorted(ended) == list(range(6))
+    assert ended[0] != 0
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing in the code under test catches it to go on."""
+
+
+@pytest.mark.parametrize("make", [lanes, modules])
+@pytest.mark.parametrize("stop", [{}, {"adaptive": False, "rtol": None}], ids=["adaptive", "fixed"])
+def test_a_crash_at_any_write_loses_no_image_and_no_vote(
+    tmp_path: Path,
+    images: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Smooth],
+    stop: dict[str, Any],
+) -> None:
+    """Votes are saved every 128 samples, and the run dies at random writes, so anywhere between two of them."""
+    want = run(tmp_path / "whole.tsv", images, make, **stop)
+    path, sync, left, drawn = tmp_path / "r.tsv", os.fsync, [0], []
+    monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
+    cut = evaluation.Certification.wanted.fget
+    assert cut is not None
+    monkeypatch.setattr(
+        evaluation.Certification, "wanted", property(lambda self: (setattr(self, "most", 128), cut(self))[1])
+    )
+
+    def crashing(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", crashing)
+    draws, crashes = random.Random(0), 0
+    while True:
+        left[0] = draws.randrange(2, 12)
+        try:
+            rows = run(path, images, make, **stop, on_samples=drawn.append)
+            break
+        except Crash:
+            crashes += 1
+    assert crashes >= 5
+    assert without_time(rows) == without_time(read_tsv(path)) == without_time(want)
+    assert kept(path) == kept(tmp_path / "whole.tsv")
+    states = [r for r in runs.Journal.read(votes_path(path)) if "chosen" in r]
+    assert len(states) > 8
+    needed = sum(votes["samples"] for votes in kept(path))
+    assert needed <= sum(drawn) < needed + crashes * 2500
+
+
+def test_a_votes_file_cut_at_any_byte_is_gone_on_with(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    want = run(tmp_path / "r.tsv", images)
+    record, votes = (p.read_bytes() for p in (tmp_path / "r.tsv", votes_path(tmp_path / "r.tsv")))
+    rows = record.count(b"\n") - 1
+    for length in range(0, len(votes), 41):
+        whole = max(0, votes[:length].count(b"\n") - 1)
+        lines = record.splitlines(keepends=True)[: 1 + min(rows, whole)]
+        keeps = [
+            line
+            for line in lines[1:]
+            if int(line.split()[0]) in {r["idx"] for r in map(json.loads, votes[:length].splitlines()[1 : 1 + whole])}
+        ]
+        (tmp_path / "r.tsv").write_bytes(lines[0] + b"".join(keeps))
+        votes_path(tmp_path / "r.tsv").write_bytes(votes[:length])
+        assert without_time(run(tmp_path / "r.tsv", images)) == without_time(want)
+
+
+def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    more = images[0].repeat(5, 1, 1, 1), images[1].repeat(5)
+    want = run(tmp_path / "whole.tsv", more, n=20_000)
+    torch.save(more, tmp_path / "images.pt")
+    script = (
+        "import os, signal, sys, time, random\n"
+        "sys.path[:0] = [sys.argv[1]]\n"
+        "import test_evaluation as t, torch\n"
+        "from pathlib import Path\n"
+        "t.evaluation.SAVE_SECONDS = 0.0\n"
+        "more = torch.load(sys.argv[2] + '/images.pt')\n"
+        "draws, kills = random.Random(int(sys.argv[3])), 0\n"
+        "while True:\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        t.run(Path(sys.argv[2]) / 'r.tsv', more, n=20_000)\n"
+        "        os._exit(0)\n"
+        "    if kills < 10:\n"
+        "        time.sleep(draws.uniform(0.0, 0.3))\n"
+        "        os.kill(pid, signal.SIGKILL)\n"
+        "    if os.waitpid(pid, 0)[1] == 0: break\n"
+        "    kills += 1\n"
+        "print(kills)\n"
+    )
+    seed = time.time_ns() % 2**32
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3, f"seed {seed}"
+    assert without_time(read_tsv(tmp_path / "r.tsv")) == without_time(want), f"seed {seed}"
+    assert kept(tmp_path / "r.tsv") == kept(tmp_path / "whole.tsv"), f"seed {seed}"
+
+
+def test_a_full_disk_stops_a_run_that_goes_on_later(
+    tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = run(tmp_path / "whole.tsv", images)
+    path, sync = tmp_path / "r.tsv", os.fsync
+    for writes in range(1, 6):
+        left = [writes]
+
+        def full(descriptor: int, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as error:
+            run(path, images)
+        assert error.value.filename in (str(path), str(votes_path(path)))
+    monkeypatch.undo()
+    assert without_time(run(path, images)) == without_time(want)
+    assert kept(path) == kept(tmp_path / "whole.tsv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rtol": 0.2}, r"made with other settings \(rtol: 0.3 there, 0.2 now.*give the same settings"),
+        ({"target_radius": 0.1}, "target_radius: None there, 0.1 now"),
+        ({"method": "spending"}, "method: 'exact' there, 'spending' now"),
+        ({"n0": 21}, "n0: 20 there, 21 now"),
+        ({"n": 2001}, "n: 2000 there, 2001 now"),
+        ({"alpha": 0.02}, "alpha: 0.01 there, 0.02 now"),
+        ({"make": partial(lanes, sigma=0.4)}, "sigma: 0.5 there, 0.4 now"),
+        ({"make": partial(lanes, 1, seed=1)}, "seed: 0 there, 1 now"),
+        ({"make": modules}, "dtype: 'float32' there, None now"),
+        ({"make": partial(lanes, choices="sparse")}, "choices.conv_fused: 'dense' there, 'sparse' now.*two plans"),
+        ({"make": partial(lanes, 2)}, r"\(fingerprint: '\w+' there, '\w+' now\); the network runs another way"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_other_settings_or_another_plan_are_refused(
+    tmp_path: Path, images: tuple[Tensor, Tensor], change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "r.tsv"
+    run(path, images, indices=[0])
+    before = [p.read_bytes() for p in (path, votes_path(path))]
+    with pytest.raises(runs.RunError, match=message):
+        run(path, images, **change)
+    assert [p.read_bytes() for p in (path, votes_path(path))] == before
+
+
+def test_rows_without_their_votes_are_refused(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    path = tmp_path / "r.tsv"
+    run(path, images, indices=[0, 1])
+    whole = path.read_text()
+    path.write_text("\n".join([*whole.splitlines()[:2], "1\t0\t0\t9.5\t1\t0.1\n"]))
+    with pytest.raises(runs.RunError, match=r"is damaged: the row of image 1 is not the one of its votes"):
+        run(path, images)
+    path.write_text(whole)
+    votes = votes_path(path).read_text()
+    votes_path(path).write_text(votes.replace('"reason"', '"reasom"'))
+    with pytest.raises(runs.RunError, match=r"r\.votes\.jsonl line 2 is damaged: its checksum"):
+        run(path, images)
+    votes_path(path).unlink()
+    with pytest.raises(runs.RunError, match=r"holds 2 rows, but r\.votes\.jsonl, which says how .* is missing"):
+        run(path, images)
+
+
+def test_two_runs_do_not_write_one_record(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    path = tmp_path / "r.tsv"
+    with TsvWriter(path), pytest.raises(runs.RunError, match=r"r\.tsv is being written by another run"):
+        run(path, images)
+    assert len(run(path, images)) == 8
+
+
+def test_an_error_of_a_thread_is_raised(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    smooth = lanes()
+    sampler = smooth.prepare(images[0][0]).sampler
+    assert sampler is not None
+
+    def broken(*_: Any, **__: Any) -> Tensor:
+        raise ZeroDivisionError("in a thread")
+
+    sampler.votes = broken  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        certify_dataset(smooth, *images, tmp_path / "r.tsv", n0=5, n=50)

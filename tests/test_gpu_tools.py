@@ -76,26 +76,26 @@ CONVOLUTIONS = {
     "masked_conv2d_input_gradient_kernel": ("input_gradient", "BLOCK_P"),
     "masked_conv2d_weight_gradient_kernel": ("weight_gradient", "BLOCK_C"),
 }
-FORMS = {
+CHOICES = {  # of the kernels' constants that are no sizes and more than true or false
     "PRECISION": {"ieee", "tf32"},
-    "FLAT": {False, True},
-    "RELU": {False, True},
-    "PARTIAL": {False, True},
+    "KIND": {"plain", "uniform", "adversarial"},
+    "SUMS": {"none", "rows", "columns"},
     "COVER_BLOCK": {16, 64, 512},
     "BINS": {0, 16},
 }
 
 
 @pytest.mark.parametrize("tool", ["gpu_cases"], indirect=True)
-def test_ledger_reaches_every_kernel_and_every_row_of_the_tables(tool: ModuleType) -> None:
-    """It compiles the launches of its calls: a kernel or a row that no call reaches would go uncompiled."""
+def test_ledger_reaches_every_kernel_form_and_row_of_the_tables(tool: ModuleType) -> None:
+    """It compiles the launches of its calls: a kernel, a switch's value or a row that no call reaches would go
+    uncompiled."""
     pytest.importorskip("triton")
     from csam_kernels import triton as provider
     from csam_kernels.triton import tuning
     from csam_kernels.triton.launch import record
 
     seen, tiles, directly = set(), set(), set()
-    forms: dict[str, set[Any]] = {form: set() for form in FORMS}
+    forms: dict[tuple[str, str], set[Any]] = {}
     for case in tool.cases(torch.device("meta")):
         tool.allow_tf32(case.peak == "tf32")
         with record() as launches:
@@ -103,23 +103,28 @@ def test_ledger_reaches_every_kernel_and_every_row_of_the_tables(tool: ModuleTyp
         for launch in launches:
             name, given = launch.kernel.fn.__name__, launch.arguments | launch.options
             seen.add(name)
-            for form in FORMS.keys() & given.keys():
-                forms[form].add(given[form])
+            for constant, value in given.items():
+                if constant in CHOICES or (constant.isupper() and isinstance(value, bool)):
+                    forms.setdefault((name, constant), set()).add(value)
             if name == "depthwise_kernel":
                 directly.add(given["BLOCK_P"])
             if name in CONVOLUTIONS:
                 kernel, columns = CONVOLUTIONS[name]
-                fields = ("BLOCK_R", columns, "BLOCK_K", "num_warps", "num_stages", "maxnreg")
+                fields = ("BLOCK_R", columns, "BLOCK_K", "num_warps", "num_stages")
                 dtype = given["grad_ptr" if "grad_ptr" in given else "out_ptr"].dtype
                 arithmetic = "float32" if dtype is torch.float32 else "half"
-                row = tuning.ConvTile(*(given[field] for field in fields))
-                tiles.add(("noise" if given.get("NOISE") else kernel, arithmetic, row))
+                row = tuple(given[field] for field in fields)
+                if given.get("NOISE"):
+                    kernel = "noise"
+                if given.get("FLAT") and kernel == "weight_gradient":
+                    kernel = "flat_weight_gradient"
+                tiles.add((kernel, arithmetic, row))
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     assert seen == launched_kernels()
-    assert tiles == {(*key, row) for key, rows in tuning.MASKED_CONV2D["sm80"].items() for row in rows}
+    assert tiles == {(*key, row[:5]) for key, rows in tuning.MASKED_CONV2D["sm80"].items() for row in rows}
     assert directly == {row.columns for row in tuning.DEPTHWISE.values()}
-    assert forms == FORMS
+    assert forms == {form: CHOICES.get(form[1], {False, True}) for form in forms}
 
 
 @pytest.mark.parametrize("tool", ["gpu_ledger"], indirect=True)
@@ -155,12 +160,14 @@ def test_ledger_holds_on_a_fresh_compilation() -> None:
 # Calls that must move more than 5 % above each input once + each output once, at most this much, and why.
 ABOVE = {
     "binarize": 1.2,  # the exact threshold must be known before the first mask byte: a sampled bracket, then its rest
+    "binarize odd layers, 70 % of each, bfloat16": 1.4,  # what the bracket lists weighs more beside scores of two bytes
     "percentile_init": 2.23,  # the quantile of each layer likewise, then theta again for the scores
     "perturb_masks": 1.34,  # the ascent reads g twice, for its norm and for the step
     "effective_weights": 1.29,  # likewise
     "mask_gradients": 1.14,  # small mask values: their sums go through memory in float64
     "masked_conv2d": 1.18,  # the mask is read again for the table of live tiles, which shows in small layers
-    "masked_conv2d_backward": 2.42,  # two products read dL/dy, and the parts of a split reduction are added up
+    "masked_linear_backward": 1.52,  # two products read dL/dy and the weight
+    "masked_conv2d_backward": 2.04,  # likewise, and the parts of a split reduction are added up
 }
 
 
@@ -173,4 +180,5 @@ def test_committed_ledger_meets_its_targets() -> None:
     assert not [row for row in rows if row["spill_bytes"] not in ("", "0")]
     for row in rows:
         if row["kernel"] == "*":
-            assert int(row["bytes"]) <= ABOVE.get(row["op"], 1.05) * int(row["least_bytes"]), row
+            above = ABOVE.get(f"{row['op']} {row['case']}", ABOVE.get(row["op"], 1.05))
+            assert int(row["bytes"]) <= above * int(row["least_bytes"]), row

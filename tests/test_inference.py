@@ -72,12 +72,12 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], list[str], dict[str, ob
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", BODIES)
 def test_fuses_what_follows_a_convolution_and_nothing_else(name: str, dtype: torch.dtype) -> None:
-    if not inference._onednn(dtype):
+    if not inference.onednn(dtype):
         pytest.skip(f"oneDNN serves no fused {dtype} convolutions on this processor")
     body, expected, options = BODIES[name]
     network, x = Net(body, **options).eval().requires_grad_(False), torch.rand(6, 4, 9, 9)
     wanted = network(x)
-    new, layout, steps = inference.ready(network, x[:2], wanted[:2], dtype, tile=6)
+    new, layout, steps, *_ = inference.ready(network, x[:2], wanted[:2], dtype, tile=6)
     nodes = [node for node in new.graph.nodes if node.op == "call_module"]
     fused = [node for node in nodes if isinstance(new.get_submodule(node.target), inference.FusedConv2d)]
     found = ["+" * (len(n.args) == 2) + new.get_submodule(n.target).activation for n in fused]
@@ -96,7 +96,7 @@ def test_a_network_that_needs_contiguous_images_is_not_fused(dtype: torch.dtype)
     network = Net(lambda net, x: F.relu(net.second(x) + x).view(x.shape[0], 648).view(x.shape)).eval()
     x = torch.rand(6, 4, 9, 9)
     wanted = network.requires_grad_(False)(x)
-    new, layout, steps = inference.ready(network, x[:2], wanted[:2], dtype, tile=6)
+    new, layout, steps, *_ = inference.ready(network, x[:2], wanted[:2], dtype, tile=6)
     assert layout is torch.contiguous_format
     assert steps == ["1 of 1 batch-norm layers folded", "kept contiguous: the model does not take channels_last"]
     rtol, atol = TOLERANCE[dtype]
@@ -111,7 +111,7 @@ def test_a_chain_of_batch_norms_is_folded_into_one_convolution() -> None:
         nn.init.normal_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 2)
     x = torch.rand(2, 3, 8, 8)
     wanted = network.eval().requires_grad_(False)(x)
-    new, _, steps = inference.ready(network, x, wanted, torch.float32, tile=2)
+    new, _, steps, *_ = inference.ready(network, x, wanted, torch.float32, tile=2)
     assert steps[0] == "2 of 2 batch-norm layers folded"
     assert_close(new(inference.laid_out(x, torch.channels_last)), wanted)
 
@@ -146,7 +146,7 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
             return self.head((x if x.sum() > 0 else -x).mean((2, 3)))
 
     network, x = Branching().eval(), torch.rand(2, 3, 8, 8)
-    new, _, steps = inference.ready(network, x, network(x).detach(), torch.float32, tile=2)
+    new, _, steps, *_ = inference.ready(network, x, network(x).detach(), torch.float32, tile=2)
     assert new is network
     assert len(steps) == 1
     assert steps[0].startswith("convolutions not fused: TraceError")
@@ -167,7 +167,7 @@ def test_dead_channels_leave_with_what_only_they_fed(kept: int, bias: str) -> No
     network = network.eval().requires_grad_(False)
     x = torch.rand(6, 4, 7, 7)
     wanted = network(x)
-    new, layout, steps = inference.ready(network, x[:2], wanted[:2], torch.float32, tile=6)
+    new, layout, steps, *_ = inference.ready(network, x[:2], wanted[:2], torch.float32, tile=6)
     first, second = (m for m in new.modules() if isinstance(m, inference.FusedConv2d))
     live = kept - min(max(kept - 1, 0), 3) + (kept < 40 and bias in ("positive", "mixed"))
     assert first.weight.shape[0] == second.weight.shape[1] == min(40, max(1, -(-live // 16)) * 16)

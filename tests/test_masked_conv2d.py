@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import csam_kernels as ck
+import test_inference_ops
 from conftest import assert_close
 from csam_kernels.layout import expand_mask
 from test_masks_ops import mask_shape
@@ -320,7 +321,7 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
     "philox_uniform": (torch.ops.csam.philox_uniform, (4, 3, 1, 0, 0)),
     "sample_conv2d": (
         torch.ops.csam.sample_conv2d,
-        (T(3, 5, 5, 8), *ck.compress(T(4, 3, 3, 3)), T(4), T(4, 3, 3, 8), [3, 3], [2, 2], [1, 1], [1, 1], True),
+        (T(3, 5, 5, 8), *ck.compress(T(4, 3, 3, 3)), T(4), T(4, 3, 3, 8), [3, 3], [2, 2], [1, 1], [1, 1], True, True),
     ),
 }
 
@@ -332,7 +333,8 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_operation_is_opchecked() -> None:
-    assert {name.split("-")[0] for name in OPCHECKS} == set(ck.OPERATIONS)
+    names = [*OPCHECKS, *test_inference_ops.OPCHECKS]
+    assert {name.split("-")[0] for name in names} == set(ck.OPERATIONS)
 
 
 @pytest.mark.parametrize(

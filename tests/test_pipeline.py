@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from csam import data, models, pipeline, runs, training
-from csam.evaluation import read_tsv
+from csam.evaluation import read_tsv, read_votes
 from csam.settings import PRESETS, Settings, override
 
 TINY = override(
@@ -218,6 +218,29 @@ def test_train_then_certify(tmp_path: Path) -> None:
     assert [replace(row, time=0) for row in again] == [replace(row, time=0) for row in rows]
 
 
+def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = override(replace(TINY, methods=("dense",)), {"certify": {"n": 3000, "adaptive": True, "rtol": 0.2}})
+    path, _ = pipeline.train(settings, tmp_path / "train")
+    rows, _ = pipeline.certify(settings, path, tmp_path / "whole")
+    recipe, votes = read_votes(tmp_path / "whole" / "certificates" / "smoothing.tsv")
+    assert (recipe["rtol"], recipe["n"], recipe["method"]) == (0.2, 3000, "exact")
+    assert sum(v["samples"] for v in votes.values()) < 3 * 3010
+    one = replace(settings, certify=replace(settings.certify, images=1))
+    assert pipeline.certify(one, path, tmp_path / "one")[0][0].radius == rows[0].radius
+
+    record = tmp_path / "whole" / "certificates" / "smoothing.tsv"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
+    began = {"module": "dense"}.get(str(recipe["choices"]), "module")
+    monkeypatch.setattr(pipeline, "begun_choices", lambda path: began)  # as if the cost model had changed its mind
+    with pytest.raises(runs.RunError, match="votes of two plans must not be mixed"):
+        pipeline.certify(settings, path, tmp_path / "whole")
+    monkeypatch.undo()
+    again, _ = pipeline.certify(settings, path, tmp_path / "whole")
+    assert [replace(row, time=0) for row in again] == [replace(row, time=0) for row in rows]
+
+
 def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (24, 3, 32, 32), generator=g, dtype=torch.uint8)
@@ -258,6 +281,11 @@ def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"certify": {"dtype": "float8"}}, "dtype must be one of .* got"),
         ({"certify": {"alpha": 1.0}}, r"alpha must be in \(0, 1\), got 1.0"),
         ({"certify": {"n": 0}}, "n must be >= 1, got 0"),
+        ({"certify": {"rtol": 0.1}}, "rtol must be none unless adaptive is true, got 0.1"),
+        ({"certify": {"adaptive": True, "rtol": 1.0}}, r"rtol must be in \(0, 1\), got 1.0"),
+        ({"certify": {"adaptive": True, "target_radius": -1.0}}, "target_radius must be > 0, got -1.0"),
+        ({"certify": {"adaptive": True, "method": "peek"}}, "method must be one of .* got 'peek'"),
+        ({"certify": {"adaptive": True, "n": 10**8}}, "n must be <= 10000000 if adaptive"),
         ({"certify": {"eps": []}}, "eps must hold at least one value"),
         ({"certify": {"images": 31}}, r"images must be in \[1, 30\], the size of the test set, got 31"),
         ({"transform": "shear:3"}, "transform must be one of .*'shear:3'"),

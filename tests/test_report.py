@@ -46,6 +46,14 @@ def test_table_shows_every_number_in_80_columns() -> None:
     assert "r=.25" in text
 
 
+def test_table_of_certificates_shows_samples_where_they_are_known() -> None:
+    curves = [Curve("a", [0.5], 2, samples=(250.0, 1000)), Curve("b", [], 1)]
+    lines = [line.split() for line in printed(report.certificates_table(curves, [0.25])).splitlines()]
+    assert ["a", "2", "50.0", "%", "0.250", "250", "4.0×"] in lines
+    assert ["b", "1", "0.0", "%", "0.000"] in lines
+    assert "samples" not in printed(report.certificates_table(curves[1:], [0.25]))
+
+
 def test_summary_files_hold_the_rows_exactly(tmp_path: Path) -> None:
     report.write_summary(tmp_path, ROWS, {"seed": 0})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"rows": ROWS, "settings": {"seed": 0}}

@@ -37,12 +37,17 @@ def sparse(filters: int, channels: int, kernel: Any, density: float, groups: int
 
 
 def both(x: Tensor, packed: tuple[Tensor, ...], bias: Any = None, other: Any = None, **options: Any) -> None:
+    """Sparse and dense against the reference; in float32 the two agree to the last bit."""
     ours = ck.sample_conv2d(x, *packed, bias, other, **options)
+    dense = ck.sample_conv2d(x, *packed, bias, other, dense=True, **options)
     pairs = (options.get(n, d) for n, d in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)))
     window = [list(p) if isinstance(p, tuple) else [p, p] for p in pairs]
     twin = reference.sample_conv2d(x, *packed, bias, other, *window, options.get("relu", False))
     assert ours.is_contiguous()
+    assert dense.is_contiguous()
     assert_close(ours, twin)
+    assert_close(dense, twin)
+    assert x.dtype is torch.bfloat16 or torch.equal(dense, ours)
 
 
 @DTYPES
@@ -72,12 +77,23 @@ def test_densities(isa: str, density: float, dtype: torch.dtype) -> None:
     both(x, ck.compress(0.1 * sparse(33, 96, 3, density)), torch.randn(33), kernel_size=3, padding=1)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_groups_and_depthwise(isa: str, groups: int) -> None:
+def test_groups_and_depthwise(isa: str, groups: int, dense: bool) -> None:
     x, weight = torch.randn(6, 5, 5, 16), sparse(12, 6, 3, 0.5, groups)
-    out = ck.sample_conv2d(x, *ck.compress(weight, groups), kernel_size=3, padding=1)
-    dense = torch.conv2d(x.permute(3, 0, 1, 2), weight, padding=1, groups=groups)
-    assert_close(out, dense.permute(1, 2, 3, 0))
+    out = ck.sample_conv2d(x, *ck.compress(weight, groups), kernel_size=3, padding=1, dense=dense)
+    wanted = torch.conv2d(x.permute(3, 0, 1, 2), weight, padding=1, groups=groups)
+    assert_close(out, wanted.permute(1, 2, 3, 0))
+
+
+@DTYPES
+def test_dead_filters_and_channels(isa: str, dtype: torch.dtype) -> None:
+    """Neither their number nor their place matters; a dead filter is its bias, plus the residual."""
+    weight = sparse(13, 11, 3, 0.6)
+    weight[[0, 4, 5, 12]], weight[:, [1, 2, 10]] = 0, 0
+    x, other = torch.randn(11, 5, 6, 33).to(dtype), torch.randn(13, 5, 6, 33).to(dtype)
+    both(x, ck.compress(weight), torch.randn(13), other, kernel_size=3, padding=1, relu=True)
+    both(x, ck.compress(weight * 0), torch.randn(13), other, kernel_size=3, padding=1)
 
 
 def test_many_filters(threads: int) -> None:
@@ -85,10 +101,11 @@ def test_many_filters(threads: int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("filters", [40, 600])
-def test_bits_do_not_depend_on_threads_or_samples(isa: str, filters: int, dtype: torch.dtype) -> None:
-    x, packed = torch.randn(24, 9, 10, 50).to(dtype), ck.compress(sparse(filters, 24, 3, 0.3))
-    call = lambda x: ck.sample_conv2d(x, *packed, torch.ones(filters), kernel_size=3, padding=1)  # noqa: E731
+@pytest.mark.parametrize(("filters", "dense"), [(40, False), (600, False), (40, True), (200, True)])
+def test_bits_do_not_depend_on_threads_or_samples(isa: str, filters: int, dense: bool, dtype: torch.dtype) -> None:
+    channels = 8 if dense else 24
+    x, packed = torch.randn(channels, 9, 10, 50).to(dtype), ck.compress(sparse(filters, channels, 3, 0.3))
+    call = lambda x: ck.sample_conv2d(x, *packed, torch.ones(filters), kernel_size=3, padding=1, dense=dense)  # noqa: E731
     want, before = call(x), torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -102,7 +119,8 @@ def test_bits_do_not_depend_on_the_instruction_set() -> None:
     results = []
     for name in ISAS:
         _C.set_isa(name)
-        results.append(ck.sample_conv2d(x, *packed, torch.ones(40), kernel_size=3, padding=1))
+        options: dict[str, Any] = {"kernel_size": 3, "padding": 1}
+        results += [ck.sample_conv2d(x, *packed, torch.ones(40), dense=d, **options) for d in (False, True)]
     _C.set_isa("auto")
     assert all(torch.equal(r, results[0]) for r in results)
 
@@ -121,6 +139,21 @@ def test_what_is_not_finite_spreads_through_surviving_weights_only(isa: str, dty
     torch.testing.assert_close(rectified, out.relu(), equal_nan=True)
 
 
+@DTYPES
+def test_dense_multiplies_the_zeros_between_live_filters_and_channels_alone(isa: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 3, 20).to(dtype)
+    x[0, 1, 1, 3], x[2, 0, 2, 4], x[3] = float("nan"), float("inf"), float("nan")
+    weight = torch.zeros(6, 4, 1, 1)
+    weight[1, 0], weight[3, 1], weight[4, 2] = 2, 3, -1  # filters 0, 2, 5 and channel 3 are dead
+    out = ck.sample_conv2d(x, *ck.compress(weight), kernel_size=1, dense=True)
+    spread = x[0].isnan() | x[2].isinf()
+    for live in (1, 3):
+        assert torch.equal(out[live].isnan(), spread)
+    assert torch.equal(out[4].isnan(), x[0].isnan())
+    assert float(out[4, 0, 2, 4]) == -float("inf")
+    assert torch.equal(out[[0, 2, 5]], torch.zeros_like(out[:3]))
+
+
 def test_views_are_taken() -> None:
     x, packed = torch.randn(9, 16, 8, 3).permute(3, 0, 2, 1), ck.compress(sparse(4, 3, 3, 0.5))
     both(x, packed, torch.randn(8)[::2], torch.randn(16, 8, 9, 4).permute(3, 2, 1, 0), kernel_size=3, padding=1)
@@ -128,7 +161,7 @@ def test_views_are_taken() -> None:
 
 def test_the_unchecked_operator_is_the_same() -> None:
     x, packed = torch.randn(3, 6, 6, 16), ck.compress(sparse(4, 3, 3, 0.5))
-    unchecked = torch.ops.csam.sample_conv2d(x, *packed, None, None, [3, 3], [1, 1], [0, 0], [1, 1], False)
+    unchecked = torch.ops.csam.sample_conv2d(x, *packed, None, None, [3, 3], [1, 1], [0, 0], [1, 1], False, False)
     assert torch.equal(unchecked, ck.sample_conv2d(x, *packed, kernel_size=3))
 
 

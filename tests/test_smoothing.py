@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import csam.nn
+from csam.sequential import Prediction
 from csam.smoothing import ABSTAIN, Smooth, certified_radius, lower_confidence_bound, run_tiles
 
 SHAPE = (1, 4, 4)
@@ -564,3 +565,128 @@ def test_one_image_with_a_batch_axis_is_taken() -> None:
     smooth, x = Smooth(net(), 5, SIGMA), picture()
     assert smooth.certify(x[None], n0=10, n=40) == smooth.certify(x, n0=10, n=40)
     assert torch.equal(smooth.counts(x.double(), 40), smooth.counts(x, 40))
+
+
+# Stopping early
+
+
+def stream_of(smooth: Smooth, x: Tensor, last: int, stream: int) -> np.ndarray:
+    """Votes [last, num_classes] of the samples one by one."""
+    return np.stack([smooth.counts(x, 1, i, stream=stream).numpy() for i in range(last)])
+
+
+ADAPTIVE = [
+    {"rtol": 0.2},
+    {"target_radius": 0.2},
+    {"target_radius": 0.2, "rtol": 0.2, "method": "spending"},
+    {},
+    {"rtol": 0.2, "method": "pilot"},
+]
+
+
+@pytest.mark.parametrize("stop", ADAPTIVE, ids=str)
+def test_an_adaptive_certificate_is_the_rule_on_the_stream_of_votes(stop: dict[str, Any]) -> None:
+    x, n0, n, alpha = picture(), 10, 400, 0.01
+    smooth = Smooth(Linear(x, 0.5), 2, SIGMA, tile=8)
+    rule = smooth.rule(x, n0, n, alpha, adaptive=True, **stop)
+    assert all((n0 + look) % 8 == 0 for look in rule.looks[:-1])
+    for stream in range(2):
+        votes = stream_of(smooth, x, n0 + n, stream)
+        chosen = int(votes[:n0].sum(0).argmax())
+        counts = [int(votes[n0 : n0 + look, chosen].sum()) for look in rule.looks]
+        decision = next(d for k in range(len(counts)) if (d := rule.decide(counts[: k + 1])) is not None)
+        want = (ABSTAIN, 0.0) if decision.radius is None else (chosen, decision.radius)
+        found = smooth.certificate(x, n0, n, alpha, stream=stream, adaptive=True, **stop)
+        assert found == (*want, n0 + decision.samples, decision.reason)
+        assert smooth.certify(x, n0, n, alpha, stream=stream, adaptive=True, **stop) == want
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_an_adaptive_certificate_does_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None) -> None:
+    smooth, x = Smooth(net(), 5, SIGMA, dtype=dtype, tile=16), picture()
+
+    def answers(batch_size: int) -> list[Any]:
+        return [
+            (
+                smooth.certificate(x, 10, 600, 0.05, batch_size, stream=i, adaptive=True, rtol=0.3),
+                smooth.predict(x, 600, 0.05, batch_size, stream=i, adaptive=True),
+            )
+            for i in range(3)
+        ]
+
+    before = torch.get_num_threads()
+    want = answers(1)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert answers(1000 // threads) == want
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_adaptive_certificate_takes_no_more_samples_than_it_says() -> None:
+    seen = []
+
+    class Watch(Constant):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    smooth, x = Smooth(Watch(), 4, SIGMA, tile=10), picture()
+    assert smooth.certificate(x, 10, 100_000).samples == 100_010
+    assert smooth.certificate(x, 10, 200).reason == "n"
+    seen.clear()
+    label, radius, samples, reason = smooth.certificate(x, 10, 100_000, adaptive=True, target_radius=SIGMA)
+    assert (label, reason) == (2, "target")
+    assert SIGMA <= radius < 2 * SIGMA
+    assert sum(seen) == samples < 500
+
+
+def test_a_certificate_is_cohens_unless_adaptive() -> None:
+    x = picture()
+    smooth = Smooth(Linear(x, 0.3), 2, SIGMA)
+    votes = smooth.counts(x, 1000, 100)
+    want = (1, certified_radius(int(votes[1]), 1000, SIGMA, 0.001))
+    assert smooth.certify(x, 100, 1000) == want
+    assert smooth.certificate(x, 100, 1000) == (*want, 1100, "n")
+
+
+def test_an_adaptive_linear_classifier_is_certified_within_its_distance() -> None:
+    x, distance, alpha, trials = picture(), 0.3, 0.1, 300
+    smooth = Smooth(Linear(x, distance), 2, SIGMA)
+    found = [
+        smooth.certificate(x, 10, 490, alpha, stream=i, adaptive=True, target_radius=0.25, rtol=0.2)
+        for i in range(trials)
+    ]
+    errors = sum(c.radius > distance or c.label == 0 for c in found)
+    assert no_worse_than(alpha, errors, trials) > 1e-3
+    assert max(c.radius for c in found) > 0.8 * distance
+    assert sum(c.samples for c in found) < 0.9 * 500 * trials
+
+
+def test_an_adaptive_prediction_is_the_test_on_the_stream_of_votes() -> None:
+    x = picture()
+    for distance, answer in ((0.9, 1), (0.0, ABSTAIN)):
+        smooth = Smooth(Linear(x, distance), 2, SIGMA, tile=10)
+        test = Prediction(2000, 0.001, 2, tile=10)
+        votes = [smooth.counts(x, look).tolist() for look in test.looks]
+        found = next(a for v, look in zip(votes, test.looks, strict=True) if (a := test.decide(v, look)) is not None)
+        assert smooth.predict(x, 2000, adaptive=True) == found == answer
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rtol": 0.1}, "rtol must be None unless adaptive is true, got 0.1"),
+        ({"target_radius": 0.1}, "target_radius must be None unless adaptive is true"),
+        ({"method": "exact"}, "method must be None unless adaptive is true"),
+        ({"adaptive": True, "rtol": 2.0}, r"rtol must be in \(0, 1\)"),
+        ({"adaptive": True, "target_radius": -1}, "target_radius must be > 0"),
+        ({"adaptive": True, "method": "peek"}, "method must be one of"),
+        ({"adaptive": True, "n": 10**8}, "n must be in"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_wrong_ways_to_stop(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Smooth(Constant(), 4, SIGMA).certify(picture(), **wrong)

@@ -47,6 +47,25 @@ def masked_conv2d(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not go together, by name.
     """
+    x, *options = checked_convolution(x, weight, mask, bias, stride, padding, dilation, groups, block_size)
+    x = autocast(x)
+    batched = x if x.dim() == 4 else x[None]
+    out: Tensor = _op(batched, weight, mask, bias, *options)
+    return out if x.dim() == 4 else out[0]
+
+
+def checked_convolution(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    block_size: int | None,
+) -> tuple[Tensor, list[int], list[int], list[int], int, int]:
+    """(x, stride, padding, dilation, groups, block size) as operators take them; x is padded where they cannot."""
     checks.tensor("x", x)
     checks.tensor("weight", weight, ndim=4)
     if x.dim() not in (3, 4):
@@ -72,11 +91,7 @@ def masked_conv2d(
             raise ValueError(
                 f"x is too small along {axis}: {size} + 2*{pad} padding < kernel reach {step * (kernel - 1) + 1}"
             )
-
-    x = autocast(x)
-    batched = x if x.dim() == 4 else x[None]
-    out: Tensor = _op(batched, weight, mask, bias, stride, padding, dilation, groups, block)
-    return out if x.dim() == 4 else out[0]
+    return x, stride, padding, dilation, groups, block
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -39,9 +39,10 @@ def percentile_init(weights: Sequence[Tensor], tau: float = 0.9) -> list[Tensor]
 def _op(weights: list[Tensor], tau: float) -> list[Tensor]:
     if not weights:
         return []
-    for i, w in enumerate(weights):
-        if w.numel() and not bool(torch.linalg.vector_norm(w, torch.inf).isfinite()):
-            raise ValueError(f"weights[{i}] must be finite, got NaN or inf")
+    finite = [torch.linalg.vector_norm(w, torch.inf).isfinite() for w in weights if w.numel()]
+    if finite and not bool(torch.stack(finite).all()):  # the one wait for the device
+        i = next(i for i, w in enumerate(weights) if not bool(w.isfinite().all()))
+        raise ValueError(f"weights[{i}] must be finite, got NaN or inf")
     return backend.serve("percentile_init", weights[0].device)(weights, tau)
 
 

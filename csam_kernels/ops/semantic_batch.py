@@ -27,6 +27,8 @@ def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     the image centre with zeros outside, and G_blur a separable Gaussian of radius ceil(3 * blur) pixels with
     replicated edges. The transforms are those of CC-Cert (Pautov et al., AAAI 2022); their order is ours.
 
+    Callers whose parameters are known to be valid call `torch.ops.csam.semantic_batch`, which reads none of them back.
+
     Args:
         x: image [C, H, W], pixels in [0, 1]; float32.
         params: [n, 8], columns as in `SEMANTIC_COLUMNS`: rotation (degrees, counter-clockwise), translate_x and
@@ -50,20 +52,23 @@ def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
         )
     checks.same_device(x=x, params=params)
     params = params.to(torch.float32)  # what the kernels read
-    if not bool(torch.isfinite(params).all()):
-        raise ValueError("params must be finite, got NaN or inf")
     _, _, _, scale, blur, _, _, gamma = params.unbind(1)
-    for name, bad, want in (
-        ("scale", scale <= 0, "> 0"),
-        ("blur", (blur < 0) | (blur > 32), "in [0, 32]"),
-        ("gamma", gamma <= 0, "> 0"),
-    ):
-        if bool(bad.any()):
-            row = int(bad.int().argmax())
-            value = float(params[row, SEMANTIC_COLUMNS.index(name)])
-            raise ValueError(f"params column {name} must be {want}, got {value:g} in row {row}")
+    wrong = torch.stack((scale <= 0, (blur < 0) | (blur > 32), gamma <= 0))
+    if bool((wrong.any(0) | ~torch.isfinite(params).all(1)).any()):  # the one wait for the device
+        raise ValueError(_fault(params, wrong))
     result: Tensor = _op(x, params)
     return result
+
+
+def _fault(params: Tensor, wrong: Tensor) -> str:
+    """What is wrong with the parameters; `wrong` [3, n] for scale, blur and gamma."""
+    if not bool(torch.isfinite(params).all()):
+        return "params must be finite, got NaN or inf"
+    limits = (("scale", "> 0"), ("blur", "in [0, 32]"), ("gamma", "> 0"))
+    (name, want), bad = next((limit, bad) for limit, bad in zip(limits, wrong, strict=True) if bool(bad.any()))
+    row = int(bad.int().argmax())
+    value = float(params[row, SEMANTIC_COLUMNS.index(name)])
+    return f"params column {name} must be {want}, got {value:g} in row {row}"
 
 
 @torch.library.custom_op("csam::semantic_batch", mutates_args=())

@@ -45,6 +45,18 @@ def smoothing_noise(
     Raises:
         TypeError, ValueError: a wrong shape, dtype or range, by name.
     """
+    noise = checked_noise(x, n, sigma, seed, first_sample, stream)
+    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
+    memory_format = memory_format or torch.contiguous_format
+    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
+    result: Tensor = _op(x, *noise, dtype, memory_format is torch.channels_last)
+    return result
+
+
+def checked_noise(
+    x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int
+) -> tuple[int, float, int, int, int]:
+    """(n, sigma, seed, first_sample, stream) as operators take them."""
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n = checks.integer("n", n, low=0)
     sigma = checks.real("sigma", sigma, above=0)
@@ -52,13 +64,7 @@ def smoothing_noise(
         raise ValueError(f"sigma must be in float32's range [{FLOAT32.tiny:g}, {FLOAT32.max:g}], got {sigma:g}")
     signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
-    stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
-    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
-    memory_format = memory_format or torch.contiguous_format
-    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
-    channels_last = memory_format is torch.channels_last
-    result: Tensor = _op(x, n, sigma, signed_seed, first_sample, stream, dtype, channels_last)
-    return result
+    return n, sigma, signed_seed, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)
 
 
 @torch.library.custom_op("csam::smoothing_noise", mutates_args=())

@@ -1,7 +1,4 @@
-"""The Triton provider: one launcher an operation, for any CUDA device, no toolkit needed.
-
-The convolution has two more forms, without gradients: with an epilogue, and fed by noise that it draws itself.
-"""
+"""The Triton provider: one launcher an operation, for any CUDA device, no toolkit needed."""
 
 from csam_kernels.triton.launchers.binarize import binarize
 from csam_kernels.triton.launchers.count_votes import count_votes

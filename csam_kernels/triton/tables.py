@@ -1,14 +1,18 @@
 """Tables of a multi-tensor pass, on the device: what a program must know of its layer, and which chunk is its own.
 
 A table is kept by its content (addresses, sizes) and stream in a small LRU, so a repeated call copies nothing. A miss
-builds it in pinned memory and copies it without waiting. While a CUDA graph is being captured the copy becomes a node
-of the graph: the table then belongs to that graph alone, and its host memory is never freed.
+builds it in pinned memory and copies it without waiting.
+
+A call that is captured in a CUDA graph takes what calls before the capture left, such as tables of sizes, whatever
+their stream: a graph is replayed after them. What it does not find, such as addresses in the graph's own memory, is
+copied by a node of the graph, and that table belongs to the graph alone. Either way what the graph reads is kept.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +20,19 @@ from torch import Tensor
 from csam_kernels.triton.launch import current
 
 Row = tuple[int, ...]
-_captured: list[Tensor] = []
+_KEPT = 256
+
+
+class _Key(NamedTuple):
+    build: Callable[..., Tensor]
+    content: tuple
+    device: torch.device
+    stream: int
+
+
+_tables: dict[_Key, Tensor] = {}  # the one used last is last
+_looking = threading.Lock()
+_of_graphs: list[Tensor] = []  # what captured graphs read
 
 
 def table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
@@ -50,15 +66,38 @@ def _on_device(
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     if device.type != "cuda":
-        return _resident(build, content, device, 0)
+        return _resident(_Key(build, content, device, 0))
     with current(device):
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(build(*content).pin_memory())
-            return _captured[-1].to(device, non_blocking=True)
-        return _resident(build, content, device, torch.cuda.current_stream().cuda_stream)
+        key = _Key(build, content, device, torch.cuda.current_stream().cuda_stream)
+        return _captured(key) if torch.cuda.is_current_stream_capturing() else _resident(key)
 
 
-@lru_cache(maxsize=256)
-def _resident(build: Callable[..., Tensor], content: tuple, device: torch.device, stream: int) -> Tensor:
-    host = build(*content)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _resident(key: _Key) -> Tensor:
+    with _looking:
+        table = _tables.pop(key, None)
+        if table is None:
+            _, table = _sent(key)
+        _tables[key] = table  # behind all others
+        if len(_tables) > _KEPT:
+            del _tables[next(iter(_tables))]
+    return table
+
+
+def _captured(key: _Key) -> Tensor:
+    with _looking:
+        table = next((t for other, t in _tables.items() if other[:3] == key[:3]), None)
+    if table is not None:
+        _of_graphs.append(table)
+        return table
+    host, table = _sent(key)
+    _of_graphs.append(host)
+    return table
+
+
+def _sent(key: _Key) -> tuple[Tensor, Tensor]:
+    """The table on the host and on the device."""
+    host = key.build(*key.content)
+    if key.device.type != "cuda":
+        return host, host
+    host = host.pin_memory()
+    return host, host.to(key.device, non_blocking=True)

@@ -55,24 +55,27 @@ class ConvTile(NamedTuple):
 
 # masked_conv2d and masked_linear by (kernel, arithmetic): at most as many rows as the first tile has, and the rest.
 # Weight and mask are in float32 on their way, which bounds the inner dimension. The bound on registers is the
-# hardware's: without any, ptxas trades a few spills for occupancy.
+# hardware's: without any, ptxas trades a few spills for occupancy. Noise and the weight's gradient have tighter ones
+# that spill nothing; "flat" is FLAT in kernels/masked_conv2d.py, whose addresses take more.
 _CONV: dict[tuple[str, str], tuple[ConvTile, ConvTile]] = {
     ("forward", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 128, 32, 8, 3)),
     ("forward", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
-    ("noise", "half"): (ConvTile(64, 64, 16, 4, 2), ConvTile(128, 64, 16, 8, 2)),
-    ("noise", "float32"): (ConvTile(64, 64, 16, 4, 2), ConvTile(128, 64, 16, 8, 2)),
+    ("noise", "half"): (ConvTile(64, 64, 16, 8, 2, 128), ConvTile(128, 64, 16, 8, 2, 128)),
+    ("noise", "float32"): (ConvTile(64, 64, 16, 4, 2, 128), ConvTile(128, 64, 16, 8, 2, 128)),
     ("input_gradient", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 128, 32, 8, 3)),
     ("input_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
-    ("weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 32, 8, 3)),
-    ("weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
+    ("weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 32, 8, 3, 80)),
+    ("weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2, 80)),
+    ("flat_weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 32, 8, 3, 128)),
+    ("flat_weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
 }
 MASKED_CONV2D = dict.fromkeys(CLASSES.values(), _CONV)
 # Depthwise kernels: channels x pixels, for pixels (NCHW) or channels (channels_last) next to each other in memory.
 DEPTHWISE: dict[bool, ConvTile] = {False: ConvTile(1, 512, 1, 4, 2), True: ConvTile(64, 16, 1, 4, 2)}
-FINISH = {False: {"num_warps": 4}, True: {"num_warps": 8, "maxnreg": 128}}  # by whether all is channels_last
 LISTED_FROM = 4  # blocks of pixels that share a weight tile from which looking for dead tiles first pays
 SPLIT_PIXELS = 256  # pixels a part of a split reduction should have at least
 PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296}  # two for each multiprocessor: how far a reduction is split
+SPLIT_REGISTERS = 128  # a thread of a split reduction may use at least: two programs of eight warps are resident
 
 # programs: enough to fill the card for several waves; samples: at most so many share one reading of the image.
 SMOOTHING_NOISE = {

@@ -12,7 +12,7 @@
 
 namespace csam {
 
-enum DType : int { kF32 = 0, kF64 = 1, kBF16 = 2, kF16 = 3, kBool = 4 };
+enum DType : int { kF32 = 0, kF64 = 1, kBF16 = 2, kF16 = 3, kBool = 4, kInt8 = 5 };
 
 CSAM_HOST_DEVICE static inline uint32_t float_bits(float x) {
   uint32_t bits;

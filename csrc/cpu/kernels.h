@@ -76,9 +76,50 @@ struct SampleConvArgs {
   const float* bias;  // or null
   const void* other;  // or null
   int64_t kernel[2], stride[2], padding[2], dilation[2];
-  bool relu;
+  float low, high;  // bounds of the result
+  bool dense;       // whether filters share what they load, zeros between the live ones included
+  // Of integers: out = clamp(sum * scales[filter] + other * other_scale + shift), low >= 0 and high <= 255, or a float
+  // where `real`; outside the image lies `zero`.
+  const float* scales;
+  float shift, other_scale;
+  int zero;
+  bool real;
   void* out;
   int64_t out_height, out_width;
+};
+
+// A network on samples that lie innermost: steps that read and write places of one arena, [C, H, W, lanes] each.
+struct SampleStep {
+  bool pools;              // maximum over the window of `conv`, else the convolution itself
+  SampleConvArgs conv;     // x, other and out unset; copied
+  int64_t in, other, out;  // places in the arena, in values of one sample; other < 0 for none
+};
+
+struct SampleNetworkArgs {
+  int dtype;
+  int64_t channels, height, width;  // of an image
+  const float *mean, *std;          // [channels], or null
+  float scale, shift;               // of integers: what stands for an image's value v is v * scale + shift
+  const SampleStep* steps;
+  int64_t count;
+  int64_t arena, in, out, classes;  // values of one sample; places of the image and of the logits
+};
+
+class SampleNetwork {  // readied for one instruction set; its methods may run on several threads at once
+ public:
+  virtual ~SampleNetwork() = default;
+  virtual const char* format() const = 0;  // of the values, and how they are multiplied
+  virtual int64_t lanes() const = 0;
+  virtual int64_t memory() const = 0;  // bytes of a thread
+  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none.
+  virtual void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n,
+                     int64_t* out) const = 0;
+  // x [n, C, H, W] in the network's dtype, float of integers -> out [n, classes].
+  virtual void logits(const void* x, int64_t n, float* out) const = 0;
+  // What each step should cost, in multiply-adds of a vector a sample.
+  virtual void costs(double* vectors) const = 0;
+  // The least seconds of each step over `rounds` tiles of noise.
+  virtual void times(int64_t rounds, double* seconds) const = 0;
 };
 
 struct Kernels {
@@ -92,6 +133,7 @@ struct Kernels {
   void (*count_votes)(const VoteArgs&, int threads);
   void (*semantic_batch)(const SemanticArgs&, int threads);
   void (*sample_conv2d)(const SampleConvArgs&, int threads);
+  SampleNetwork* (*sample_network)(const SampleNetworkArgs&);
 };
 
 extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;

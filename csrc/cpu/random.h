@@ -90,6 +90,33 @@ CSAM_INLINE WordVectors philox(const Quads& q, const Counter& c) {
 }
 CSAM_INLINE WordVectors philox(uint32_t first_quad, const Counter& c) { return philox(quads(first_quad, c), c); }
 
+// Words of one quad for samples first .. first + W - 1, one a lane.
+CSAM_INLINE WordVectors philox_samples(uint32_t quad, uint64_t first, uint32_t stream, uint64_t seed) {
+  const vq m0 = vq{} + uint64_t(kPhiloxM0), m1 = vq{} + uint64_t(kPhiloxM1);
+  vq x[2][4];
+  for (int h = 0; h < 2; ++h) {
+    vq sample = {};
+    for (int i = 0; i < W / 2; ++i) sample[i] = 2 * i + h;
+    sample = sample + first;
+    x[h][0] = vq{} + uint64_t(quad);
+    x[h][1] = sample;
+    x[h][2] = sample >> 32;
+    x[h][3] = vq{} + uint64_t(stream);
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1)
+    for (int h = 0; h < 2; ++h) {
+      const vq p0 = multiply_low(x[h][0], m0), p1 = multiply_low(x[h][2], m1);
+      x[h][0] = (p1 >> 32) ^ x[h][1] ^ uint64_t(k0);
+      x[h][2] = (p0 >> 32) ^ x[h][3] ^ uint64_t(k1);
+      x[h][1] = p1;
+      x[h][3] = p0;
+    }
+  WordVectors words;
+  for (int j = 0; j < 4; ++j) words.v[j] = join_low(x[0][j], x[1][j]);
+  return words;
+}
+
 // Two independent standard normal deviates a lane from two words: u1 = (a+1)/2^32, angle = 2 pi b/2^32.
 CSAM_INLINE void box_muller(vu a, vu b, vf& first, vf& second) {
   const vf tiny = splat(0x1p-32f);

@@ -17,11 +17,12 @@ void select_scan(SelectScan&);
 void count_votes(const VoteArgs&, int);
 void semantic_batch(const SemanticArgs&, int);
 void sample_conv2d(const SampleConvArgs&, int);
+SampleNetwork* sample_network(const SampleNetworkArgs&);
 }  // namespace CSAM_ISA
 
 extern const Kernels CSAM_JOIN(CSAM_ISA, _kernels) = {
     CSAM_TEXT(CSAM_ISA),      CSAM_ISA::philox_uniform, CSAM_ISA::smoothing_noise, CSAM_ISA::effective_weights,
     CSAM_ISA::perturb_masks,  CSAM_ISA::mask_gradients, CSAM_ISA::select_scan,     CSAM_ISA::count_votes,
-    CSAM_ISA::semantic_batch, CSAM_ISA::sample_conv2d};
+    CSAM_ISA::semantic_batch, CSAM_ISA::sample_conv2d,  CSAM_ISA::sample_network};
 
 }  // namespace csam

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         bytes[i / 4] |= uint32_t(kept) << (8 * (i % 4));
       }
       if (e.vector && n == kGroup) {
-        *reinterpret_cast<uint2*>(e.mask + at) = make_uint2(bytes[0], bytes[1]);
+        __stwb(reinterpret_cast<uint2*>(e.mask + at), make_uint2(bytes[0], bytes[1]));
       } else {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)

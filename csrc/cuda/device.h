@@ -74,18 +74,19 @@ __device__ inline void widen(const Raw& raw, int dtype, float out[kGroup]) {
 
 __device__ inline uint32_t pack(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
 
-// Eight values as one or two 16-byte stores.
+// Eight values as one or two 16-byte stores. __stwb is the plain store, but one that the compiler does not split: it
+// made scalar stores of `*p = v` where v comes out of branches.
 template <int dtype>
 __device__ inline void store8(void* out, int64_t at, const float v[8]) {
   if constexpr (dtype == kF32) {
     float4* p = reinterpret_cast<float4*>(static_cast<float*>(out) + at);
-    p[0] = make_float4(v[0], v[1], v[2], v[3]);
-    p[1] = make_float4(v[4], v[5], v[6], v[7]);
+    __stwb(p, make_float4(v[0], v[1], v[2], v[3]));
+    __stwb(p + 1, make_float4(v[4], v[5], v[6], v[7]));
   } else {
     uint16_t h[8];
     for (int i = 0; i < 8; ++i) h[i] = dtype == kBF16 ? to_bf16(v[i]) : to_f16(v[i]);
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + at) =
-        make_uint4(pack(h[0], h[1]), pack(h[2], h[3]), pack(h[4], h[5]), pack(h[6], h[7]));
+    __stwb(reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + at),
+           make_uint4(pack(h[0], h[1]), pack(h[2], h[3]), pack(h[4], h[5]), pack(h[6], h[7])));
   }
 }
 template <int dtype>

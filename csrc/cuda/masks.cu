@@ -192,6 +192,7 @@ struct Tiling {
         tiles(pieces > 1 ? total * pieces : 0),
         bands(own ? 1 : (y.rows + kBand - 1) / kBand),
         per_tile(pieces > 1 ? 1 : int(kUnit / y.span)) {
+    if (per_tile > kGroup) per_tile -= per_tile % kGroup;  // tiles start where 16-byte accesses may
     if (pieces == 1) tiles = (total + per_tile - 1) / per_tile;
   }
   __host__ __device__ int64_t start(const MaskLayout& y, int64_t run) const {
@@ -234,9 +235,12 @@ __device__ inline double gradient_group(const Entry& entry, int64_t unit) {
   return squares;
 }
 
+// Where value i of a unit lies in shared memory: groups of eight start in different banks.
+__device__ inline int spaced(int i) { return i + i / kGroup; }
+
 // Broadcast: the block's weights of one unit, their products summed run by run in shared memory.
 __device__ inline double gradient_tile(const Entry& entry, int64_t unit, double* partial) {
-  __shared__ double products[kUnit];
+  __shared__ double products[kUnit + kThreads];
   const Layer& l = entry.layer;
   const MaskLayout& y = l.layout;
   const Tiling t(y);
@@ -249,36 +253,28 @@ __device__ inline double gradient_tile(const Entry& entry, int64_t unit, double*
   const int64_t first_row = band * kBand;
   const int rows = t.own ? 1 : int(min(int64_t(kBand), y.rows - first_row));
 
+  const int at = threadIdx.x * kGroup, n = max(0, min(length - at, kGroup));
+  const int64_t from = first_row * y.cols + start + skip + at;
   float m[kGroup];
-  const uint32_t cols = uint32_t(y.cols), span = uint32_t(y.span);
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
-    m[j] = 0;
-    const int at = threadIdx.x + j * kThreads;
-    if (!l.out || at >= length) continue;
-    const uint32_t from_row = uint32_t(first_run % t.in_row) * span + uint32_t(skip) + uint32_t(at);
-    const int64_t row = first_run / t.in_row + from_row / cols;
-    m[j] = load_one(l.mask, l.mask_dtype, row * y.row_stride + from_row % cols / span * y.col_stride);
-  }
+  if (l.out) spread(l, from, n, m);  // the same in every row of a band
   double sums[kGroup] = {};
-  for (int r = 0; r < rows; ++r) {
-    const int64_t offset = (first_row + r) * y.cols + start + skip + threadIdx.x;
+  for (int r = 0; r < rows && n > 0; ++r) {
+    const int64_t offset = from + r * y.cols;
+    const bool vector = entry.vector && n == kGroup && offset % kGroup == 0;
+    const Raw grad = load_raw(l.grad, l.grad_dtype, offset, n, vector);
+    const Raw weight = load_raw(l.weight, kF32, offset, n, vector);
     float g[kGroup], w[kGroup];
+    widen(grad, l.grad_dtype, g);
+    widen(weight, kF32, w);
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      const bool live = int(threadIdx.x) + j * kThreads < length;
-      g[j] = live ? load_one(l.grad, l.grad_dtype, offset + j * kThreads) : 0.0f;
-      w[j] = live ? static_cast<const float*>(l.weight)[offset + j * kThreads] : 0.0f;
-    }
+    for (int j = 0; j < kGroup; ++j) sums[j] += double(g[j]) * w[j];
+    if (!l.out) continue;
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      sums[j] += double(g[j]) * w[j];
-      if (l.out && int(threadIdx.x) + j * kThreads < length)
-        static_cast<float*>(l.out)[offset + j * kThreads] = g[j] * m[j];
-    }
+    for (int j = 0; j < kGroup; ++j) g[j] = g[j] * m[j];
+    store_group<kF32>(l.out, offset, n, vector, g);
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) products[threadIdx.x + j * kThreads] = sums[j];
+  for (int j = 0; j < kGroup; ++j) products[spaced(at + j)] = sums[j];
   __syncthreads();
 
   int lanes = 1;  // a run is summed by so many lanes of a warp
@@ -292,7 +288,7 @@ __device__ inline double gradient_tile(const Entry& entry, int64_t unit, double*
     if (live) {
       const int from = t.pieces > 1 ? 0 : int(t.start(y, run) - start);
       const int64_t end = t.pieces > 1 ? length : min(t.start(y, run) + y.span, (run / t.in_row + 1) * y.cols) - start;
-      for (int i = from + threadIdx.x % lanes; i < end; i += lanes) total += products[i];
+      for (int i = from + threadIdx.x % lanes; i < end; i += lanes) total += products[spaced(i)];
     }
     for (int other = lanes / 2; other > 0; other /= 2) total += __shfl_xor_sync(kAllLanes, total, other);
     if (!live || threadIdx.x % lanes) continue;

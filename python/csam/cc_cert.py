@@ -26,7 +26,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-import csam_kernels
 from csam import inference, smoothing
 from csam.transforms import Transform
 from csam_kernels import checks
@@ -174,50 +173,60 @@ class CCCert:
             TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
         """
         x = smoothing.image(x)
-        if float(x.min()) < 0 or float(x.max()) > 1:
-            raise ValueError(f"x must have pixels in [0, 1], got {float(x.min()):g} .. {float(x.max()):g}")
+        if x.device.type == "cpu":
+            _in_range(*x.aminmax())
         stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
-        x = x.to(prepared.device)
-        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64, device="cpu")
-        drawn = torch.empty(self.k * self.n, prepared.num_classes, dtype=torch.float64, device="cpu")
+        x = smoothing.sent(x, prepared.device)
+        count, tile = self.k * self.n, prepared.tile
+        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64, device=prepared.device)
+        drawn = torch.empty(count, prepared.num_classes, dtype=torch.float64, device=prepared.device)
+        draws = self.transform.parameters(-(-count // tile) * tile, seed=self.seed, stream=stream)
+        draws = smoothing.sent(draws, prepared.device)
 
         def transformed(start: int) -> Tensor:
-            rows = self.transform.parameters(prepared.tile, seed=self.seed, first_sample=start, stream=stream)
-            batch = csam_kernels.semantic_batch(x, rows.to(prepared.device))
+            batch = torch.ops.csam.semantic_batch(x, draws[start : start + tile])
             return inference.laid_out(batch.to(prepared.dtype), prepared.memory_format)
 
         def untouched(start: int) -> Tensor:
-            copies = x.to(prepared.dtype).expand(prepared.tile, *x.shape)
+            copies = x.to(prepared.dtype).expand(tile, *x.shape)
             return inference.laid_out(copies, prepared.memory_format)
 
         def keep(out: Tensor, logits: Tensor, start: int) -> None:
-            out[start : start + len(logits)] = logits.double().softmax(1).cpu()
+            out[start : start + len(logits)] = logits.double().softmax(1)
 
         prepared.run(untouched, partial(keep, clean), 0, 1, batch_size)
-        prepared.run(transformed, partial(keep, drawn), 0, len(drawn), batch_size)
-        return self._result(clean[0], drawn)
+        prepared.run(transformed, partial(keep, drawn), 0, count, batch_size)
+        discrepancy = (drawn - clean).abs().amax(1).reshape(self.k, self.n)
+        flips = (drawn.argmax(1) != clean.argmax()).sum().double()
+        broken = torch.cat([clean, drawn]).isnan().any(1).sum().double()
+        results = [*x.double().aminmax(), clean[0], discrepancy, flips, broken]
+        low, high, *rest = smoothing.read(x, results)
+        _in_range(low, high)
+        return self._result(*rest)
 
-    def _result(self, clean: Tensor, drawn: Tensor) -> CCResult:
-        broken = int(torch.cat([clean[None], drawn]).isnan().any(1).sum())
+    def _result(self, clean: Tensor, discrepancy: Tensor, flips: Tensor, broken: Tensor) -> CCResult:
         if broken:
-            raise ValueError(f"model returned NaN probabilities for {broken} of {1 + len(drawn)} images")
+            raise ValueError(f"model returned NaN probabilities for {int(broken)} of {1 + self.k * self.n} images")
         first, second = clean.topk(2).values.tolist()
         margin = (first - second) / 2
-        prediction = int(clean.argmax())
-        discrepancy = (drawn - clean).abs().amax(1).reshape(self.k, self.n)
         return CCResult(
             bound=cc_cert_bound(discrepancy, margin, self.delta, self.t),
-            prediction=prediction,
+            prediction=int(clean.argmax()),
             margin=margin,
             discrepancy=discrepancy,
-            flips=int((drawn.argmax(1) != prediction).sum()),
+            flips=int(flips),
             n=self.n,
             k=self.k,
             delta=self.delta,
             t=tuple(self.t.tolist()),
         )
+
+
+def _in_range(low: Tensor, high: Tensor) -> None:
+    if low < 0 or high > 1:
+        raise ValueError(f"x must have pixels in [0, 1], got {float(low):g} .. {float(high):g}")
 
 
 def _array(values: Tensor | ArrayLike) -> NDArray[np.float64]:

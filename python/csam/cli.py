@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 import csam_kernels
-from csam import evaluation, microbench, models, pipeline, report, runs, training
+from csam import evaluation, microbench, models, pipeline, report, runs, sequential, training
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
 Command = Callable[..., Any]
@@ -120,6 +121,15 @@ CERTIFY_OPTIONS = (
     ("--n0", "certify.n0", int, "Noise samples that choose the class."),
     ("--n", "certify.n", int, "Noise samples that certify it."),
     ("--alpha", "certify.alpha", float, "Probability that a certificate is wrong."),
+    ("--adaptive/--fixed", "certify.adaptive", bool, "Stop before n samples when the answer is settled."),
+    (
+        "--target-radius",
+        "certify.target_radius",
+        float,
+        "Adaptive: stop if this radius is certified or out of reach.",
+    ),
+    ("--rtol", "certify.rtol", float, "Adaptive: stop within this share of the radius that n samples would give."),
+    ("--method", "certify.method", click.Choice(list(sequential.METHODS)), "Adaptive: rule for stopping (the best)."),
     ("--dtype", "certify.dtype", click.Choice(["float32", "bfloat16"]), "Fast path in this arithmetic."),
     ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
     ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),
@@ -141,7 +151,9 @@ def setting_options(*groups: Sequence[tuple[str, str, Any, str]]) -> Callable[[C
             values = {name: _shown(_lookup(PRESETS[name], place)) for name in PRESETS}
             same = len(set(values.values())) == 1
             shown = values["digits"] if same else ", ".join(f"{name}: {v}" for name, v in values.items())
-            command = click.option(flag, place.replace(".", "__"), type=kind, help=f"{text}  [{shown}]")(command)
+            command = click.option(flag, place.replace(".", "__"), type=kind, default=None, help=f"{text}  [{shown}]")(
+                command
+            )
         return command
 
     return decorate
@@ -215,18 +227,26 @@ def _stored_settings(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; where that is no terminal, one line at the end."""
+def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
+    """A progress bar on standard error, with the speed of samples; where that is no terminal, one line at the end."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
     )
     with Progress(*columns, console=messages) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda steps: progress.update(task, advance=steps)
+        task, start, drawn = progress.add_task(title, total=total, speed=""), time.monotonic(), 0
+
+        def advance(steps: int, samples: int = 0) -> None:
+            nonlocal drawn
+            drawn += samples
+            speed = f"{drawn / max(time.monotonic() - start, 1e-9):,.0f} samples/s" if drawn else ""
+            progress.update(task, advance=steps, speed=speed)
+
+        yield advance
 
 
 @contextmanager
@@ -283,6 +303,7 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
     """Print a demo's table with all that its numbers depend on."""
     settings = summary["settings"]
     certify, images = settings["certify"], len(settings["certified_images"])
+    most = "<" if certify.get("adaptive") else ""
     titles = {name: method.title for name, method in pipeline.METHODS.items()}
     show(report.summary_table(summary["rows"], titles))
     results.print(
@@ -291,7 +312,7 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
         f"certificates on {images} of them (standard error <= {100 * report.standard_error(images):.1f} points). "
         f"PCA: CC-Cert under {settings['transform']}, n={certify['cc_n']}, k={certify['cc_k']}, "
         f"δ={certify['delta']:g}. cert.: smoothing with σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
-        f"n={certify['n']}, α={certify['alpha']:g}. One seed ({settings['seed']}).",
+        f"n{most}={certify['n']}, α={certify['alpha']:g}. One seed ({settings['seed']}).",
         soft_wrap=True,
     )
     results.print(f"{folder}/summary.json, summary.csv, certified_accuracy.png", soft_wrap=True)
@@ -351,7 +372,8 @@ def certify(
     """Certify MODEL, a safetensors file, by randomized smoothing.
 
     Writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
-    continues it when run again. Files made by csam say their architecture, normalisation and sigma themselves.
+    continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
+    Files made by csam say their architecture, normalisation and sigma themselves.
     """
     said = runs.read_description(model)
     given["model"] = architecture or said.get("model")
@@ -363,14 +385,14 @@ def certify(
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
-    curve = report.Curve(model.stem, [row.radius for row in rows if row.correct], len(rows))
-    show(report.certificates_table([curve], settings.certify.radii))
+    record = out / "certificates" / "smoothing.tsv"
+    show(report.certificates_table([curve_of(record, model.stem, rows)], settings.certify.radii))
     if bounds:
         correct = [bound["correct"] for bound in bounds]
         values = [evaluation.pca([b["bound"] for b in bounds], correct, e) for e in settings.certify.eps]
         shown = ", ".join(f"{100 * v:.1f} % at ε={e:g}" for e, v in zip(settings.certify.eps, values, strict=True))
         results.print(f"PCA under {settings.transform}: {shown}", soft_wrap=True)
-    results.print(f"{out}/certificates/smoothing.tsv", soft_wrap=True)
+    results.print(str(record), soft_wrap=True)
 
 
 @cli.command("report")
@@ -417,9 +439,14 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
         rows = evaluation.read_tsv(file)
         if not rows:
             raise ValueError(f"{file} holds no certificates yet")
-        label = f"{title}/{file.stem}" if place.is_dir() else title
-        curves.append(report.Curve(label, [row.radius for row in rows if row.correct], len(rows)))
+        curves.append(curve_of(file, f"{title}/{file.stem}" if place.is_dir() else title, rows))
     return curves
+
+
+def curve_of(file: Path, label: str, rows: Sequence[evaluation.Row]) -> report.Curve:
+    """The curve of a record's rows, with their samples where its votes lie beside it."""
+    radii = [row.radius for row in rows if row.correct]
+    return report.Curve(label, radii, len(rows), samples=evaluation.mean_samples(file, rows))
 
 
 @cli.command()

@@ -5,27 +5,42 @@ Cohen, Rosenfeld and Kolter (2019): predict is -1 where the smoothed classifier 
 time is in seconds (h:mm:ss is read too). Every line is flushed to the disk before the next image is started.
 Only a line that ends in a newline counts: what a killed run left of its last line is dropped when the run
 goes on.
+
+Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
+each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
+takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csam.data import to_unit
-from csam.smoothing import ABSTAIN, Smooth
+from csam.runs import Journal, RunError, differences
+from csam.sequential import Certificate, Certification
+from csam.smoothing import ABSTAIN, Smooth, checked, image, one_intra_op_thread
 from csam_kernels import checks
+from csam_kernels.ops.sample_network import SampleNetwork
 
+SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
+PIECE_SECONDS = 0.03  # of samples that a thread takes at a time
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
 
@@ -71,19 +86,24 @@ class TsvWriter:
 
     Raises:
         OSError: the file cannot be written; the message names it.
+        RunError: another writer has it open.
         ValueError: as in `read_tsv`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        lines = _lines(self.path)[0] if self.path.exists() else []
-        self.rows = _rows(self.path, lines)
         self._file = self.path.open("ab", buffering=0)
-        self._size = sum(len(line.encode()) + 1 for line in lines)
         try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines = _lines(self.path)[0]
+            self.rows = _rows(self.path, lines)
+            self._size = sum(len(line.encode()) + 1 for line in lines)
             self._file.truncate(self._size)
             if not lines:
                 self._write(HEADER)
+        except BlockingIOError:
+            self.close()
+            raise RunError(f"{self.path} is being written by another run; wait for it or choose another file") from None
         except BaseException:
             self.close()
             raise
@@ -118,6 +138,43 @@ class TsvWriter:
         self._size += len(data)
 
 
+def votes_path(path: str | os.PathLike[str]) -> Path:
+    """Where the votes of the record at `path` are kept."""
+    return Path(path).with_name(f"{Path(path).stem}.votes.jsonl")
+
+
+def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """What decides the certificates of the record at `path`, and the last that is known of the votes of each image.
+
+    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time; one under way the state of
+    its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
+
+    Raises:
+        RunError: a damaged or foreign file.
+    """
+    try:
+        header, *records = Journal.read(votes_path(path)) or [{"recipe": {}}]
+        return dict(header["recipe"]), {int(record["idx"]): record for record in records}
+    except KeyError as error:
+        raise RunError(f"{votes_path(path)} does not hold votes: {error} is missing") from error
+
+
+def mean_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> tuple[float, int] | None:
+    """(mean samples of these rows, the most that an image may take), n0 included; None if the record has no votes.
+
+    Raises:
+        RunError: a damaged or foreign file, or one that lacks a row's votes.
+    """
+    recipe, known = read_votes(path)
+    if not recipe or not rows:
+        return None
+    try:
+        drawn = [int(known[row.idx]["samples"]) for row in rows]
+    except KeyError as error:
+        raise RunError(f"{votes_path(path)} does not hold the votes of all rows: {error} is missing") from error
+    return sum(drawn) / len(rows), int(recipe["n0"]) + int(recipe["n"])
+
+
 def certify_dataset(
     smooth: Smooth,
     x: Tensor,
@@ -130,29 +187,36 @@ def certify_dataset(
     alpha: float = 0.001,
     batch_size: int = 400,
     on_result: Callable[[Row], None] | None = None,
+    on_samples: Callable[[int], None] | None = None,
+    **stop: Any,
 ) -> list[Row]:
-    """Certify images one by one into a record; images that the record already holds are not done again.
+    """Certify images into a record, a row each in the order of `indices`; images that it holds are not done again.
 
-    Image i uses stream i, so its certificate does not depend on which images were done before it, or when.
-    The record does not hold sigma, seed, n0, n and alpha: whoever resumes must pass the same.
+    Image i uses stream i, so its certificate does not depend on which images were done before it, or when. On a CPU
+    several images are under way at once where the plan's samples lie innermost; `time` is then an image's part of the
+    time that passed.
 
     Args:
         smooth: the smoothed classifier.
         x: images [N, C, H, W]; uint8 (divided by 255) or floating point in the unit the model takes.
         y: labels [N], >= 0.
-        path: of the TSV file, made or continued.
+        path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
         on_result: called with each new row, after it is on the disk.
+        on_samples: called with numbers of samples as they are drawn.
+        stop: adaptive, target_radius, rtol, method: as in `Smooth.certify`.
 
     Returns:
         The rows of `indices`, in their order.
 
     Raises:
-        OSError: the file cannot be read or written.
+        OSError: a file cannot be read or written.
         TypeError: a label or an index that is not an integer.
         ValueError: x and y of different length, a negative label, an index out of range, or a record that is
             malformed or holds another label for an image (it is of another data set).
+        RunError: a record that another run is writing, that was begun with other settings or another plan, or whose
+            votes are damaged, missing or not those of its rows.
     """
     labels = [checks.integer("y", label, low=0) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
@@ -160,8 +224,24 @@ def certify_dataset(
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
     asked = range(len(labels)) if indices is None else indices
     wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
+    if not wanted:
+        return []
+
+    def pixels(i: int) -> Tensor:
+        return to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
+
+    rule = smooth.rule(pixels(wanted[0]), n0, n, alpha, **stop)
+    recipe = {
+        "n0": checks.integer("n0", n0, low=1),
+        "n": rule.n,
+        "alpha": rule.alpha,
+        "method": type(rule).__name__.lower(),
+        "target_radius": rule.target_radius,
+        "rtol": rule.rtol,
+        **smooth.recipe(pixels(wanted[0])),
+        "looks": len(rule.looks),
+    }
     with TsvWriter(path) as record:
-        done = {row.idx: row for row in record.rows}
         for row in record.rows:
             if row.idx >= len(labels) or row.label != labels[row.idx]:
                 has = f"label {labels[row.idx]}" if row.idx < len(labels) else f"only {len(labels)} images"
@@ -169,18 +249,194 @@ def certify_dataset(
                     f"{record.path} is the record of another data set: image {row.idx} has label {row.label} "
                     f"there, the data set has {has}"
                 )
-        for i in wanted:
-            if i in done:
-                continue
+        journal, known = _open_votes(record, recipe)
+        rows = {row.idx: row for row in record.rows}
+        pending = deque(i for i in dict.fromkeys(wanted) if i not in rows)
+        finished: dict[int, Row] = {}
+
+        def finish(votes: Mapping[str, Any]) -> None:
+            """Append the row of these votes, and those that waited for it, once it is its turn."""
+            i, predict = votes["idx"], votes["predict"]
+            finished[i] = Row(i, labels[i], predict, votes["radius"], predict == labels[i], votes["time"])
+            while pending and pending[0] in finished:
+                row = finished.pop(pending.popleft())
+                record.append(row)
+                rows[row.idx] = row
+                if on_result is not None:
+                    on_result(row)
+
+        images = (
+            _Image(i, image(pixels(i)), Certification(rule, recipe["n0"], state=known.get(i)), known.get(i, {}))
+            for i in list(pending)
+            if "reason" not in known.get(i, {})
+        )
+        for i in list(pending):
+            if "reason" in known.get(i, {}):
+                finish(known[i])
+        with closing(_drawn(smooth, images, batch_size, on_samples or (lambda n: None))) as drawn:
+            for one in drawn:
+                if one.certificate is None:
+                    if time.monotonic() - one.saved > SAVE_SECONDS:
+                        journal.append({"idx": one.idx, **one.certification.state, "time": one.seconds})
+                        one.saved = time.monotonic()
+                    continue
+                label, radius, samples, reason = one.certificate
+                votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
+                votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
+                journal.append(votes)
+                finish(votes)
+    return [rows[i] for i in wanted]
+
+
+def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dict[int, dict[str, Any]]]:
+    """The journal beside a record, begun if there is none, and its last record of each image; see `certify_dataset`."""
+    place = votes_path(record.path)
+    journal = Journal(place)
+    if not journal.records:
+        if record.rows:
+            raise RunError(
+                f"{record.path} holds {len(record.rows)} rows, but {place.name}, which says how they were made, is "
+                "missing; bring it back or choose another file"
+            )
+        journal.append({"recipe": recipe})
+    begun, known = read_votes(record.path)
+    different = differences(begun, recipe)
+    if different:
+        shown = "; ".join(f"{key}: {old!r:.40} there, {new!r:.40} now" for key, old, new in different[:4])
+        advice = "give the same settings to continue it, or choose another folder or file"
+        if {key.split(".")[0] for key, _, _ in different} <= {"choices", "fingerprint", "looks"}:
+            advice = (
+                "the network runs another way than when it was begun, and votes of two plans must not be mixed: "
+                "continue it with the model, processor and version that began it, or choose another folder or file"
+            )
+        raise RunError(f"{record.path} was made with other settings ({shown}); {advice}")
+    for row in record.rows:
+        votes = known.get(row.idx, {})
+        if (row.predict, row.radius) != (votes.get("predict"), votes.get("radius")):
+            raise RunError(
+                f"{record.path} is damaged: the row of image {row.idx} is not the one of its votes in {place.name}; "
+                "without its row the image is written again"
+            )
+    return journal, known
+
+
+class _Image:
+    """An image under way.
+
+    Attributes:
+        certificate: None until it is decided.
+        seconds: its part of the time so far.
+        saved: when it was saved last, or begun.
+        pieces: (range, number, first sample) of what is still to be drawn of the ranges wanted.
+        votes: of the ranges wanted, so far, [num_classes] each.
+        left: samples of these ranges that are missing.
+    """
+
+    def __init__(self, idx: int, x: Tensor, certification: Certification, known: Mapping[str, Any]) -> None:
+        self.idx, self.x, self.certification = idx, x, certification
+        self.certificate: Certificate | None = None
+        self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
+        self.pieces: deque[tuple[int, int, int]] = deque()
+        self.votes: list[Tensor] = []
+        self.left = 0
+
+    def cut(self, most: int, piece: int, num_classes: int) -> None:
+        """Begin the next ranges, which end at multiples of `most`, in pieces of so many samples."""
+        self.certification.most = most
+        ranges = self.certification.wanted
+        for k, (n, first) in enumerate(ranges):
+            self.pieces += [(k, min(piece, first + n - start), start) for start in range(first, first + n, piece)]
+        self.votes = [torch.zeros(num_classes, dtype=torch.int64) for _ in ranges]
+        self.left = sum(n for n, _ in ranges)
+
+    def tell(self) -> None:
+        """Hand over the votes of ranges that are complete."""
+        votes = [checked(v, n) for v, (n, _) in zip(self.votes, self.certification.wanted, strict=True)]
+        self.certificate = self.certification.tell([v.tolist() for v in votes])
+
+
+def _drawn(
+    smooth: Smooth, images: Iterator[_Image], batch_size: int, on_samples: Callable[[int], None]
+) -> Generator[_Image, None, None]:
+    """Each image whenever ranges of it are complete, the last time with its certificate."""
+    first = next(images, None)
+    if first is None:
+        return
+    images = chain([first], images)
+    prepared = smooth.prepare(first.x)
+    if prepared.sampler is not None:
+        yield from _together(smooth, prepared.sampler, images, on_samples)
+        return
+    most = 20 * prepared.tile
+    for one in images:
+        while one.certificate is None:
             start = time.perf_counter()
-            pixels = to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
-            predict, radius = smooth.certify(pixels, n0, n, alpha, batch_size, stream=i)
-            seconds = time.perf_counter() - start
-            done[i] = Row(i, labels[i], predict, radius, predict == labels[i], seconds)
-            record.append(done[i])
-            if on_result is not None:
-                on_result(done[i])
-    return [done[i] for i in wanted]
+            one.certification.most = most
+            ranges = one.certification.wanted
+            one.votes = smooth.votes(one.x, ranges, batch_size, one.idx)
+            one.tell()
+            seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
+            one.seconds += seconds
+            most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
+            on_samples(n)
+            yield one
+
+
+def _together(
+    smooth: Smooth, sampler: SampleNetwork, images: Iterator[_Image], on_samples: Callable[[int], None]
+) -> Generator[_Image, None, None]:
+    """`_drawn` where each thread takes pieces of whichever image has some, the one that was begun first before others.
+
+    An image between two looks has none: the next one is begun, so that no thread waits.
+    """
+    prepared, lanes = smooth.prepared, sampler.lanes
+    threads = min(torch.get_num_threads(), (prepared and prepared.threads) or torch.get_num_threads())
+    done: SimpleQueue[tuple[_Image, int, int, Tensor | BaseException, float]] = SimpleQueue()
+    begun: list[_Image] = []
+    piece, most, out = 2 * lanes, 64 * lanes, 0
+
+    def draw(one: _Image, k: int, n: int, first: int) -> None:
+        start = time.perf_counter()
+        try:
+            found = sampler.votes(one.x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=one.idx)
+        except BaseException as error:
+            done.put((one, k, n, error, 0.0))
+        else:
+            done.put((one, k, n, found, time.perf_counter() - start))
+
+    with ThreadPoolExecutor(threads, "csam-images", initializer=one_intra_op_thread) as pool:
+        try:
+            while True:
+                while out < 2 * threads:
+                    one = next((i for i in begun if i.pieces), None) or next(images, None)
+                    if one is None:
+                        break
+                    if not one.pieces:
+                        begun.append(one)
+                        one.cut(most, piece, smooth.num_classes)
+                    pool.submit(draw, one, *one.pieces.popleft())
+                    out += 1
+                if not out:
+                    return
+                one, k, n, found, seconds = done.get()
+                out -= 1
+                if isinstance(found, BaseException):
+                    raise found
+                on_samples(n)
+                one.votes[k] += found
+                one.left -= n
+                one.seconds += seconds / threads
+                piece = 2 * lanes * max(1, int(PIECE_SECONDS * n / seconds / (2 * lanes)))
+                most = lanes * max(1, int(SAVE_SECONDS * threads * n / seconds / lanes))
+                if one.left == 0:
+                    one.tell()
+                    if one.certificate is None:
+                        one.cut(most, piece, smooth.num_classes)
+                    else:
+                        begun.remove(one)
+                    yield one
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def certified_accuracy(rows: Sequence[Row], radius: float) -> float:

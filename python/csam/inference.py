@@ -1,16 +1,20 @@
 """A network made ready to run: what can be computed once is folded into the weights, the rest fused.
 
 Rewrites, each kept only if the logits on a probe stay what they were: masks and batch norms disappear in the weights,
-and on a CPU a convolution takes the residual sum and the ReLU that follow it into its own loop, as oneDNN's
-post-operations, with its weight packed once, and filters that came out empty leave with everything that only they fed.
-Every rewrite says in words what it did, or why it could not.
+and a convolution takes the residual sum and the ReLU that follow it into its own loop. On a CPU these are oneDNN's
+post-operations, with the weight packed once, and filters that came out empty leave with everything that only they fed.
+On a GPU it is the library's kernel, which takes the batch norm in as well and skips tiles of the weight that are all
+zero; and where it is the first to read the images, it can draw their noise itself. Every rewrite says in words what it
+did, or why it could not.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,17 +22,37 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
+import csam_kernels
+from csam.models import _checked_images
 from csam.nn import fold, masked_layers
 
 _RELU = {F.relu, torch.relu, "relu", "relu_"}
 _SUM = {operator.add, torch.add, "add"}
+_DIFFERENCE, _PRODUCT = {operator.sub, torch.sub, "sub"}, {operator.mul, torch.mul, "mul"}
+_QUOTIENT = {operator.truediv, torch.div, "div"}
 _WIDTH = 16  # channels that oneDNN's kernels work on at once
 _INERT = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
 
 
-def ready(
-    network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype, tile: int
-) -> tuple[nn.Module, torch.memory_format, list[str]]:
+class Ready(NamedTuple):
+    """What `ready` made.
+
+    Attributes:
+        network: what runs.
+        layout: of its inputs.
+        steps: what was done, what not, and why.
+        head: its beginning and its rest, where noise can be drawn on the way into it.
+        exact: the same before it was cast, on a CPU.
+    """
+
+    network: nn.Module
+    layout: torch.memory_format
+    steps: list[str]
+    head: NoiseHead | None = None
+    exact: nn.Module | None = None
+
+
+def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype, tile: int) -> Ready:
     """The network folded, cast, laid out and fused for batches of `tile` images.
 
     Args:
@@ -37,34 +61,49 @@ def ready(
         wanted: logits [B, K] of the network on the probe.
         dtype: to run in.
 
-    Returns:
-        (network, layout, steps): `layout` is that of its inputs; `steps` say what was done, what not, and why.
-
     Raises:
         ValueError: the network does not run in `dtype`.
     """
-    passes: list[_Pass] = [
-        _Pass("masked layers", "folded", lambda m: len(masked_layers(m)), fold),
-        _Pass("batch-norm layers", "folded", _batch_norms, _fold_batch_norms),
-    ]
+    kernels = _kernels(probe.device)
+    if kernels and probe.dtype is torch.float64:  # which they do not offer
+        network, probe = network.float(), probe.float()
+    passes = [_Pass("masked layers", "folded", lambda m: len(masked_layers(m)), fold)]
+    if kernels:
+        fuse = _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe, KernelConv2d))
+        passes.append(fuse)
+    passes.append(_Pass("batch-norm layers", "folded", _batch_norms, _fold_batch_norms))
     network, steps = _rewritten(network, probe, wanted, passes)
+    head = None
+    if kernels and any(isinstance(m, KernelConv2d) for m in network.modules()):
+        steps += [f"{name} left to torch: {_unserved(layer)}" for name, layer in _plain(network)]
+        head, step = _noise_head(network, probe)
+        steps.append(step)
     layout = torch.channels_last
     if _failure(network, laid_out(probe, layout)):
         layout = torch.contiguous_format
         steps.append("kept contiguous: the model does not take channels_last")
-    elif probe.device.type == "cpu" and _onednn(dtype):
+    elif probe.device.type == "cpu" and not kernels and onednn(dtype):
         passes = [
-            _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe)),
+            _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe, FusedConv2d)),
             _Pass("dead channels", "removed", _dead_channels, _remove_dead_channels),
         ]
         network, fused = _rewritten(network, laid_out(probe, layout), wanted, passes)
         steps += fused
+    exact = copy.deepcopy(network) if probe.device.type == "cpu" and not kernels else None
     network = network.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     probe = laid_out(probe.to(dtype), layout)
     if failure := _failure(network, probe):
         raise ValueError(f"dtype must be None: the model does not run in {dtype}: {failure}") from failure
     pack(network, probe, tile)
-    return network, layout, steps
+    if head is not None:
+        head = head.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+        head.pack()
+    return Ready(network, layout, steps, head, exact)
+
+
+def _kernels(where: torch.device) -> bool:
+    """Whether convolutions are the library's own: on a GPU, and wherever Triton's provider is asked for."""
+    return where.type == "cuda" or os.environ.get("CSAM_BACKEND") == "triton"
 
 
 class _Pass(NamedTuple):
@@ -107,29 +146,6 @@ def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
     return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
 
 
-def lanes(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] as contiguous [C, H, W, B]; by way of plain transposes, which torch copies fast."""
-    b, c, h, w = x.shape
-    moved = x.permute(1, 2, 3, 0)
-    if moved.is_contiguous():
-        return moved
-    if x.is_contiguous():
-        return x.flatten(1).t().contiguous().view(c, h, w, b)
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).flatten(1).t().contiguous().view(h, w, c, b).permute(2, 0, 1, 3).contiguous()
-    return moved.contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] in channels_last; from `lanes` by way of plain transposes."""
-    b, c, h, w = x.shape
-    moved = x.permute(1, 2, 3, 0)
-    if b > 1 and moved.is_contiguous():
-        flat = moved.permute(1, 2, 0, 3).contiguous().view(-1, b).t().contiguous()
-        return flat.view(b, h, w, c).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _failure(network: nn.Module, batch: Tensor) -> RuntimeError | None:
     # a traced network would print its error before it raises it
     run = network.forward if isinstance(network, fx.GraphModule) else network
@@ -152,8 +168,9 @@ class FusedConv2d(nn.Conv2d):
     packed: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, activation: str) -> FusedConv2d:
-        """The layer's twin, with a copy of its parameters."""
+    def of(cls, layer: nn.Conv2d, norms: Sequence[Any], activation: str) -> FusedConv2d:
+        """The layer's twin, with a copy of its parameters; batch norms it cannot take in."""
+        assert not norms
         twin: Any = copy.deepcopy(layer)
         twin.__class__ = cls
         twin.activation, twin.packed = activation, None
@@ -169,7 +186,7 @@ class FusedConv2d(nn.Conv2d):
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *args)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
-        input = channels_last(input)
+        input = input.contiguous(memory_format=torch.channels_last)
         weight = self.weight if self.packed is None else self.packed
         args = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         run, relu = torch.ops.mkldnn._convolution_pointwise, self.activation == "relu"
@@ -177,12 +194,106 @@ class FusedConv2d(nn.Conv2d):
         if other is None:
             out = run(input, *args, self.activation, [], "")
         else:
-            out = run.binary(input, channels_last(other), *args, "add", 1.0, "relu" if relu else None, [], "")
+            other = other.contiguous(memory_format=torch.channels_last)
+            out = run.binary(input, other, *args, "add", 1.0, "relu" if relu else None, [], "")
         return out
+
+
+class KernelConv2d(nn.Conv2d):
+    """nn.Conv2d, then batch norms, `+ other` and ReLU: one call of `csam_kernels.masked_conv2d_inference`.
+
+    Stands for inference on a GPU. The zeros of the weight are the mask: `pack` looks once where they fill whole tiles,
+    which the kernel then skips.
+    """
+
+    activation: str
+    scale: Tensor | None  # of the batch norms, float32 whatever the weight is cast to
+    shift: Tensor | None
+    everything: Tensor
+    tiles: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, norms: Sequence[Any], activation: str) -> KernelConv2d:
+        """The layer's twin, with a copy of its parameters."""
+        twin: Any = copy.deepcopy(layer)
+        twin.__class__ = cls
+        twin.activation, twin.tiles, twin.scale, twin.shift = activation, None, None, None
+        twin.everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layer.weight.device)
+        if norms:
+            scale, shift = torch.ones_like(layer.weight[:, 0, 0, 0]), torch.zeros_like(layer.weight[:, 0, 0, 0])
+            if layer.bias is not None:
+                shift, twin.bias = layer.bias, None
+            for norm in norms:
+                own = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+                scale, shift = scale * own, (shift - norm.running_mean) * own + (0 if norm.bias is None else norm.bias)
+            twin.scale, twin.shift = scale.detach().float(), shift.detach().float()
+        return cast(KernelConv2d, twin)
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def pack(self) -> None:
+        """Find the tiles of the weight, as it is now, that are not all zero."""
+        self.tiles = csam_kernels.live_tiles(self.weight, self.weight, dtype=self.weight.dtype, groups=self.groups)
+
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        epilogue = (self.bias, self.scale, self.shift, self.activation == "relu")
+        run = torch.ops.csam.masked_conv2d_inference
+        out: Tensor = run(input, self.weight, self.everything, *epilogue, *self.geometry, 0, other, self.tiles)
+        return out
+
+
+class NoiseHead(nn.Module):
+    """A network's first convolution, fed by the noise that it draws itself, and the rest of the network.
+
+    Called, it maps (x, n, sigma, seed, first_sample, stream) to what `rest` takes of the n noisy copies: see
+    `csam_kernels.smoothing_conv2d`. `normalization`, a factor and a summand [C], is what was between the images and the
+    convolution; None for nothing.
+    """
+
+    normalization: tuple[Tensor, Tensor] | tuple[None, None]
+    tiles: Tensor | None
+
+    def __init__(self, first: KernelConv2d, normalization: tuple[Tensor, Tensor] | None, rest: nn.Module) -> None:
+        super().__init__()
+        self.first, self.rest, self.tiles = first, rest, None
+        self.normalization = normalization or (None, None)  # not buffers: they stay float32
+
+    def pack(self) -> None:
+        layer = self.first
+        self.tiles = csam_kernels.live_tiles(
+            layer.weight, layer.weight, dtype=layer.weight.dtype, groups=layer.groups, noise=True
+        )
+
+    def forward(self, x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int) -> Tensor:
+        layer, (input_scale, input_shift) = self.first, self.normalization
+        return csam_kernels.smoothing_conv2d(
+            x,
+            n,
+            sigma,
+            layer.weight,
+            layer.everything,
+            layer.bias,
+            *layer.geometry,
+            seed=seed,
+            first_sample=first_sample,
+            stream=stream,
+            dtype=layer.weight.dtype,
+            input_scale=input_scale,
+            input_shift=input_shift,
+            scale=layer.scale,
+            shift=layer.shift,
+            relu=layer.activation == "relu",
+            tiles=self.tiles,
+        )
 
 
 def pack(network: nn.Module, probe: Tensor, tile: int) -> None:
     """Pack the weights of the fused convolutions for batches of `tile` images like the probe's."""
+    for module in network.modules():
+        if isinstance(module, KernelConv2d):
+            module.pack()
 
     def remember(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         sizes[layer] = (tile, *args[0].shape[1:])
@@ -197,7 +308,7 @@ def pack(network: nn.Module, probe: Tensor, tile: int) -> None:
         layer.pack(sizes[layer])
 
 
-def _onednn(dtype: torch.dtype) -> bool:
+def onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN serves fused convolutions of the dtype (float32, bfloat16, float16) on this processor."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -206,17 +317,40 @@ def _onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+class _Tracer(fx.Tracer):
+    """Takes fused convolutions as they are, like torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, FusedConv2d | KernelConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(network: nn.Module) -> fx.GraphModule:
+    return fx.GraphModule(network, _Tracer().trace(network))
+
+
 def _batch_norms(network: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in network.modules())
 
 
+def _plain(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    """The convolutions that are torch's own, by name."""
+    return [(name, m) for name, m in network.named_modules() if type(m) is nn.Conv2d]
+
+
 def _plain_convolutions(network: nn.Module) -> int:
-    return sum(type(m) is nn.Conv2d for m in network.modules())
+    return len(_plain(network))
+
+
+def _unserved(layer: nn.Conv2d) -> str:
+    """Why a convolution is not fused."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return f"its padding is {layer.padding if layer.padding_mode == 'zeros' else layer.padding_mode!r}"
+    return "nothing calls it with an input alone"
 
 
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
     """The traced network, every batch-norm folded that alone reads a convolution or linear layer."""
-    traced = fx.symbolic_trace(network)
+    traced = _trace(network)
     modules = dict(traced.named_modules())
     kinds: dict[tuple[type, type], Callable[[Any, Any], nn.Module]] = {
         (nn.Conv2d, nn.BatchNorm2d): fusion.fuse_conv_bn_eval,
@@ -241,9 +375,9 @@ def _fold_batch_norms(network: nn.Module) -> nn.Module:
     return traced
 
 
-def _fuse_convolutions(network: nn.Module, probe: Tensor) -> nn.Module:
-    """The traced network, every zero-padded convolution a `FusedConv2d` with what alone reads it."""
-    traced = fx.symbolic_trace(network)
+def _fuse_convolutions(network: nn.Module, probe: Tensor, kind: type[FusedConv2d] | type[KernelConv2d]) -> nn.Module:
+    """The traced network, every zero-padded convolution of the kind that takes in what alone reads it."""
+    traced = _trace(network)
     _drop_identities(traced)
     modules = dict(traced.named_modules())
     shapes = _Shapes(traced).of(probe)
@@ -254,13 +388,15 @@ def _fuse_convolutions(network: nn.Module, probe: Tensor) -> nn.Module:
         if len(node.args) != 1 or node.kwargs:
             continue
         chain: list[fx.Node] = [node]
-        other = _summand(node, shapes)
+        norms = _norms(node, modules) if kind is KernelConv2d else []
+        chain += norms
+        other = _summand(chain[-1], shapes)
         if other is not None:
-            chain += node.users
+            chain += chain[-1].users
         relu = [user for user in chain[-1].users if len(chain[-1].users) == 1 and _is_relu(user, modules)]
         chain += relu
         name = f"{node.name}_fused"
-        traced.add_submodule(name, FusedConv2d.of(layer, "relu" if relu else "none"))
+        traced.add_submodule(name, kind.of(layer, [modules[str(n.target)] for n in norms], "relu" if relu else "none"))
         with traced.graph.inserting_before(chain[-1]):
             fused = traced.graph.call_module(name, (node.args[0], *([] if other is None else [other])))
         shapes[fused] = shapes[chain[-1]]
@@ -332,6 +468,93 @@ def _remove_dead_channels(network: nn.Module) -> nn.Module:
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         producer.out_channels = consumer.in_channels = width
     return network
+
+
+def _norms(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The batch norms behind a convolution, each of which alone reads what is before it."""
+    found: list[fx.Node] = []
+    while len(node.users) == 1:
+        (after,) = node.users
+        if after.op != "call_module" or type(modules[str(after.target)]) is not nn.BatchNorm2d:
+            break
+        found.append(after)
+        node = after
+    return found
+
+
+def _noise_head(network: nn.Module, probe: Tensor) -> tuple[NoiseHead | None, str]:
+    """The network's `NoiseHead` if a convolution is the first to read the images, but for a factor and a summand a
+    channel; and a step that says so."""
+    apart = "noise not drawn by the first convolution: "
+    assert isinstance(network, fx.GraphModule)  # since its convolutions are fused
+    path = _first_path(network)
+    if not path:
+        return None, apart + "something else reads the images"
+    first: Any = network.get_submodule(str(path[-1].target))
+    numbers = {n: operator.attrgetter(str(n.target))(network) for n in network.graph.nodes if n.op == "get_attr"}
+    steps = [_affine(before, node, numbers, first.in_channels) for before, node in itertools.pairwise(path[:-1])]
+    if any(step is None for step in steps):
+        return None, apart + "more than a factor and a summand a channel is between it and the images"
+    scale = torch.ones(first.in_channels, dtype=torch.float64, device=probe.device)
+    shift = torch.zeros_like(scale)
+    for factor, summand in (step for step in steps if step):
+        scale, shift = scale * factor, shift * factor + summand
+    graph = fx.Graph()
+    made = {path[-1]: graph.placeholder("x")}
+    for node in network.graph.nodes:
+        if node not in path and not (node in numbers and set(path) >= set(node.users)):
+            made[node] = graph.node_copy(node, made.__getitem__)
+    plain = bool((scale == 1).all() and (shift == 0).all())
+    normalization = None if plain else (scale.float(), shift.float())
+    head = NoiseHead(first, normalization, fx.GraphModule(network, graph))
+    noise = {"n": 2, "sigma": 0.5, "seed": 0, "first_sample": 0, "stream": 0}
+    try:
+        with torch.inference_mode():
+            wanted = network(csam_kernels.smoothing_noise(probe[0], **noise))  # type: ignore[arg-type]
+            moved = float((head.rest(head(probe[0], **noise)) - wanted).abs().max())
+    except Exception as error:  # tracing leaves a model's own code, which may raise anything
+        return None, f"{apart}{type(error).__name__}: {error}".splitlines()[0]
+    if not moved <= 1e-3 * float(wanted.abs().max()):
+        return None, f"{apart}it would move the logits by {moved:.2g}"
+    return head, "noise drawn by the first convolution"
+
+
+def _first_path(network: fx.GraphModule) -> list[fx.Node]:
+    """From the images to the `KernelConv2d` that reads them, each node read by the next alone; [] if there is none."""
+    path = [n for n in network.graph.nodes if n.op == "placeholder"][:1]
+    while path[-1].op in ("placeholder", "call_function", "call_method"):
+        if len(path[-1].users) != 1:
+            return []
+        path += path[-1].users
+    last = path[-1]
+    served = last.op == "call_module" and isinstance(network.get_submodule(str(last.target)), KernelConv2d)
+    return path if served and len(last.args) == 1 else []
+
+
+def _affine(
+    before: fx.Node, node: fx.Node, numbers: dict[fx.Node, Tensor], channels: int
+) -> tuple[Tensor | float, Tensor | float] | None:
+    """(factor, summand) a channel [C] by which a node's value follows from the one before; None if it is no such."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    if node.target is _checked_images:
+        return 1.0, 0.0
+    other = node.args[1] if node.args[0] is before else node.args[0]
+    value = numbers.get(other) if isinstance(other, fx.Node) else other
+    if isinstance(value, Tensor) and (
+        value.numel() == 1 or (1,) * (4 - value.dim()) + value.shape == (1, channels, 1, 1)
+    ):
+        value = value.detach().double().flatten().expand(channels)
+    elif not isinstance(value, int | float):
+        return None
+    left = node.args[0] is before
+    if node.target in _SUM:
+        return 1.0, value
+    if node.target in _PRODUCT:
+        return value, 0.0
+    if node.target in _DIFFERENCE:
+        return (1.0, -value) if left else (-1.0, value)
+    return (1 / value, 0.0) if node.target in _QUOTIENT and left else None
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:

@@ -15,20 +15,27 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from csam import data, evaluation, masks, models, report, runs, training, transforms
 from csam.cc_cert import CCCert
+from csam.engine import Choices
 from csam.nn import convert, fold, masked_layers
 from csam.search import MaskSearch
 from csam.settings import CertifySettings, Settings
 from csam.smoothing import Smooth, certified_radius
 from csam.training import Feed, Optimizer, derive_seed
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Moves a progress bar on: by steps, and by noise samples drawn, of which it shows the speed."""
+
+    def __call__(self, steps: int, samples: int = 0) -> None: ...
+
+
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
@@ -37,7 +44,7 @@ DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "flo
 
 def silent(description: str, total: int) -> AbstractContextManager[Advance]:
     """A progress bar that shows nothing."""
-    return nullcontext(lambda steps: None)
+    return nullcontext(lambda steps, samples=0: None)
 
 
 def build(settings: Settings, dataset: data.Dataset) -> nn.Module:
@@ -259,15 +266,9 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     certify = job.settings.certify
     model = job.load(name)
     chosen = evenly_spaced(len(job.dataset.test_x), certify.images)
-    rows = smooth_images(
-        make_smooth(model, job.dataset.num_classes, job.settings),
-        job.dataset,
-        chosen,
-        certify,
-        job.certificates(name),
-        job.progress,
-        f"{name}: smoothing",
-    )
+    path = job.certificates(name)
+    smooth = make_smooth(model, job.dataset.num_classes, job.settings, begun_choices(path))
+    rows = smooth_images(smooth, job.dataset, chosen, certify, path, job.progress, f"{name}: smoothing")
     bounds = bound_images(
         make_cc_cert(model, job.settings),
         job.dataset,
@@ -287,11 +288,17 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     return result
 
 
-def make_smooth(model: nn.Module, num_classes: int, settings: Settings) -> Smooth:
+def make_smooth(model: nn.Module, num_classes: int, settings: Settings, choices: Choices = "auto") -> Smooth:
     """The smoothed classifier; its noise has the same seed for every model of a run."""
     dtype = DTYPES[settings.certify.dtype]
     seed = derive_seed(settings.seed, "smoothing")
-    return Smooth(model, num_classes, settings.train.sigma, dtype=dtype, seed=seed)
+    return Smooth(model, num_classes, settings.train.sigma, dtype=dtype, seed=seed, choices=choices)
+
+
+def begun_choices(path: Path) -> Choices:
+    """How the layers ran in the record at `path`, to go on in the same way; "auto" if there is none."""
+    choices: Choices = evaluation.read_votes(path)[0].get("choices", "auto")
+    return choices
 
 
 def make_cc_cert(model: nn.Module, settings: Settings) -> CCCert:
@@ -343,6 +350,11 @@ def smooth_images(
             n=certify.n,
             alpha=certify.alpha,
             on_result=lambda row: advance(1),
+            on_samples=lambda drawn: advance(0, drawn),
+            adaptive=certify.adaptive,
+            target_radius=certify.target_radius,
+            rtol=certify.rtol,
+            method=certify.method,
         )
 
 
@@ -584,8 +596,9 @@ def certify(
     models.load_weights(network, model)
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
         job = Job(settings, dataset, run, progress)
-        smooth = make_smooth(network.eval(), dataset.num_classes, settings)
-        rows = smooth_images(smooth, dataset, chosen, settings.certify, job.certificates("smoothing"), progress)
+        path = job.certificates("smoothing")
+        smooth = make_smooth(network.eval(), dataset.num_classes, settings, begun_choices(path))
+        rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
         bounds = []
         if cc_cert:
             bounds = bound_images(make_cc_cert(network, settings), dataset, chosen, job.bounds("cc-cert"), progress)

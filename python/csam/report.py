@@ -28,12 +28,14 @@ class Curve:
     radii : radius of each image that is both certified and correct, in any order
     total : all images, the abstained and the wrong ones included
     panel : curves of one panel are drawn together; those with panel "" in every panel
+    samples : (mean noise samples an image, the most it may take), None if that is not known
     """
 
     label: str
     radii: Sequence[float]
     total: int
     panel: str = ""
+    samples: tuple[float, int] | None = None
 
     def __post_init__(self) -> None:
         if self.total < 1 or len(self.radii) > self.total:
@@ -122,14 +124,21 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def certificates_table(curves: Sequence[Curve], radii: Sequence[float]) -> Table:
-    """One line a curve: images, certified accuracy at each radius, average certified radius (ACR, Zhai et al. 2020)."""
+    """One line a curve: images, certified accuracy at each radius, average certified radius (ACR, Zhai et al. 2020).
+
+    Where samples are known: their mean an image, and how many times fewer that is than the most.
+    """
     table = _compact_table()
     table.add_column("certificates", no_wrap=True)
-    for head in ("images", *(f"r={r:g}" for r in radii), "ACR"):
+    counted = ("samples", "saving") if any(curve.samples for curve in curves) else ()
+    for head in ("images", *(f"r={r:g}" for r in radii), "ACR", *counted):
         table.add_column(head, justify="right", no_wrap=True)
     for curve in curves:
-        cells = [f"{100 * curve.at(r):.1f} %" for r in radii]
-        table.add_row(curve.label, str(curve.total), *cells, f"{sum(curve.radii) / curve.total:.3f}")
+        cells = [f"{100 * curve.at(r):.1f} %" for r in radii] + [f"{sum(curve.radii) / curve.total:.3f}"]
+        if curve.samples:
+            mean, most = curve.samples
+            cells += [f"{mean:.0f}", f"{most / mean:.1f}×"]
+        table.add_row(curve.label, str(curve.total), *cells)
     return table
 
 

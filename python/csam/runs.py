@@ -7,7 +7,8 @@ A run folder holds
 - ``metrics.jsonl``   one JSON object a line, at most one for each (stage, epoch)
 - ``checkpoints/``    safetensors, one for each unfinished stage, replaced whole
 - ``models/``         safetensors, the plain state dict of each finished model
-- ``certificates/``   one TSV (smoothing) and one JSON-lines file (CC-Cert) for each model, a line an image
+- ``certificates/``   for each model one TSV (smoothing, a line an image) with its votes (see `csam.evaluation`) beside
+  it, and one JSON-lines file (CC-Cert, a line an image)
 - ``results/``        JSON, one for each finished stage
 
 Every file that is replaced is written to a temporary file beside it, flushed to the disk and renamed, so a reader
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import subprocess
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -95,26 +97,39 @@ def _sync_folder(folder: Path) -> None:
 class Journal:
     """A file of JSON objects, one a line, that only grows; each `append` is on the disk when it returns.
 
-    Opening cuts a half line off the end, as a kill or a full disk may leave one; what is whole is in `records`.
-    Raises RunError naming file and line where a whole line is damaged.
+    A line ends in the CRC-32 of the rest of it. Opening cuts a half line off the end, as a kill or a full disk may
+    leave one; what is whole is in `records`. Raises RunError naming file and line where a whole line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        content = self.path.read_bytes() if self.path.exists() else b""
-        self._size = content.rfind(b"\n") + 1
-        if self._size < len(content):
+        self.records, self._size = self._read(self.path)
+        if self.path.exists() and self._size < self.path.stat().st_size:
             os.truncate(self.path, self._size)
-        self.records: list[dict[str, Any]] = []
-        for number, line in enumerate(content[: self._size].splitlines(), 1):
+
+    @classmethod
+    def read(cls, path: Path) -> list[dict[str, Any]]:
+        """The records of a journal that another process may be writing; none if there is no file."""
+        return cls._read(Path(path))[0]
+
+    @staticmethod
+    def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+        content = path.read_bytes() if path.exists() else b""
+        size = content.rfind(b"\n") + 1
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(content[:size].splitlines(), 1):
             try:
-                self.records.append(dict(json.loads(line)))
+                record = dict(json.loads(line))
             except (ValueError, TypeError) as error:
-                raise RunError(f"{self.path} line {number} is damaged: {error}") from error
+                raise RunError(f"{path} line {number} is damaged: {error}") from error
+            if record.pop("crc32", None) != _crc32(record):
+                raise RunError(f"{path} line {number} is damaged: its checksum is not that of its content")
+            records.append(record)
+        return records, size
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one object. Raises OSError naming the file (a full disk); it then ends in its last whole line."""
-        line = (json.dumps(dict(record)) + "\n").encode()
+        line = (json.dumps({**record, "crc32": _crc32(record)}) + "\n").encode()
         try:
             with open(self.path, "ab") as file:
                 file.write(line)
@@ -128,6 +143,10 @@ class Journal:
             raise
         self._size += len(line)
         self.records.append(dict(record))
+
+
+def _crc32(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(dict(record)).encode()):08x}"
 
 
 def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -1,74 +1,44 @@
-"""The sampling engine: a certificate whose cost falls with every pruned weight.
+"""The sampling engine, looked into: what runs when a network certifies, and why.
 
-A certificate is thousands of forward passes of one image plus noise. `plan` readies a trained network for that: masks
-and batch norms folded, dead channels removed, convolutions fused (`csam.inference`), and then, where so few weights are
-left that it pays, convolutions with the samples as vector lanes, whose time is proportional to the surviving weights
-(`csam_kernels.sample_conv2d`). Every thread takes its own tile of samples through all layers.
+A certificate is thousands of forward passes of one image plus noise. `csam.Smooth` and `csam.CCCert` ready a network
+for that when they are given a dtype; `plan` does the same ahead of time, for one kind of image, with a choice of how
+each layer runs, and explains it. On a CPU the samples lie innermost in memory and each thread takes its own tile of
+them through all layers, noise and votes included, in time proportional to the surviving weights (`csam.engine`).
 
-A plan is measured on the machine it is made on. What it runs is fixed from then on: its votes depend on nothing but
-(plan, image, sigma, seed, stream, samples), and `choices` makes the same plan again elsewhere.
+What a plan runs is fixed: its votes depend on nothing but (plan, image, sigma, seed, stream, samples), and `choices`
+makes the same plan again elsewhere.
 """
 
 from __future__ import annotations
 
-import copy
 import io
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from csam import inference, smoothing
-from csam.inference import FusedConv2d
+import csam_kernels
+from csam import engine, quantization, smoothing
+from csam.engine import Choices
 from csam.smoothing import Prepared
-from csam_kernels import checks, compress
-
-ENGINES = ("dense", "sparse")
-DENSITY = 0.5  # from which a sparse convolution is not tried
-TILE = 32  # samples of a tile of a network with sparse layers: one cache line of bfloat16
-_ROUNDS, _SECONDS = 5, 0.1  # of timing what is compared, at least
-
-
-class SampleConv2d(nn.Module):
-    """A `FusedConv2d` over images whose samples lie innermost in memory, without its zero weights.
-
-    [B, C, H, W] with strides of [C, H, W, B] goes in and comes out: elementwise operations keep that layout, so
-    only neighbours of another kind cost a copy.
-    """
-
-    def __init__(self, layer: FusedConv2d) -> None:
-        super().__init__()
-        weight = layer.weight.detach().float()
-        self.values, self.taps, self.rows = compress(weight, groups=layer.groups)
-        self.bias = None if layer.bias is None else layer.bias.detach().float()
-        self.geometry: Any = [list(layer.kernel_size), list(layer.stride), list(layer.padding), list(layer.dilation)]
-        self.relu = layer.activation == "relu"
-
-    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
-        added = None if other is None else inference.lanes(other)
-        weight = (self.values, self.taps, self.rows)
-        run = torch.ops.csam.sample_conv2d
-        out: Tensor = run(inference.lanes(input), *weight, self.bias, added, *self.geometry, self.relu)
-        return out.permute(3, 0, 1, 2)
+from csam_kernels import checks
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of a plan.
+    """A layer of a plan whose samples lie innermost.
 
     Attributes:
-        name: in the prepared network.
-        weight: its shape, [O, I/groups, kH, kW].
+        name: of its node in the traced network.
+        weight: what is alive of it, (filters, channels, kH, kW).
         image: (C, H, W) of its input.
-        density: share of its weights that are not zero.
-        gflop: operations a sample of the dense layer, a multiplication and an addition each one, / 1e9.
-        dense, sparse: measured milliseconds a sample on one thread; None where it was not tried.
-        engine: the one chosen.
+        density: share of that which is not zero.
+        gflop: operations a sample on the surviving weights, a multiplication and an addition each one, / 1e9.
+        predicted: milliseconds a sample on one thread, by the cost model.
+        engine: "dense" or "sparse".
     """
 
     name: str
@@ -76,9 +46,8 @@ class Layer:
     image: tuple[int, ...]
     density: float
     gflop: float
-    dense: float | None = None
-    sparse: float | None = None
-    engine: str = "dense"
+    predicted: float
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -87,18 +56,23 @@ class Plan:
 
     Attributes:
         prepared: what runs; `csam.Smooth(plan.prepared, ...)` and `csam.CCCert(plan.prepared, ...)` take it.
-        layers: the convolutions in the order they run.
-        sample_ms: measured milliseconds a sample and thread, by candidate.
+        layers: in the order they run; empty where torch runs the network.
+        made_of: the model's parameters and buffers, with their versions.
     """
 
     prepared: Prepared
     layers: tuple[Layer, ...]
-    sample_ms: Mapping[str, float]
+    made_of: Sequence[tuple[Tensor, int]]
 
     @property
-    def choices(self) -> dict[str, str]:
-        """Layer -> engine, for `plan(..., choices=...)`."""
-        return {layer.name: layer.engine for layer in self.layers}
+    def choices(self) -> dict[str, str] | str:
+        """For `plan(..., choices=...)`: layer -> engine, or "module"."""
+        return {layer.name: layer.engine for layer in self.layers} or "module"
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that a thread takes while it votes; None where torch runs the network, which does not say."""
+        return None if self.prepared.sampler is None else self.prepared.sampler.memory
 
     def votes(
         self,
@@ -115,171 +89,153 @@ class Plan:
 
         The same for every batch size and number of threads; those of adjacent ranges add up. Arguments and errors as in
         `csam.Smooth` and its `counts`.
+
+        Raises:
+            ValueError: a parameter, buffer or mask of the model has changed since it was planned.
         """
+        for tensor, version in self.made_of:
+            if version not in (smoothing.UNKNOWN, tensor._version):
+                raise ValueError(
+                    "the plan's model has changed since it was planned (a weight or a mask): plan it again"
+                )
         x = smoothing.image(x)
         sigma = checks.real("sigma", sigma, above=0)
         n = checks.integer("n", n, low=1)
         checks.seed(seed)
-        return smoothing.checked(smoothing.votes(self.prepared, x, sigma, n, seed, first_sample, batch_size, stream), n)
+        found = smoothing.votes(self.prepared, x, sigma, n, seed, first_sample, batch_size, stream)
+        return smoothing.checked(smoothing.read(x.to(found.device), [found])[0], n)
 
     def explain(self) -> str:
-        """A table: each layer's engine, density, operations and measured times, then what was done to the network."""
-        table = Table("layer", "weight", "density", "GFLOP", "dense ms", "sparse ms", "engine")
-        for layer in self.layers:
-            shown = ["-" if ms is None else f"{ms:.3f}" for ms in (layer.dense, layer.sparse)]
-            shape = "x".join(map(str, layer.weight))
-            table.add_row(layer.name, shape, f"{layer.density:.1%}", f"{layer.gflop:.4f}", *shown, layer.engine)
+        """A table: each layer's engine, density, operations, predicted and measured time; what was done to the network,
+        and why torch runs it if it does. Measures for some ten tiles."""
         text = io.StringIO()
         console = Console(file=text, width=120)
-        console.print(table)
+        sampler = self.prepared.sampler
+        if sampler is not None:
+            times = sampler.times(_ROUNDS)
+            measured = [t for step, t in zip(sampler.program.steps, times, strict=True) if step.weight is not None]
+            table = Table("layer", "weight", "density", "GFLOP", "engine", "predicted ms", "measured ms")
+            for layer, ms in zip(self.layers, measured, strict=True):
+                shape, share = "x".join(map(str, layer.weight)), f"{layer.density:.1%}"
+                table.add_row(
+                    layer.name, shape, share, f"{layer.gflop:.4f}", layer.engine, f"{layer.predicted:.4f}", f"{ms:.4f}"
+                )
+            console.print(table)
+            console.print(
+                f"a sample on one thread: {sum(layer.predicted for layer in self.layers):.3f} ms predicted, "
+                f"{sum(times):.3f} measured; {sampler.lanes} samples a tile, {sampler.memory / 2**20:.1f} MiB a "
+                f"thread; fingerprint {sampler.fingerprint}",
+                highlight=False,
+                soft_wrap=True,
+            )
         for step in self.prepared.steps:
-            console.print(step, markup=False, highlight=False)
-        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.sample_ms.items())
-        console.print(
-            f"a sample on one thread: {times or 'not measured'}; tiles of {self.prepared.tile}", highlight=False
-        )
+            console.print(step, markup=False, highlight=False, soft_wrap=True)
         return text.getvalue()
+
+
+_ROUNDS = 5  # tiles to time; the least of each step counts
+_CALIBRATION = 64  # noisy images at least
 
 
 def plan(
     model: nn.Module,
     example: Tensor,
     *,
-    dtype: torch.dtype = torch.bfloat16,
-    choices: Mapping[str, str] | str = "auto",
+    dtype: torch.dtype | str = torch.bfloat16,
+    choices: Choices = "auto",
+    sigma: float | None = None,
+    memory: int | None = None,
 ) -> Plan:
-    """The fastest way, of those known here, to label noisy copies of images like `example` with `model`.
+    """What `csam.Smooth(model, ..., dtype=dtype)` runs on images like `example`, or another choice of it.
+
+    With dtype "int8" the network is quantised (`csam.quantization`): calibrated on the examples with noise of `sigma`,
+    and to be used with that sigma and no other. What is certified is then the quantised network.
 
     Args:
-        model: maps [B, C, H, W] pixels to logits [B, K]; masked layers count with their hard masks. It is copied.
-        example: image [C, H, W].
-        dtype: torch.bfloat16, float16 or float32; sparse layers need bfloat16 or float32.
-        choices: "auto" measures dense and sparse convolutions, layer by layer and the whole network; "dense" or
-            "sparse" (wherever fewer than half of the weights are left); or a plan's `choices`, to make that plan again.
+        model: maps [B, C, H, W] pixels to logits [B, K], in eval mode; masked layers count with their hard masks. It is
+            copied.
+        example: image [C, H, W]; or images [N, C, H, W], all of which calibrate int8.
+        dtype: torch.bfloat16, float16 or float32, or "int8".
+        choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense"
+            or "sparse" is for all layers; or a plan's `choices`, to make that plan again.
+        sigma: noise of the calibration, > 0; for "int8" alone.
+        memory: bytes that voting may take for values and sums, all threads together; fewer threads run if need be.
 
     Raises:
-        TypeError, ValueError: as `csam.Smooth`, and choices that are not of this network.
+        TypeError, ValueError: as `csam.Smooth`; a model in train mode or with weights that are NaN or inf; choices that
+            are not of this network; a limit of memory below what one thread takes, or on a network that torch runs;
+            int8 without sigma or of a network that has no such steps.
     """
-    checks.choice("dtype", dtype, smoothing.DTYPES)
-    example = smoothing.image(example)
-    dense = smoothing.TiledClassifier(model, dtype, None).prepare(example)
-    layers = _layers(dense, example.shape)
-    few = {layer.name for layer in layers if layer.density < DENSITY and dtype != torch.float16}
-    asked = _asked(choices, layers, few)
-    sample_ms: dict[str, float] = {}
-    if asked is None:
-        layers = [_timed(layer, dense) if layer.name in few else layer for layer in layers]
-        faster = {layer.name for layer in layers if layer.sparse and layer.dense and layer.sparse < layer.dense}
-        sets = {"dense": set(), "sparse": few, "the faster of each layer": faster}
-        plans = {title: _with_sparse(dense, layers, names, example.shape) for title, names in sets.items()}
-        seconds = _least_seconds([(p.module, _batch(p, example.shape)) for p in plans.values()])
-        sample_ms = {title: 1e3 * t / p.tile for (title, p), t in zip(plans.items(), seconds, strict=True)}
-        fastest = min(sample_ms, key=sample_ms.__getitem__)
-        made, asked = plans[fastest], sets[fastest]
-    else:
-        made = _with_sparse(dense, layers, asked, example.shape)
-    engines = (replace(layer, engine="sparse" if layer.name in asked else "dense") for layer in layers)
-    return Plan(made, tuple(engines), sample_ms)
-
-
-def _asked(choices: Mapping[str, str] | str, layers: list[Layer], few: set[str]) -> set[str] | None:
-    """The layers to run sparse; None to find out which of `few`."""
+    whole = dtype in ("int8", torch.int8)
+    exact: torch.dtype = checks.choice("dtype", torch.float32 if whole else dtype, smoothing.DTYPES)
     if isinstance(choices, str):
-        checks.choice("choices", choices, ("auto", *ENGINES))
-        return {"auto": None if few else set(), "dense": set(), "sparse": few}[choices]
-    names = {layer.name for layer in layers}
-    wrong = sorted(
-        {f"{name}: {engine}" for name, engine in choices.items() if name not in names or engine not in ENGINES}
-    )
-    wrong += [f"no {name}" for name in sorted(names - choices.keys())]
-    if wrong:
-        raise ValueError(f"choices must give dense or sparse for every layer of the plan, got {', '.join(wrong)}")
-    return {name for name, engine in choices.items() if engine == "sparse"}
+        checks.choice("choices", choices, ("auto", "module", *engine.ENGINES))
+    if whole != (sigma is not None):
+        raise ValueError(f"sigma must be given for dtype 'int8', calibrated with it, and for no other, got {sigma}")
+    examples = checks.tensor("example", example)
+    examples = examples[None] if examples.dim() == 3 else examples
+    image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples)
+    _check(model)
+    first = "dense" if whole and choices == "auto" else choices  # with integers "auto" chooses again
+    prepared = smoothing.TiledClassifier(model, exact, None, first).prepare(image)
+    reason = prepared.steps[-1]
+    if prepared.sampler is None and (whole or memory is not None or not isinstance(choices, str)):
+        asked = "dtype" if whole else "memory" if memory is not None else "choices"
+        raise ValueError(f"{asked} needs a network whose samples lie innermost: {reason}")
+    if whole:
+        prepared = _quantized(prepared, examples, checks.real("sigma", sigma, above=0), choices)
+    if memory is not None:
+        prepared = _bounded(prepared, checks.integer("memory", memory, low=1))
+    return Plan(prepared, tuple(_layers(prepared)), smoothing.versions(model))
 
 
-def _layers(prepared: Prepared, image: torch.Size) -> list[Layer]:
-    """The fused convolutions in the order they run."""
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"model must have finite weights, got NaN or inf in {name}")
 
-    def remember(name: str) -> Callable[[FusedConv2d, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: FusedConv2d, args: tuple[Tensor, ...], out: Tensor) -> None:
-            weight = module.weight
-            density = float((weight != 0).double().mean())
-            gflop = 2e-9 * weight.numel() * out[0, 0].numel()
-            layers.append(Layer(name, tuple(weight.shape), tuple(args[0].shape[1:]), density, gflop))
 
-        return hook
-
-    layers: list[Layer] = []
-    named = [(name, m) for name, m in prepared.module.named_modules() if isinstance(m, FusedConv2d)]
-    hooks = [module.register_forward_hook(remember(name)) for name, module in named]
-    with torch.inference_mode():
-        prepared.module(_batch(prepared, image))
-    for hook in hooks:
-        hook.remove()
+def _layers(prepared: Prepared) -> list[Layer]:
+    if prepared.sampler is None:
+        return []
+    program = prepared.sampler.program
+    layers = []
+    for step, ms in zip(program.steps, engine.milliseconds(program, prepared.sampler), strict=True):
+        if step.weight is None:
+            continue
+        values, taps, rows = step.weight
+        area = step.kernel[0] * step.kernel[1]
+        shape = (int((rows.diff() > 0).sum()), len((taps // area).unique()), *step.kernel)
+        density = len(values) / max(1, shape[0] * shape[1] * area)
+        image = (step.input.channels, step.input.height, step.input.width)
+        gflop = 2e-9 * len(values) * step.out.height * step.out.width
+        layers.append(Layer(step.name, shape, image, density, gflop, ms, "dense" if step.dense else "sparse"))
     return layers
 
 
-def _with_sparse(prepared: Prepared, layers: list[Layer], names: set[str], image: torch.Size) -> Prepared:
-    """The network with the named ones of its layers sparse."""
-    if not names:
-        return prepared
-    module = copy.deepcopy(prepared.module)
-    assert isinstance(module, fx.GraphModule)
-    for name in (layer.name for layer in layers if layer.name in names):
-        module.set_submodule(name, SampleConv2d(module.get_submodule(name)))  # type: ignore[arg-type]
-        _move_once(module, name)
-    module.recompile()
-    layout = torch.contiguous_format if layers[0].name in names else torch.channels_last
-    steps = (*prepared.steps, f"{len(names)} of {len(layers)} convolutions sparse")
-    made = replace(prepared, module=module, memory_format=layout, tile=TILE, steps=steps)
-    inference.pack(module, _batch(made, image), TILE)
-    return made
+def _quantized(prepared: Prepared, examples: Tensor, sigma: float, choices: Choices) -> Prepared:
+    sampler = prepared.sampler
+    assert sampler is not None
+    copies = -(-_CALIBRATION // len(examples))
+    images = map(smoothing.image, examples)
+    noisy = [csam_kernels.smoothing_noise(x, copies, sigma, seed=0, stream=i) for i, x in enumerate(images)]
+    program = quantization.quantize(sampler.program, torch.cat(noisy))
+    engine.choose(program, torch.int8, choices)
+    made = csam_kernels.sample_network(program, torch.int8)
+    step = f"int8, calibrated on {len(examples)} x {copies} noisy images of sigma {sigma:g}"
+    return replace(prepared, sampler=made, steps=(*prepared.steps, step))
 
 
-def _in_lanes(x: Tensor) -> Tensor:
-    """The same images with the samples innermost in memory."""
-    return inference.lanes(x).permute(3, 0, 1, 2)
+def _bounded(prepared: Prepared, memory: int) -> Prepared:
+    assert prepared.sampler is not None
+    threads = memory // prepared.sampler.memory
+    if not threads:
+        raise ValueError(f"memory must be at least the {prepared.sampler.memory} bytes of one thread, got {memory}")
+    return replace(prepared, threads=threads)
 
 
-def _move_once(module: fx.GraphModule, name: str) -> None:
-    """Lay what a sparse convolution reads out anew where it is made, once for all its readers that are sparse."""
-    (node,) = (n for n in module.graph.nodes if n.op == "call_module" and n.target == name)
-    for source in node.args:
-        if source.target is not _in_lanes:
-            moved = next((user for user in source.users if user.target is _in_lanes), None)
-            if moved is None:
-                with module.graph.inserting_after(source):
-                    moved = module.graph.call_function(_in_lanes, (source,))
-            node.replace_input_with(source, moved)
-
-
-def _timed(layer: Layer, prepared: Prepared) -> Layer:
-    """The layer with its times in both engines."""
-    dense = prepared.module.get_submodule(layer.name)
-    sparse = SampleConv2d(dense)  # type: ignore[arg-type]
-    batch = torch.rand(prepared.tile, *layer.image).to(prepared.dtype, memory_format=torch.channels_last)
-    lanes = torch.rand(*layer.image, TILE).to(prepared.dtype).permute(3, 0, 1, 2)
-    seconds = _least_seconds([(dense, batch), (sparse, lanes)])
-    return replace(layer, dense=1e3 * seconds[0] / len(batch), sparse=1e3 * seconds[1] / len(lanes))
-
-
-def _batch(prepared: Prepared, image: torch.Size) -> Tensor:
-    """A tile of inputs as the network gets them."""
-    return inference.laid_out(torch.rand(prepared.tile, *image).to(prepared.dtype), prepared.memory_format)
-
-
-def _least_seconds(calls: list[tuple[Callable[[Tensor], Any], Tensor]]) -> list[float]:
-    """The least time of each call over rounds of all of them, on one thread, as a tile is run."""
-    times: list[list[float]] = [[] for _ in calls]
-
-    def measure(_: int) -> None:
-        for run, x in calls:
-            run(x)
-        while len(times[0]) < _ROUNDS or sum(map(sum, times)) < _SECONDS:
-            for (run, x), mine in zip(calls, times, strict=True):
-                start = time.perf_counter()
-                run(x)
-                mine.append(time.perf_counter() - start)
-
-    smoothing.run_tiles(measure, [0], 1)
-    return [min(mine) for mine in times]
+__all__ = ["Choices", "Layer", "Plan", "plan"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from csam import models, transforms
+from csam import models, sequential, transforms
 
 T = TypeVar("T")
 DTYPES = (None, "float32", "bfloat16", "float16")
@@ -65,12 +65,19 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class CertifySettings:
-    """Certification: randomized smoothing (n0, n, alpha) and CC-Cert (cc_n, cc_k, delta, t) on evenly spaced images."""
+    """Certification: randomized smoothing (n0, n, alpha) and CC-Cert (cc_n, cc_k, delta, t) on evenly spaced images.
+
+    With `adaptive` smoothing stops before n (target_radius, rtol, method: see `csam.Smooth.certify`).
+    """
 
     images: int | None = 120
     n0: int = 100
     n: int = 1000
     alpha: float = 0.001
+    adaptive: bool = False
+    target_radius: float | None = None
+    rtol: float | None = None
+    method: str | None = None
     dtype: str | None = "float32"
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     cc_n: int = 100
@@ -85,6 +92,17 @@ class CertifySettings:
         for name in ("alpha", "delta"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
+        for name in ("target_radius", "rtol", "method"):
+            if getattr(self, name) is not None and not self.adaptive:
+                raise ValueError(f"{name} must be none unless adaptive is true, got {getattr(self, name)}")
+        if self.adaptive and self.n > sequential.MOST:
+            raise ValueError(f"n must be <= {sequential.MOST} if adaptive is true, got {self.n}")
+        if self.target_radius is not None and not (math.isfinite(self.target_radius) and self.target_radius > 0):
+            raise ValueError(f"target_radius must be > 0, got {self.target_radius}")
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise ValueError(f"rtol must be in (0, 1), got {self.rtol}")
+        if self.method not in (None, *sequential.METHODS):
+            raise ValueError(f"method must be one of {', '.join(sequential.METHODS)}, got {self.method!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {self.dtype!r}")
         if self.images is not None and self.images < 1:

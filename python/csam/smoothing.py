@@ -19,39 +19,41 @@ import math
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import inference
+from csam import engine, inference, sequential
+from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
+from csam_kernels.ops.sample_network import SampleNetwork
 
-ABSTAIN = -1
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN = -1  # version of a tensor made in inference mode, which does not count its changes
+_SHARE = 2  # tiles of a sampler that a thread takes at a time
+_LANES = 32  # a multiple of the tile of every sampler
 _setting_threads = threading.Lock()
 
 
 def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
     """Exact one-sided lower bound of Clopper and Pearson (1934) on the probability of a success.
 
-    It is the alpha-quantile of Beta(successes, n - successes + 1), and 0 for no success: over repetitions it
-    lies above the true probability with probability at most alpha, for every n and every probability.
+    Over repetitions it lies above the true probability with probability at most alpha, for every n and every
+    probability.
 
     Raises:
         TypeError, ValueError: n < 1, successes outside [0, n], or alpha outside (0, 1).
     """
     n = checks.integer("n", n, low=1)
     successes = checks.integer("successes", successes, low=0, high=n)
-    alpha = _probability("alpha", alpha)
-    return float(stats.beta.ppf(alpha, successes, n - successes + 1)) if successes > 0 else 0.0
+    return sequential.clopper_pearson(successes, n, fraction("alpha", alpha))
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float | None:
@@ -61,7 +63,7 @@ def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> floa
     """
     sigma = checks.real("sigma", sigma, above=0)
     p_a = lower_confidence_bound(successes, n, alpha)
-    return None if p_a < 0.5 else float(sigma * stats.norm.ppf(p_a))
+    return None if p_a < 0.5 else float(sigma * special.ndtri(p_a))
 
 
 class Smooth:
@@ -70,8 +72,9 @@ class Smooth:
     The base classifier that is certified is the network as it is executed. With `dtype=None` that is a frozen
     copy of `model` in eval mode, computed by its own modules in its own dtype (noise is drawn in float32).
     With a `dtype` it is that copy rewritten for speed (`csam.inference`): masks and batch norms folded, cast to
-    `dtype`, channels_last, convolutions fused with what follows. Its logits are the model's up to rounding in
-    `dtype`, and `prepared.steps` lists what could be done. The copy is made at the first image and again when a
+    `dtype`, channels_last, convolutions fused with what follows, on a GPU in the library's own kernel, the first of
+    which draws the noise that it reads. Its logits are the model's up to rounding in `dtype`, and `prepared.steps`
+    lists what could be done. The copy is made at the first image and again when a
     parameter or buffer of `model` has changed (seen through torch's version counters; a change through `.data`
     or of a plain attribute is not: build a new Smooth then). `model` itself is never run and keeps its mode.
     `forward` must not keep state between calls: tiles run on several threads at once, outside the caller's
@@ -89,6 +92,7 @@ class Smooth:
         seed: 0 .. 2^64-1.
         tile: samples evaluated together; part of what fixes the result, to the last bit of a near tie. Default 50
             for a model on the CPU, 1000 on a GPU.
+        choices: how each layer runs, as in `csam.sampling.plan`; with a dtype only.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
@@ -106,12 +110,13 @@ class Smooth:
         dtype: torch.dtype | None = None,
         seed: int = 0,
         tile: int | None = None,
+        choices: engine.Choices = "auto",
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         self.sigma = checks.real("sigma", sigma, above=0)
         checks.seed(seed)
         self.seed = operator.index(seed)
-        self._classifier = TiledClassifier(model, dtype, tile)
+        self._classifier = TiledClassifier(model, dtype, tile, choices)
 
     @property
     def prepared(self) -> Prepared | None:
@@ -132,6 +137,10 @@ class Smooth:
         batch_size: int = 400,
         *,
         stream: int = 0,
+        adaptive: bool = False,
+        target_radius: float | None = None,
+        rtol: float | None = None,
+        method: str | None = None,
     ) -> tuple[int, float]:
         """Class of g at x and an l2 radius within which g keeps it (Cohen et al., CERTIFY).
 
@@ -140,13 +149,21 @@ class Smooth:
         answer is correct or it is ABSTAIN. The guarantee takes the noise as exactly Gaussian; it is float32
         Box-Muller with |eps| <= 6.66.
 
+        An adaptive certificate stops before n as soon as the answer is settled, with the same guarantee
+        (`csam.sequential`): when n samples would hardly certify anything, when `target_radius` is certified or
+        would hardly be, or within the relative tolerance `rtol` of the radius that n samples could still give.
+
         Args:
             x: image [C, H, W] or [1, C, H, W], floating point and finite.
             n0: samples for the choice of the class, >= 1.
-            n: samples for the estimate, >= 1.
+            n: samples for the estimate, >= 1; adaptive: the most, up to 10^7.
             alpha: probability of a wrong certificate, in (0, 1).
             batch_size: hint of how many samples are in flight; no effect on the result.
             stream: 0 .. 2^32-1, the image's index in its data set.
+            adaptive: stop early; the rest is for that only.
+            target_radius: > 0, or None.
+            rtol: in (0, 1), or None.
+            method: of `csam.sequential.METHODS`; None for the one that measured best.
 
         Returns:
             (class, radius), or (ABSTAIN, 0.0).
@@ -154,29 +171,88 @@ class Smooth:
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
         """
-        n0 = checks.integer("n0", n0, low=1)
-        n = checks.integer("n", n, low=1)
-        alpha = _probability("alpha", alpha)
-        # Both ranges are under way before the first look at a count: one wait for the device an image.
-        selection, estimation = (self._votes(x, k, first, batch_size, stream) for k, first in ((n0, 0), (n, n0)))
-        chosen = int(checked(selection, n0).argmax())
-        radius = certified_radius(int(checked(estimation, n)[chosen]), n, self.sigma, alpha)
-        return (ABSTAIN, 0.0) if radius is None else (chosen, radius)
+        stop = {"adaptive": adaptive, "target_radius": target_radius, "rtol": rtol, "method": method}
+        return self.certificate(x, n0, n, alpha, batch_size, stream=stream, **stop)[:2]
 
-    def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001, batch_size: int = 400, *, stream: int = 0) -> int:
+    def certificate(
+        self,
+        x: Tensor,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        batch_size: int = 400,
+        *,
+        stream: int = 0,
+        **stop: Any,
+    ) -> Certificate:
+        """What `certify` returns, how many samples it took, n0 included, and why not more. Arguments as there."""
+        certification = sequential.Certification(self.rule(x, n0, n, alpha, **stop), n0)
+        found = None
+        while found is None:
+            votes = self.votes(x, certification.wanted, batch_size, stream)
+            found = certification.tell([v.tolist() for v in votes])
+        return found
+
+    def rule(self, x: Tensor, n0: int, n: int, alpha: float, *, adaptive: bool = False, **stop: Any) -> sequential.Rule:
+        """When to stop an image like x, with looks where whole tiles end. Arguments as in `certify`."""
+        n0 = checks.integer("n0", n0, low=1)
+        n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
+        tile, skip = self._ends(x, n0)
+        return sequential.rule(n, alpha, self.sigma, tile=tile, skip=skip, adaptive=adaptive, **stop)
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The network for images like x as it is executed. Raises TypeError or ValueError if it takes none such."""
+        prepared = self._classifier.prepare(image(x))
+        if prepared.num_classes != self.num_classes:
+            raise ValueError(
+                f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
+            )
+        return prepared
+
+    def recipe(self, x: Tensor) -> dict[str, Any]:
+        """What, besides n, fixes a certificate of an image like x; plain values for a run's record.
+
+        They are `settings`, with the layers' `choices` and the `fingerprint` of the plan, "module" and None where
+        torch runs the network.
+        """
+        sampler = self.prepare(x).sampler
+        steps = sampler.program.steps if sampler else []
+        kinds = {step.name: "dense" if step.dense else "sparse" for step in steps if step.weight is not None}
+        return {**self.settings, "choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
+
+    def _ends(self, x: Tensor, skip: int) -> tuple[int, int]:
+        """(tile, skip) of `csam.sequential.Rule` for looks after `skip` samples: those of a sampler start anywhere."""
+        prepared = self.prepare(x)
+        return (prepared.tile, skip) if prepared.sampler is None else (_LANES, 0)
+
+    def predict(
+        self,
+        x: Tensor,
+        n: int = 1000,
+        alpha: float = 0.001,
+        batch_size: int = 400,
+        *,
+        stream: int = 0,
+        adaptive: bool = False,
+    ) -> int:
         """Class of g at x, or ABSTAIN (Cohen et al., PREDICT): wrong with probability at most alpha.
 
         Two-sided binomial test of the top two counts against 1/2. That the test may look at which two classes
-        came out on top was shown by Hung and Fithian, "Rank verification for exponential families" (2019).
+        came out on top was shown by Hung and Fithian, "Rank verification for exponential families" (2019). An adaptive
+        prediction stops before n as soon as the answer is settled, with the same guarantee
+        (`csam.sequential.Prediction`).
 
         Args and errors as in `certify`.
         """
-        n = checks.integer("n", n, low=1)
-        alpha = _probability("alpha", alpha)
-        counts = self.counts(x, n, 0, batch_size, stream).tolist()
-        first, second = sorted(range(self.num_classes), key=lambda c: -counts[c])[:2]
-        test = stats.binomtest(counts[first], counts[first] + counts[second], 0.5)
-        return first if test.pvalue <= alpha else ABSTAIN
+        n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
+        tile, skip = self._ends(x, 0)
+        test = sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive, tile=tile, skip=skip)
+        counts, seen, answer = torch.zeros(self.num_classes, dtype=torch.int64), 0, None
+        while answer is None:
+            look = next(look for look in test.looks if look > seen)
+            counts, seen = counts + self.counts(x, look - seen, seen, batch_size, stream), look
+            answer = test.decide(counts.tolist(), seen)
+        return answer
 
     def counts(self, x: Tensor, n: int, first_sample: int = 0, batch_size: int = 400, stream: int = 0) -> Tensor:
         """Votes of samples first_sample .. first_sample + n - 1, int64 [num_classes].
@@ -184,17 +260,14 @@ class Smooth:
         Counts add up: those of two adjacent ranges sum to those of their union. Errors as in `certify`.
         """
         n = checks.integer("n", n, low=1)
-        return checked(self._votes(x, n, first_sample, batch_size, stream), n)
+        return self.votes(x, ((n, first_sample),), batch_size, stream)[0]
 
-    def _votes(self, x: Tensor, n: int, first_sample: int, batch_size: int, stream: int) -> Tensor:
-        """`counts` as they come to be on the device, unread."""
-        x = image(x)
-        prepared = self._classifier.prepare(x)
-        if prepared.num_classes != self.num_classes:
-            raise ValueError(
-                f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
-            )
-        return votes(prepared, x, self.sigma, n, self.seed, first_sample, batch_size, stream)
+    def votes(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
+        """`counts` of every (n, first sample): all are under way before the one wait for the device."""
+        prepared = self.prepare(x)
+        x = sent(image(x), prepared.device)
+        found = [votes(prepared, x, self.sigma, n, self.seed, first, batch_size, stream) for n, first in ranges]
+        return [checked(v, n) for v, (n, _) in zip(read(x, found), ranges, strict=True)]
 
 
 def votes(
@@ -206,11 +279,28 @@ def votes(
     batch_size = checks.integer("batch_size", batch_size, low=1)
     stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
-    x = x.to(prepared.device)
+    x, head = sent(x, prepared.device), prepared.head
     out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
     counting = threading.Lock()
 
+    if prepared.sampler is not None:
+        sampler, share = prepared.sampler, _SHARE * prepared.sampler.lanes
+
+        def tally(start: int) -> None:
+            found = sampler.votes(
+                x, sigma, min(share, first_sample + n - start), seed=seed, first_sample=start, stream=stream
+            )
+            with counting:
+                out.add_(found)
+
+        workers = min(math.ceil(batch_size / share), prepared.threads or math.inf)
+        run_tiles(tally, range(first_sample, first_sample + n, share), int(workers))
+        return out
+
     def noisy(start: int) -> Tensor:
+        if head is not None:
+            features: Tensor = head(x, prepared.tile, sigma, seed, start, stream)
+            return features
         return csam_kernels.smoothing_noise(
             x,
             prepared.tile,
@@ -226,7 +316,7 @@ def votes(
         with counting:
             csam_kernels.count_votes(logits, out=out)
 
-    prepared.run(noisy, count, first_sample, n, batch_size)
+    prepared.run(noisy, count, first_sample, n, batch_size, head and head.rest)
     return out
 
 
@@ -244,7 +334,7 @@ def image(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: another shape, or a pixel that is NaN or inf.
+        ValueError: another shape, or, in a tensor on the CPU, a pixel that is NaN or inf; `read` looks at others.
     """
     x = checks.tensor("x", x).detach()
     if x.dim() == 4 and x.shape[0] == 1:
@@ -252,10 +342,30 @@ def image(x: Tensor) -> Tensor:
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"x must be one image [C, H, W] or [1, C, H, W], got shape {tuple(x.shape)}")
     x = x.to(torch.float32).contiguous()
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise ValueError(f"x must have finite pixels, got {bad} of {x.numel()} that are NaN or inf in float32")
+    if x.device.type == "cpu":
+        read(x, [])
     return x
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the way to a GPU leads through pinned memory and is not waited for."""
+    if t.device.type == "cpu" and device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
+
+
+def read(x: Tensor, results: Sequence[Tensor]) -> list[Tensor]:
+    """What came of the image x, tensors of one dtype on its device, on the CPU: the one wait for the device an image.
+
+    Raises:
+        ValueError: a pixel of x is NaN or inf.
+    """
+    wrong = (~torch.isfinite(x)).sum()
+    flat = torch.cat([r.flatten() for r in (wrong.to(results[0].dtype) if results else wrong, *results)]).cpu()
+    bad, *parts = flat.split([1, *(r.numel() for r in results)])
+    if int(bad):
+        raise ValueError(f"x must have finite pixels, got {int(bad)} of {x.numel()} that are NaN or inf in float32")
+    return [part.view(r.shape) for part, r in zip(parts, results, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -270,6 +380,9 @@ class Prepared:
         num_classes: width of its logits.
         tile: rows of every batch it is given.
         steps: what was done to the model, and what could not be done and why.
+        head: the beginning of the network that draws the noise of its inputs itself, and the rest; None if none does.
+        sampler: the network on samples that lie innermost, which then runs instead of `module`; None if that does.
+        threads: that may run at once; None for as many as there are.
     """
 
     module: nn.Module
@@ -279,6 +392,9 @@ class Prepared:
     num_classes: int
     tile: int
     steps: tuple[str, ...]
+    head: inference.NoiseHead | None = None
+    sampler: SampleNetwork | None = None
+    threads: int | None = None
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -292,8 +408,11 @@ class Prepared:
         first: int,
         count: int,
         batch_size: int,
+        network: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Label samples first .. first + count - 1 in canonical tiles.
+
+        On a GPU everything is launched from the calling thread, on its current stream, and nothing is waited for.
 
         Args:
             draw: maps a sample index, a multiple of `tile`, to the `tile` inputs that start there, in
@@ -302,15 +421,22 @@ class Prepared:
                 several threads, in any order.
             first, count: the wanted samples; a tile that sticks out is drawn in full and cut to them.
             batch_size: hint of how many samples are in flight.
+            network: what labels the inputs; default `sampler` or `module`.
         """
+        label = network or (self.sampler.logits if self.sampler else self.module)
 
         def evaluate(start: int) -> None:
-            logits = self.module(draw(start).to(self.dtype))
+            logits = label(draw(start).to(self.dtype))
             low, high = max(first, start), min(first + count, start + self.tile)
             use(logits[low - start : high - start], low)
 
-        workers = math.ceil(batch_size / self.tile) if self.device.type == "cpu" else 1
-        run_tiles(evaluate, range(first - first % self.tile, first + count, self.tile), workers)
+        tiles = range(first - first % self.tile, first + count, self.tile)
+        if self.device.type == "cpu":
+            run_tiles(evaluate, tiles, math.ceil(batch_size / self.tile))
+            return
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            for start in tiles:
+                evaluate(start)
 
 
 class TiledClassifier:
@@ -320,6 +446,7 @@ class TiledClassifier:
         model: maps [B, C, H, W] to logits [B, K]; or a `Prepared` network, which fixes dtype and tile.
         dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast.
         tile: rows of a canonical tile, >= 1; None for the default of the model's device.
+        choices: as in `csam.engine.ready`.
 
     Raises:
         TypeError, ValueError: wrong kind or range, or a batch-norm layer without running statistics.
@@ -328,12 +455,20 @@ class TiledClassifier:
     # the copy, the shape of its images (None: any) and what it was made from
     _made: tuple[Prepared | None, torch.Size | None, list[tuple[Tensor, int]]]
 
-    def __init__(self, model: nn.Module | Prepared, dtype: torch.dtype | None, tile: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | Prepared,
+        dtype: torch.dtype | None,
+        tile: int | None,
+        choices: engine.Choices = "auto",
+    ) -> None:
         if isinstance(model, Prepared):
             for name, value, own in (("dtype", dtype, model.dtype), ("tile", tile, model.tile)):
                 if value not in (None, own):
                     raise ValueError(f"{name} must be None or the prepared network's {own}, got {value}")
             self.model, self.dtype, self.tile = nn.Module(), model.dtype, model.tile
+            if model.sampler is not None and model.sampler.dtype is torch.int8:
+                self.dtype = torch.int8
             self._made = (model, None, [])
             return
         if not isinstance(model, nn.Module):
@@ -349,7 +484,7 @@ class TiledClassifier:
         if tile is None:
             where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
             tile = TILE.get(where, TILE["cpu"])
-        self.tile = checks.integer("tile", tile, low=1)
+        self.tile, self.choices = checks.integer("tile", tile, low=1), choices
         self._made = (None, torch.Size(), [])
 
     @property
@@ -368,15 +503,15 @@ class TiledClassifier:
         Raises:
             ValueError: the model does not map [B, C, H, W] to [B, K] with K >= 2.
         """
-        current, shape, versions = self._made
-        now = _versions(self.model)
-        same = len(now) == len(versions) and all(
-            a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, versions, strict=True)
+        current, shape, before = self._made
+        now = versions(self.model)
+        same = len(now) == len(before) and all(
+            a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, before, strict=True)
         )
         if current is None or shape not in (None, x.shape) or not same:
             where = next((t.device for t, _ in now), x.device)
             with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
-                current = _prepare(self.model, x.shape, where, self.dtype, self.tile)
+                current = _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices)
             self._made = (current, x.shape, now)  # in one step, for callers on other threads
         return current
 
@@ -405,7 +540,7 @@ def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: in
         finally:
             pending.clear()
 
-    with ThreadPoolExecutor(workers, "csam-tiles", initializer=_one_intra_op_thread) as pool:
+    with ThreadPoolExecutor(workers, "csam-tiles", initializer=one_intra_op_thread) as pool:
         try:
             for future in [pool.submit(work) for _ in range(workers)]:
                 future.result()
@@ -413,7 +548,7 @@ def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: in
             pending.clear()
 
 
-def _one_intra_op_thread() -> None:
+def one_intra_op_thread() -> None:
     """Give the calling thread, a new one, one intra-op thread, and threads to come what they had.
 
     torch.set_num_threads sets the number of the calling thread and of all threads to come. So a thread of its
@@ -428,7 +563,12 @@ def _one_intra_op_thread() -> None:
 
 
 def _prepare(
-    model: nn.Module, shape: torch.Size, device: torch.device, dtype: torch.dtype | None, tile: int
+    model: nn.Module,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    tile: int,
+    choices: engine.Choices,
 ) -> Prepared:
     network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
@@ -445,23 +585,22 @@ def _prepare(
     if not isinstance(wanted, Tensor) or wanted.dim() != 2 or wanted.shape[0] != 2 or wanted.shape[1] < 2:
         got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
         raise ValueError(f"model must map {tuple(probe.shape)} to logits (2, K) with K >= 2, got {got}")
-    layout, steps = torch.contiguous_format, ["the model's own modules"]
+    made, sampler = inference.Ready(network, torch.contiguous_format, ["the model's own modules"]), None
     if dtype is not None:
-        network, layout, steps = inference.ready(network, probe, wanted, dtype, tile)
-    return Prepared(network, dtype or own, layout, device, wanted.shape[1], tile, tuple(steps))
+        made = inference.ready(network, probe, wanted, dtype, tile)
+        if made.exact is not None:
+            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices)
+            made.steps.append(step)
+    classes = wanted.shape[1]
+    return Prepared(
+        made.network, dtype or own, made.layout, device, classes, tile, tuple(made.steps), made.head, sampler
+    )
 
 
-def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
+def versions(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Every parameter and buffer with its version, which torch advances at each in-place change."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return [(t, UNKNOWN if t.is_inference() else t._version) for t in tensors]
-
-
-def _probability(name: str, value: float) -> float:
-    value = checks.real(name, value)
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value:g}")
-    return value
 
 
 __all__ = [
@@ -473,6 +612,9 @@ __all__ = [
     "checked",
     "image",
     "lower_confidence_bound",
+    "one_intra_op_thread",
+    "read",
     "run_tiles",
+    "sent",
     "votes",
 ]

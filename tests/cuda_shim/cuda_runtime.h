@@ -28,7 +28,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -186,6 +186,10 @@ inline void sincospi(double x, double* s, double* c) { *s = sin(M_PI * x), *c = 
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>
+void __stwb(T* p, T v) {
+  *p = v;
 }
 template <class T>
 T atomicAdd(T* p, T v) {

@@ -64,8 +64,9 @@ def _epilogue(
     HAS_SCALE: tl.constexpr,
     RELU: tl.constexpr,
     DTYPE: tl.constexpr,
+    other=None,
 ):
-    """relu((acc + bias) * scale + shift) a filter, each part when asked for; acc is float32 [filters, pixels]."""
+    """relu((acc + bias) * scale + shift + other), each part when asked for; acc is float32 [filters, pixels]."""
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o, valid, 0.0).to(tl.float32)
         acc += narrow(bias, DTYPE).to(tl.float32)[:, None]
@@ -73,6 +74,8 @@ def _epilogue(
         scale = tl.load(scale_ptr + o, valid, 0.0).to(tl.float32)
         shift = tl.load(shift_ptr + o, valid, 0.0).to(tl.float32)
         acc = acc * scale[:, None] + shift[:, None]
+    if other is not None:
+        acc += other
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return acc
@@ -155,9 +158,12 @@ def masked_conv2d_kernel(
     bias_ptr,
     scale_ptr,
     shift_ptr,
+    other_ptr,
     out_ptr,
     tiles_ptr,
     counts_ptr,
+    input_scale_ptr,
+    input_shift_ptr,
     pixels,
     channels,
     height,
@@ -202,8 +208,10 @@ def masked_conv2d_kernel(
     LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     RELU: tl.constexpr,
     NOISE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -212,8 +220,9 @@ def masked_conv2d_kernel(
     """out[b, o, oh, ow] = epilogue(sum over (c, kh, kw) of (weight * mask)[o, c, kh, kw] * x[b, c, ih, iw]).
 
     A program: BLOCK_R filters of one group x BLOCK_P output pixels. The epilogue adds the bias, applies y * scale +
-    shift a filter and clips at zero, each when asked for. NOISE: x is one image [C, H, W] and x[b] = image + sigma *
-    eps of sample first_sample + b, rounded to out's dtype, is computed where it is loaded.
+    shift a filter, adds `other`, which lies as out does, and clips at zero, each when asked for. NOISE: x is one image
+    [C, H, W] and x[b] = image + sigma * eps of sample first_sample + b, NORMALIZED to x * input_scale + input_shift a
+    channel, rounded to out's dtype, is computed where it is loaded; the padding stays zero.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -255,14 +264,23 @@ def masked_conv2d_kernel(
             image = tl.load(x_ptr + group * channels * x_c + x_at, inside, 0.0).to(tl.float32)
             element = (group * channels + c)[:, None] * (height * width) + ih * width + iw
             noise = noise_at(element, sample_low[None, :], sample_high[None, :], stream_word, k0, k1)
-            x = narrow(tl.where(inside, tl.fma(noise, sigma, image), 0.0), DTYPE)
+            x = tl.fma(noise, sigma, image)
+            if NORMALIZED:
+                input_scale = tl.load(input_scale_ptr + group * channels + c, c < channels, 0.0)
+                input_shift = tl.load(input_shift_ptr + group * channels + c, c < channels, 0.0)
+                x = tl.fma(x, input_scale[:, None], input_shift[:, None])
+            x = narrow(tl.where(inside, x, 0.0), DTYPE)
         else:
             x = tl.load(x_ptr + x_base[None, :] + x_at, inside, 0.0)
         acc = _dot(weight, x, acc, PRECISION)
 
-    acc = _epilogue(acc, bias_ptr, scale_ptr, shift_ptr, o_all, live_rows, HAS_BIAS, HAS_SCALE, RELU, DTYPE)
-    out = out_ptr + (b * out_b + oh * out_h + ow * out_w)[None, :] + (o_all * out_c)[:, None]
-    tl.store(out, narrow(acc, DTYPE), live_rows[:, None] & here[None, :])
+    at = (b * out_b + oh * out_h + ow * out_w)[None, :] + (o_all * out_c)[:, None]
+    inside = live_rows[:, None] & here[None, :]
+    other = None
+    if HAS_OTHER:
+        other = tl.load(other_ptr + at, inside, 0.0).to(tl.float32)
+    acc = _epilogue(acc, bias_ptr, scale_ptr, shift_ptr, o_all, live_rows, HAS_BIAS, HAS_SCALE, RELU, DTYPE, other)
+    tl.store(out_ptr + at, narrow(acc, DTYPE), inside)
 
 
 @triton.jit
@@ -368,6 +386,108 @@ def masked_conv2d_input_gradient_kernel(
 
 
 @triton.jit
+def _arrives_last(counter_ptr, arrivals):
+    """Is this the last of `arrivals` programs at a counter that began at zero? It then sees all that they stored.
+
+    PTX ISA, memory consistency model, causality order: the first barrier puts the stores of all threads before one
+    thread's addition; acquire and release at gpu scope make it synchronize with the additions before it; the second
+    barrier puts it before the loads of all threads. CUDA's sample threadFenceReduction does the same with fences.
+    The loads bypass L1, which is not coherent.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before == arrivals - 1
+
+
+@triton.jit
+def _join_parts(acc, partial_ptr, counter_ptr, part, parts, exists, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store one part of a tile; the program that is last gets True and the sum of all in their order, whoever it is."""
+    at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(partial_ptr + part * (BLOCK_R * BLOCK_C) + at, acc, exists)
+    last = _arrives_last(counter_ptr, parts)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in tl.range(tl.where(last, parts, 0), loop_unroll_factor=4):
+        total += tl.load(partial_ptr + i * (BLOCK_R * BLOCK_C) + at, exists, 0.0, cache_modifier=".cg")
+    return total, last
+
+
+@triton.jit
+def _finish_gradients(
+    g,
+    o,
+    c,
+    tap,
+    live_rows,
+    live_columns,
+    mask_at,
+    tile,
+    column_blocks,
+    weight_ptr,
+    mask_ptr,
+    dweight_ptr,
+    dmask_ptr,
+    squares_ptr,
+    lines_ptr,
+    counters_ptr,
+    filters,
+    cols,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    dw_o,
+    dw_c,
+    dw_h,
+    dw_w,
+    dm_o,
+    dm_c,
+    dm_h,
+    dm_w,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_MASK: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """From a tile g of dL/dW, in registers: dweight = g * mask and what becomes of d = g * weight.
+
+    SUMS "none": dmask = d and the tile's part of its squared norm. "rows": dmask[o] is the sum over a filter, which
+    the last tile of a block of rows adds up from lines[column block, o]. "columns": only the tile's sums over filters,
+    lines[block of rows, (c, kh, kw)]. `filters` and `o` are those of all groups.
+    """
+    exists = live_rows[:, None] & live_columns[None, :]
+    kh = tap // KERNEL_W
+    kw = tap % KERNEL_W
+    row = tile // column_blocks
+    if NEED_WEIGHT:
+        mask = tl.load(mask_ptr + mask_at, exists, 0).to(tl.float32)
+        at = (o * dw_o)[:, None] + (c * dw_c + kh * dw_h + kw * dw_w)[None, :]
+        tl.store(dweight_ptr + at, narrow(g * mask, dweight_ptr.dtype.element_ty), exists)
+    if NEED_MASK:
+        at = (o * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
+        dmask = g * tl.load(weight_ptr + at, exists, 0.0).to(tl.float32)
+        if SUMS == "none":
+            at = (o * dm_o)[:, None] + (c * dm_c + kh * dm_h + kw * dm_w)[None, :]
+            tl.store(dmask_ptr + at, narrow(dmask, dmask_ptr.dtype.element_ty), exists)
+            tl.store(squares_ptr + tile, tl.sum(dmask * dmask))
+        elif SUMS == "columns":
+            tl.store(lines_ptr + row * cols + c * TAPS + tap, tl.sum(dmask, 0), live_columns)
+        else:
+            tl.store(lines_ptr + tile % column_blocks * filters + o, tl.sum(dmask, 1), live_rows)
+            if _arrives_last(counters_ptr + row, column_blocks):
+                line = tl.arange(0, 16)[:, None]
+                total = tl.zeros((16, g.shape[0]), tl.float32)
+                for start in range(0, column_blocks, 16):
+                    valid = (start + line < column_blocks) & live_rows[None, :]
+                    line_at = (start + line) * filters + o[None, :]
+                    total += tl.load(lines_ptr + line_at, valid, 0.0, cache_modifier=".cg")
+                sums = tl.sum(total, 0)
+                tl.store(dmask_ptr + o, narrow(sums, dmask_ptr.dtype.element_ty), live_rows)
+                tl.store(squares_ptr + row, tl.sum(sums * sums))
+
+
+@triton.jit
 def masked_conv2d_weight_gradient_kernel(
     grad_ptr,
     x_ptr,
@@ -376,7 +496,9 @@ def masked_conv2d_weight_gradient_kernel(
     dweight_ptr,
     dmask_ptr,
     squares_ptr,
+    lines_ptr,
     partial_ptr,
+    counters_ptr,
     pixels,
     channels,
     height,
@@ -404,6 +526,10 @@ def masked_conv2d_weight_gradient_kernel(
     dw_c,
     dw_h,
     dw_w,
+    dm_o,
+    dm_c,
+    dm_h,
+    dm_w,
     block,
     row_blocks,
     column_blocks,
@@ -419,32 +545,34 @@ def masked_conv2d_weight_gradient_kernel(
     DILATION_W: tl.constexpr,
     BLOCKED: tl.constexpr,
     FLAT: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_MASK: tl.constexpr,
-    ALIKE: tl.constexpr,
+    SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """G[o, (c, kh, kw)] = sum over (b, oh, ow) of grad[b, o, oh, ow] * x[b, c, ih, iw], and from it, in registers,
-    dweight = G * mask, dmask = G * weight and the program's part of the squared norm of dmask.
+    both gradients as in _finish_gradients; G is not written.
 
-    A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels. PARTIAL: G of that part goes to
-    partial[part, o, (c, kh, kw)] instead. Without the mask's gradient a tile of dead weights costs nothing. ALIKE:
-    dmask has dweight's strides, otherwise it is contiguous.
+    A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels. SPLIT: parts go through
+    partial[tile, part, BLOCK_R, BLOCK_C], and the last program of a tile goes on with their sum. counters: zeros, one
+    a block of rows, then, when SPLIT, one a tile. Without the mask's gradient a tile of dead weights costs nothing.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    column_block = tl.program_id(0) % column_blocks
-    row = tl.program_id(0) // column_blocks
+    tile = tl.program_id(0)
+    row = tile // column_blocks
     group = row // row_blocks
     o = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     o_all = group * filters + o
-    c, tap = _columns(column_block, TAPS, FLAT, BLOCK_C)
+    c, tap = _columns(tile % column_blocks, TAPS, FLAT, BLOCK_C)
     kh = tap // KERNEL_W
     kw = tap % KERNEL_W
-    exists = (o < filters)[:, None] & (c < channels)[None, :]
+    live_rows = o < filters
+    live_columns = c < channels
+    exists = live_rows[:, None] & live_columns[None, :]
     mask_at = (o_all * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
 
     first = tl.program_id(1) * split_pixels
@@ -460,117 +588,84 @@ def masked_conv2d_weight_gradient_kernel(
         ow = p % out_width
         here = p < last
         grad_at = (b * g_b + oh * g_h + ow * g_w)[None, :] + (o_all * g_c)[:, None]
-        grad = tl.load(grad_ptr + grad_at, (o < filters)[:, None] & here[None, :], 0.0)
+        grad = tl.load(grad_ptr + grad_at, live_rows[:, None] & here[None, :], 0.0)
         ih = (oh * STRIDE_H - PAD_H)[:, None] + (kh * DILATION_H)[None, :]
         iw = (ow * STRIDE_W - PAD_W)[:, None] + (kw * DILATION_W)[None, :]
-        inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width) & here[:, None] & (c < channels)[None, :]
+        inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width) & here[:, None] & live_columns[None, :]
         x_base = (b * x_b + group * channels * x_c)[:, None]
         x = tl.load(x_ptr + x_base + (c[None, :] * x_c + ih * x_h + iw * x_w), inside, 0.0)
         acc = _dot(grad, x, acc, PRECISION)
 
-    if PARTIAL:
-        cols = channels * TAPS
-        at = (tl.program_id(1) * groups * filters + o_all).to(tl.int64)[:, None] * cols + (c * TAPS + tap)[None, :]
-        tl.store(partial_ptr + at, acc, exists)
-    else:
-        if NEED_WEIGHT:
-            mask = tl.load(mask_ptr + mask_at, exists, 0).to(tl.float32)
-            at = (o_all * dw_o)[:, None] + (c * dw_c + kh * dw_h + kw * dw_w)[None, :]
-            tl.store(dweight_ptr + at, narrow(acc * mask, dweight_ptr.dtype.element_ty), exists)
-        if NEED_MASK:
-            weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
-            weight = tl.load(weight_ptr + weight_at, exists, 0.0).to(tl.float32)
-            if ALIKE:
-                at = (o_all * dw_o)[:, None] + (c * dw_c + kh * dw_h + kw * dw_w)[None, :]
-            else:
-                at = o_all[:, None] * (channels * TAPS) + (c * TAPS + tap)[None, :]
-            dmask = acc * weight
-            tl.store(dmask_ptr + at, narrow(dmask, dmask_ptr.dtype.element_ty), exists)
-            tl.store(squares_ptr + tl.program_id(0), tl.sum(dmask * dmask))
+    if SPLIT:
+        parts = tl.num_programs(1)
+        partial_ptr += tile * parts * (BLOCK_R * BLOCK_C)
+        counter_ptr = counters_ptr + groups * row_blocks + tile
+        acc, is_last = _join_parts(acc, partial_ptr, counter_ptr, tl.program_id(1), parts, exists, BLOCK_R, BLOCK_C)
+        if not is_last:
+            return
+    _finish_gradients(
+        acc,
+        o_all,
+        c,
+        tap,
+        live_rows,
+        live_columns,
+        mask_at,
+        tile,
+        column_blocks,
+        weight_ptr,
+        mask_ptr,
+        dweight_ptr,
+        dmask_ptr,
+        squares_ptr,
+        lines_ptr,
+        counters_ptr,
+        groups * filters,
+        channels * TAPS,
+        w_o,
+        w_c,
+        w_h,
+        w_w,
+        dw_o,
+        dw_c,
+        dw_h,
+        dw_w,
+        dm_o,
+        dm_c,
+        dm_h,
+        dm_w,
+        TAPS,
+        KERNEL_W,
+        NEED_WEIGHT,
+        NEED_MASK,
+        SUMS,
+    )
 
 
 @triton.jit
-def finish_gradients_kernel(
-    partial_ptr,
-    weight_ptr,
-    mask_ptr,
-    dweight_ptr,
-    dmask_ptr,
+def sum_segments_kernel(
+    values_ptr,
+    out_ptr,
     squares_ptr,
-    filters,
+    lines,
     cols,
-    parts,
-    w_o,
-    w_c,
-    w_h,
-    w_w,
-    m_o,
-    m_c,
-    m_h,
-    m_w,
-    dw_o,
-    dw_c,
-    dw_h,
-    dw_w,
-    block,
     segments,
     segment_blocks,
     span,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    BLOCKED: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_MASK: tl.constexpr,
-    ALIKE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """G = sum of the parts of partial[parts, O, cols] in their order; dweight = G * mask and dmask[o, segment] = sum
-    of G * weight over the `span` consecutive weights of a segment, with the program's part of its squared norm. ALIKE:
-    dmask lies as dweight, as in the kernel above.
-
-    A program: BLOCK_S segments of one filter.
-    """
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    o = tl.program_id(0) // segment_blocks
+    """out[i, segment] = sum over the lines and over the `span` consecutive columns of a segment of a float32
+    values[i, lines, cols], and the program's part of its squared norm; a program: BLOCK_S segments of one i."""
+    i = tl.program_id(0) // segment_blocks
     segment = tl.program_id(0) % segment_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
-    sums = tl.zeros((BLOCK_S,), tl.float32)
-    for start in range(0, span, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        r = segment[:, None] * span + j[None, :]
-        exists = (segment < segments)[:, None] & (j < span)[None, :] & (r < cols)
-        g = tl.zeros((BLOCK_S, BLOCK_J), tl.float32)
-        for part in range(parts):
-            g += tl.load(partial_ptr + (part * filters + o).to(tl.int64) * cols + r, exists, 0.0)
-        c = r // TAPS
-        tap = r % TAPS
-        kh = tap // KERNEL_W
-        kw = tap % KERNEL_W
-        if NEED_WEIGHT:
-            mask_at = o * m_o + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
-            mask = tl.load(mask_ptr + mask_at, exists, 0).to(tl.float32)
-            dweight = narrow(g * mask, dweight_ptr.dtype.element_ty)
-            tl.store(dweight_ptr + o * dw_o + c * dw_c + kh * dw_h + kw * dw_w, dweight, exists)
-        if NEED_MASK:
-            weight = tl.load(weight_ptr + o * w_o + c * w_c + kh * w_h + kw * w_w, exists, 0.0).to(tl.float32)
-            sums += tl.sum(g * weight, 1)
-    if NEED_MASK:
-        dmask = narrow(sums, dmask_ptr.dtype.element_ty)
-        at = o * segments + segment
-        if ALIKE:
-            at = o * dw_o + _mask_at(segment // TAPS, segment % TAPS, dw_c, dw_h, dw_w, 1, TAPS, KERNEL_W, False)
-        tl.store(dmask_ptr + at, dmask, segment < segments)
-        tl.store(squares_ptr + tl.program_id(0), tl.sum(sums * sums, 0))
-
-
-@triton.jit
-def sum_rows_kernel(rows_ptr, out_ptr, squares_ptr, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out[cols] = sum over the rows of a float32 [rows, cols], and the program's part of its squared norm."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(0, rows, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        acc += tl.load(rows_ptr + r[:, None] * cols + c[None, :], (r < rows)[:, None] & (c < cols)[None, :], 0.0)
-    sums = tl.sum(acc, 0)
-    tl.store(out_ptr + c, narrow(sums, out_ptr.dtype.element_ty), c < cols)
+    acc = tl.zeros((BLOCK_S, BLOCK_J), tl.float32)
+    for line in range(i * lines, (i + 1) * lines):
+        for start in range(0, span, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            r = segment[:, None] * span + j[None, :]
+            valid = (segment < segments)[:, None] & (j < span)[None, :] & (r < cols)
+            acc += tl.load(values_ptr + line * cols + r, valid, 0.0)
+    sums = tl.sum(acc, 1)
+    tl.store(out_ptr + i * segments + segment, narrow(sums, out_ptr.dtype.element_ty), segment < segments)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(sums * sums, 0))

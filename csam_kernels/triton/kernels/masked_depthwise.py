@@ -7,7 +7,7 @@ o reads channel o // multiplier. A dead weight's pixels are not loaded.
 import triton
 import triton.language as tl
 
-from csam_kernels.triton.kernels.masked_conv2d import _epilogue, _mask_at, _product
+from csam_kernels.triton.kernels.masked_conv2d import _epilogue, _finish_gradients, _join_parts, _mask_at, _product
 from csam_kernels.triton.kernels.rounding import narrow
 
 
@@ -171,7 +171,14 @@ def depthwise_input_gradient_kernel(
 def depthwise_weight_gradient_kernel(
     grad_ptr,
     x_ptr,
+    weight_ptr,
+    mask_ptr,
+    dweight_ptr,
+    dmask_ptr,
+    squares_ptr,
+    lines_ptr,
     partial_ptr,
+    counters_ptr,
     pixels,
     height,
     width,
@@ -187,6 +194,23 @@ def depthwise_weight_gradient_kernel(
     x_c,
     x_h,
     x_w,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
+    m_o,
+    m_c,
+    m_h,
+    m_w,
+    dw_o,
+    dw_c,
+    dw_h,
+    dw_w,
+    dm_o,
+    dm_c,
+    dm_h,
+    dm_w,
+    block,
     split_pixels,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -196,18 +220,25 @@ def depthwise_weight_gradient_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_MASK: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """partial[part, o, tap] = sum over the part's pixels of grad[b, o, oh, ow] * x[b, o // multiplier, ih, iw].
+    """G[o, tap] = sum over the pixels of grad[b, o, oh, ow] * x[b, o // multiplier, ih, iw], and from it both gradients
+    as in masked_conv2d_weight_gradient_kernel, with the same workspaces.
 
     A program: BLOCK_R filters x one tap x one part of the pixels.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    tap = tl.program_id(0) % TAPS
+    tile = tl.program_id(0)
+    tap = tile % TAPS
     kh = tap // KERNEL_W
     kw = tap % KERNEL_W
-    o = tl.program_id(0) // TAPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    o = tile // TAPS * BLOCK_R + tl.arange(0, BLOCK_R)
     exists = o < filters
     first = tl.program_id(1) * split_pixels
     last = tl.minimum(first + split_pixels, pixels)
@@ -225,5 +256,50 @@ def depthwise_weight_gradient_kernel(
         x_at = (b * x_b + ih * x_h + iw * x_w)[None, :] + (o // multiplier * x_c)[:, None]
         grad = tl.load(grad_ptr + grad_at, both, 0.0).to(tl.float32)
         acc += grad * tl.load(x_ptr + x_at, both, 0.0).to(tl.float32)
-    at = (tl.program_id(1) * filters + o).to(tl.int64) * TAPS + tap
-    tl.store(partial_ptr + at, tl.sum(acc, 1), exists)
+    g = tl.sum(acc, 1)[:, None]
+    if SPLIT:
+        parts = tl.num_programs(1)
+        partial_ptr += tile * parts * BLOCK_R
+        counter_ptr = counters_ptr + tl.num_programs(0) // TAPS + tile
+        g, is_last = _join_parts(g, partial_ptr, counter_ptr, tl.program_id(1), parts, exists[:, None], BLOCK_R, 1)
+        if not is_last:
+            return
+    c = tl.arange(0, 1)
+    mask_at = (o * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
+    _finish_gradients(
+        g,
+        o,
+        c,
+        tap,
+        exists,
+        c == 0,
+        mask_at,
+        tile,
+        TAPS,
+        weight_ptr,
+        mask_ptr,
+        dweight_ptr,
+        dmask_ptr,
+        squares_ptr,
+        lines_ptr,
+        counters_ptr,
+        filters,
+        TAPS,
+        w_o,
+        w_c,
+        w_h,
+        w_w,
+        dw_o,
+        dw_c,
+        dw_h,
+        dw_w,
+        dm_o,
+        dm_c,
+        dm_h,
+        dm_w,
+        TAPS,
+        KERNEL_W,
+        NEED_WEIGHT,
+        NEED_MASK,
+        SUMS,
+    )

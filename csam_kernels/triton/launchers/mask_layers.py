@@ -95,14 +95,19 @@ def like(t: Tensor, pattern: Tensor) -> Tensor:
 
 def row(laid: Laid, index: int, grad: Tensor | None, out: Tensor | None, out_mask: Tensor | None = None) -> tables.Row:
     """A layer's row: the fields of kernels/masks_common.py."""
-    _, cols, row_stride, span, col_stride = laid.layout
-    cols, inner = max(cols, 1), laid.channels or max(cols, 1)
     addresses = [0 if t is None else t.data_ptr() for t in (laid.weight, laid.mask, grad, out, out_mask)]
-    where = (laid.weight.numel(), index, cols, row_stride, col_stride, inner, cols // inner, int(laid.in_place))
-    return (*addresses, *where, *_reciprocal(cols), *_reciprocal(inner), *_reciprocal(span))
+    return (*addresses, laid.weight.numel(), index, *_shape(laid.layout, laid.channels, laid.in_place))
 
 
 @lru_cache(maxsize=1024)
+def _shape(layout: MaskLayout, channels: int, in_place: bool) -> tables.Row:
+    """The part of a row that depends on the layer's shape alone."""
+    _, cols, row_stride, span, col_stride = layout
+    cols, inner = max(cols, 1), channels or max(cols, 1)
+    where = (cols, row_stride, col_stride, inner, cols // inner, int(in_place))
+    return (*where, *_reciprocal(cols), *_reciprocal(inner), *_reciprocal(span))
+
+
 def _reciprocal(d: int) -> tuple[int, int]:
     """(m, s) with n // d == (2 n m >> 32) >> s for 0 <= n < 2^31."""
     shift = (d - 1).bit_length()

@@ -23,6 +23,7 @@ _Meta = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Pair = tuple[int, int]
 _WORD = 2**64 - 1
 _CHUNK = 1024  # tiles that the list kernel looks at in one step
+_NO_NOISE = {"sigma": 0.0, "seed": 0, "first_sample": 0, "stream_word": 0, "NOISE": False, "NORMALIZED": False}
 
 
 class Geometry(NamedTuple):
@@ -166,7 +167,7 @@ def _geometry(
 def _tile(where: str, kernel: str, dtype: torch.dtype, rows: int) -> tuple[dict[str, int], dict[str, int]]:
     narrow, wide = tuning.MASKED_CONV2D[where][kernel, "float32" if dtype is torch.float32 else "half"]
     t = narrow if rows <= narrow.rows else wide
-    columns, inner = ("BLOCK_C", "BLOCK_K") if kernel == "weight_gradient" else ("BLOCK_P", "BLOCK_K")
+    columns, inner = ("BLOCK_C", "BLOCK_K") if kernel.endswith("weight_gradient") else ("BLOCK_P", "BLOCK_K")
     return {"BLOCK_R": t.rows, columns: t.columns, inner: t.inner}, _options_of(t)
 
 
@@ -174,10 +175,11 @@ def _options_of(t: tuning.ConvTile) -> dict[str, int]:
     return {"num_warps": t.num_warps, "num_stages": t.num_stages, "maxnreg": t.maxnreg}
 
 
-def _flat(x: _Meta, weight: _Meta) -> bool:
+def _flat(x: _Meta | None, weight: _Meta) -> bool:
     """Take the weights of a filter in their own order: few channels, or neither operand has channels side by side."""
     _, channels, *kernel = weight[0]
-    return math.prod(kernel) > 1 and (channels < 16 or (weight[1][1] != 1 and x[1][1] != 1))
+    apart = weight[1][1] != 1 and (x is None or x[1][1] != 1)
+    return math.prod(kernel) > 1 and (channels < 16 or apart)
 
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
@@ -206,8 +208,16 @@ def _table(
 
 @lru_cache(4096)
 def _forward_plan(
-    where: str, x: _Meta, weight: _Meta, mask: _Meta, dtype: torch.dtype, options: Any, direct: bool = True
+    where: str,
+    x: _Meta,
+    weight: _Meta,
+    mask: _Meta,
+    dtype: torch.dtype,
+    options: Any,
+    direct: bool = True,
+    given: bool = False,
 ) -> Plan:
+    """A convolution of images like x; not `direct`: of noise drawn on the way; `given`: by a table of `live_tiles`."""
     g = _geometry(x, weight, mask, *options)
     suggested = _suggested(x, weight, 0 in g.out_shape)
     out = torch.empty(g.out_shape, device="meta", memory_format=suggested)
@@ -233,13 +243,13 @@ def _forward_plan(
         common |= _options_of(t)
         return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
     tile, launching = _tile(where, "forward" if direct else "noise", dtype, g.filters)
-    flat = _flat(x, weight)
+    flat = _flat(None if given else x, weight)
     row_blocks = _blocks(g.filters, tile["BLOCK_R"])
     rows = g.groups * row_blocks
     inner = tile["BLOCK_K"]
     tiles = _blocks(g.cols, inner) if flat else g.taps * _blocks(g.channels, inner)
     columns = _blocks(pixels, tile["BLOCK_P"])
-    listed = columns >= tuning.LISTED_FROM
+    listed = given or columns >= tuning.LISTED_FROM
     common |= {"channels": g.channels, "filters": g.filters, "row_blocks": row_blocks, "rows": rows, "tiles": tiles}
     common |= {"FLAT": flat, "LISTED": listed, **tile, **launching}
     table = _table(g, tile, row_blocks, tiles, flat, False)
@@ -247,11 +257,13 @@ def _forward_plan(
 
 
 def _live_tiles(mask: Tensor, plan: Plan) -> Tensor:
-    """The table of `plan`: int32, live tiles [rows, tiles], then counts [rows], then the flags they come from."""
+    """The table of `plan`, int32 [rows, 2 * tiles + 1]: in memory the live tiles of each row, then how many each has,
+    then the flags that they come from."""
     rows, tiles, table = plan.rows, plan.tiles, plan.table
     size = rows * tiles
-    out = torch.empty(2 * size + rows, dtype=torch.int32, device=mask.device)
-    flags = out[size + rows :]
+    out = torch.empty((rows, 2 * tiles + 1), dtype=torch.int32, device=mask.device)
+    parts = out.view(-1)
+    flags = parts[size + rows :]
     launch(
         kernels.tile_flags_kernel,
         (size,),
@@ -267,8 +279,8 @@ def _live_tiles(mask: Tensor, plan: Plan) -> Tensor:
         reads=[flags],
         writes=[4 * (size + rows)],
         flags_ptr=flags,
-        tiles_ptr=out,
-        counts_ptr=out[size:],
+        tiles_ptr=parts,
+        counts_ptr=parts[size:],
         tiles=tiles,
         CHUNK=_CHUNK,
     )
@@ -280,7 +292,7 @@ def _table_pointers(plan: Plan, tiles: Tensor | None, unused: Tensor) -> tuple[l
     if tiles is None:
         return [], {"tiles_ptr": unused, "counts_ptr": unused}
     size = plan.rows * plan.tiles
-    return [4 * (size + plan.rows)], {"tiles_ptr": tiles, "counts_ptr": tiles[size:]}
+    return [4 * (size + plan.rows)], {"tiles_ptr": tiles, "counts_ptr": tiles.view(-1)[size:]}
 
 
 def _options(stride: Any, padding: Any, dilation: Any, groups: int, block_size: int) -> tuple[Any, ...]:
@@ -300,6 +312,7 @@ def _forward(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    other: Tensor | None = None,
     relu: bool = False,
     tiles: Tensor | None = None,
     convolution: bool = True,
@@ -311,7 +324,8 @@ def _forward(
     dtype, mask = dtype or x.dtype, _raw(mask)
     x_meta = _meta(x) if noise is None else (torch.Size((samples, *x.shape)), (0, *x.stride()), dtype)
     where = tuning.device_class(x.device)
-    plan = _forward_plan(where, x_meta, _meta(weight), _meta(mask), dtype, options, noise is None)
+    given = tiles is not None
+    plan = _forward_plan(where, x_meta, _meta(weight), _meta(mask), dtype, options, noise is None, given)
     g = plan.geometry
     out = torch.empty(g.out_shape, dtype=dtype, device=x.device, memory_format=plan.memory_format)
     epilogue = {
@@ -327,10 +341,16 @@ def _forward(
     if plan.table is None:
         launch(depthwise.depthwise_kernel, plan.grid, reads=reads, writes=[out], flops=g.flops, **arguments)
         return out
-    if tiles is not None:
-        arguments["LISTED"] = True
-    elif arguments["LISTED"] and all(plan.grid):
-        tiles = _live_tiles(mask, plan)
+    if tiles is None:
+        tiles = _live_tiles(mask, plan) if arguments["LISTED"] and all(plan.grid) else None
+    elif tiles.shape != (plan.rows, 2 * plan.tiles + 1):
+        raise ValueError(
+            f"tiles must be the table that live_tiles gives for this weight and dtype, "
+            f"int32 {[plan.rows, 2 * plan.tiles + 1]}, got shape {list(tiles.shape)}"
+        )
+    if other is not None:
+        other = other.contiguous(memory_format=plan.memory_format)
+        reads.append(other)
     listed, pointers = _table_pointers(plan, tiles, mask)
     launch(
         kernels.masked_conv2d_kernel,
@@ -340,7 +360,9 @@ def _forward(
         flops=g.flops,
         **pointers,
         PRECISION=_precision(dtype, convolution),
-        **(noise or {"sigma": 0.0, "seed": 0, "first_sample": 0, "stream_word": 0, "NOISE": False}),
+        other_ptr=out if other is None else other,
+        HAS_OTHER=other is not None,
+        **({**_NO_NOISE, "input_scale_ptr": x, "input_shift_ptr": x} if noise is None else noise),
         **arguments,
     )
     return out
@@ -373,42 +395,29 @@ def masked_conv2d_inference(
     dilation: Any = (1, 1),
     groups: int = 1,
     block_size: int = 0,
+    other: Tensor | None = None,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """relu((conv2d(x, weight * mask) + bias) * scale + shift) in one kernel, without gradients.
-
-    Args:
-        x: [B, C, H, W]; weight, mask, bias, stride, ..., block_size: as the provider's masked_conv2d.
-        scale, shift: [O], a batch norm folded to y * scale + shift; both or none.
-        relu: clip at zero.
-        tiles: what `live_tiles` gave for this mask, to look for dead tiles once and not every call.
-
-    Returns:
-        [B, O, H', W'] in x's dtype.
-    """
+    """One kernel; depthwise layers add `other` in another."""
+    if other is not None and groups > 1 and weight.shape[1] == 1:
+        window = (stride, padding, dilation, groups, block_size)
+        out = masked_conv2d_inference(x, weight, mask, bias, scale, shift, False, *window).add_(other)
+        return out.relu_() if relu else out
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together")
     options = _options(stride, padding, dilation, groups, block_size)
-    return _forward(x, weight, mask, bias, options, scale=scale, shift=shift, relu=relu, tiles=tiles)
+    return _forward(x, weight, mask, bias, options, scale=scale, shift=shift, other=other, relu=relu, tiles=tiles)
 
 
 def live_tiles(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    dilation: Any = (1, 1),
-    groups: int = 1,
-    block_size: int = 0,
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int = 1, block_size: int = 0, noise: bool = False
 ) -> Tensor | None:
-    """Table of the live tiles of a mask that will not change, for any batch of images like x; None if depthwise.
-
-    Who holds the table answers for the mask: a write to it that this library cannot see makes the table wrong.
-    """
-    options = _options(stride, padding, dilation, groups, block_size)
-    mask = _raw(mask)
-    plan = _forward_plan(tuning.device_class(x.device), _meta(x), _meta(weight), _meta(mask), x.dtype, options)
+    options = _options((1, 1), (0, 0), (1, 1), groups, block_size)
+    mask, (channels, *kernel) = _raw(mask), weight.shape[1:]
+    x = torch.empty((1, channels * groups, *kernel), dtype=dtype, device="meta")
+    _refuse(x=x, weight=weight, mask=mask)
+    where = tuning.device_class(weight.device)
+    plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, not noise, True)
     return None if plan.table is None else _live_tiles(mask, plan)
 
 
@@ -427,25 +436,26 @@ def smoothing_conv2d(
     dilation: Any = (1, 1),
     groups: int = 1,
     block_size: int = 0,
-    *,
+    input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
     dtype: torch.dtype | None = None,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """masked_conv2d_inference of smoothing_noise(x, n, sigma, ..., dtype) without the noisy batch in memory.
-
-    Each program draws the noise of the pixels that it loads, so a sample's deviates are drawn once for every tap and
-    block of filters: memory is saved, not arithmetic.
-
-    Args:
-        x: image [C, H, W]; n, sigma, seed, first_sample, stream, dtype: as smoothing_noise.
-
-    Returns:
-        [n, O, H', W'] in `dtype`.
-    """
-    noise = {"sigma": sigma, "seed": seed & _WORD, "first_sample": first_sample, "stream_word": stream, "NOISE": True}
+    """Each program draws the noise of the pixels that it loads, so a sample's deviates are drawn once for every tap and
+    block of filters: memory is saved, not arithmetic."""
+    noise = {
+        "sigma": sigma,
+        "seed": seed & _WORD,
+        "first_sample": first_sample,
+        "stream_word": stream,
+        "input_scale_ptr": x if input_scale is None else input_scale,
+        "input_shift_ptr": x if input_shift is None else input_shift,
+        "NOISE": True,
+        "NORMALIZED": input_scale is not None,
+    }
     options = _options(stride, padding, dilation, groups, block_size)
     return _forward(
         x,
@@ -529,26 +539,29 @@ def _input_gradient(
 
 
 class WeightPlan(NamedTuple):
-    """The weight's gradient: its launch, how the pixels are split, and how G becomes the mask's gradient."""
+    """The weight's gradient: its launch over tiles and parts of the pixels, and how the mask lies over the weight."""
 
     geometry: Geometry
     grid: tuple[int, int]
     arguments: dict[str, Any]
-    segments: int  # mask values of a filter
-    span: int  # consecutive weights that share one
-    per_filter: bool  # else the mask's gradient is a sum over filters
-    whole: bool  # a broadcast with no such form: dmask is summed from the gradient of a full mask
+    rows: int  # blocks of filters; tiles of G are rows * columns
+    columns: int
+    numbers: int  # in a tile
+    layout: MaskLayout | None  # None: no mask gradient, or a broadcast with no such form
     alike: bool  # weight and mask are both channels_last, and so are their gradients
 
+    @property
+    def direct(self) -> bool:
+        """The kernel writes the mask's gradient."""
+        sums, layout = self.arguments["SUMS"], self.layout
+        return sums == "rows" or (sums == "none" and layout is not None and layout.span == 1)
 
-def _segments(weight: _Meta, mask: _Meta, block: int, need_mask: bool) -> tuple[int, int, bool, bool]:
-    layout = mask_layout(weight[0], mask[0], block)
-    if layout is None or not need_mask:
-        layout, whole = MaskLayout(weight[0][0], math.prod(weight[0][1:]), 1, 1, 1), need_mask
-    else:
-        whole = False
-    segments = _blocks(layout.cols, layout.span) if layout.col_stride else 1
-    return segments, layout.span, layout.row_stride > 0, whole
+
+def _sums(layout: MaskLayout | None) -> str:
+    """Over what the kernel adds up G * theta."""
+    if layout is None or (layout.row_stride and (layout.span == 1 or layout.col_stride)):
+        return "none"
+    return "rows" if layout.row_stride else "columns"
 
 
 @lru_cache(4096)
@@ -558,39 +571,40 @@ def _weight_plan(
     g = _geometry(x, weight, mask, *options)
     _bounded("an image of the gradient", grad[0][1:], grad[1][1:])
     pixels = g.batch * g.out_height * g.out_width
+    layout = mask_layout(weight[0], mask[0], options[-1]) if need_mask else None
+    dense = torch.empty_strided(*weight[:2], device="meta")
+    alike = weight[:2] == mask[:2] and memory_format(dense) is torch.channels_last
     common: dict[str, Any] = {
         "pixels": pixels,
         "height": g.height,
         "width": g.width,
-        "filters": g.filters,
         "out_height": g.out_height,
         "out_width": g.out_width,
         **_strides("g", grad[1]),
         **_strides("x", x[1]),
+        **_strides("w", weight[1], "ochw"),
+        **g.mask,
+        **_strides("dw", dweight[1], "ochw"),
+        **_strides("dm", dweight[1] if alike else (g.cols, g.taps, g.constants["KERNEL_W"], 1), "ochw"),
         **g.constants,
+        "NEED_MASK": need_mask,
+        "SUMS": _sums(layout),
     }
-    mapping = _segments(weight, mask, options[-1], need_mask)
-    dense = torch.empty_strided(*weight[:2], device="meta")
-    alike = weight[:2] == mask[:2] and memory_format(dense) is torch.channels_last
     if g.depthwise:
         t = tuning.DEPTHWISE[_channels_last(*x[:2])]
         filters = g.groups * g.filters
-        programs, step = g.taps * _blocks(filters, t.rows), t.columns
-        del common["BLOCKED"]
+        columns, rows, step, numbers = g.taps, _blocks(filters, t.rows), t.columns, t.rows
         common |= {"filters": filters, "multiplier": g.filters, "BLOCK_R": t.rows, "BLOCK_P": t.columns}
         common |= _options_of(t)
     else:
-        tile, launching = _tile(where, "weight_gradient", x[2], g.filters)
-        row_blocks, step = _blocks(g.filters, tile["BLOCK_R"]), tile["BLOCK_K"]
         flat = g.taps > 1 and (g.channels < 16 or x[1][1] != 1)
-        block_c = tile["BLOCK_C"]
+        tile, launching = _tile(where, "flat_weight_gradient" if flat else "weight_gradient", x[2], g.filters)
+        row_blocks, step, block_c = _blocks(g.filters, tile["BLOCK_R"]), tile["BLOCK_K"], tile["BLOCK_C"]
         columns = _blocks(g.cols, block_c) if flat else g.taps * _blocks(g.channels, block_c)
-        programs = g.groups * row_blocks * columns
+        rows, numbers = g.groups * row_blocks, tile["BLOCK_R"] * block_c
         common |= {
             "channels": g.channels,
-            **_strides("w", weight[1], "ochw"),
-            **g.mask,
-            **_strides("dw", dweight[1], "ochw"),
+            "filters": g.filters,
             "row_blocks": row_blocks,
             "column_blocks": columns,
             "groups": g.groups,
@@ -598,10 +612,14 @@ def _weight_plan(
             **tile,
             **launching,
         }
-    parts = min(_blocks(tuning.PROGRAMS[where], max(programs, 1)), _blocks(pixels, max(tuning.SPLIT_PIXELS, step)))
+    tiles = rows * columns
+    parts = min(tuning.PROGRAMS[where] // max(tiles, 1), _blocks(pixels, max(tuning.SPLIT_PIXELS, step)))
     common["split_pixels"] = _blocks(_blocks(pixels, max(parts, 1)), step) * step
     parts = max(_blocks(pixels, max(common["split_pixels"], 1)), 1)
-    return WeightPlan(g, (programs, parts), common, *mapping, alike)
+    common["SPLIT"] = parts > 1
+    if parts > 1:
+        common["maxnreg"] = max(common["maxnreg"], tuning.SPLIT_REGISTERS)
+    return WeightPlan(g, (tiles, parts), common, rows, columns, numbers, layout, alike)
 
 
 def masked_conv2d_weight_gradients(
@@ -616,112 +634,89 @@ def masked_conv2d_weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/dweight (in weight's dtype and memory format), dL/dmask and parts [*] whose sum is its squared norm.
 
-    G = dL/dW is formed once. With one part of pixels and a mask that has one value a weight it stays in registers;
-    otherwise a second launch adds the parts up in their order. What is not needed is undefined.
+    One kernel forms G = dL/dW and both gradients; G stays in registers, but for the parts of a split sum. Masks whose
+    values span filters or tiles take a second: it adds up the column sums of G * theta, a line for each block of
+    filters (channel, layer), or G * theta (block, kernel and other broadcasts). Its counters, about a kilobyte, are
+    new in each call and set to zero on its stream, so that calls at once and captured graphs share none. What is not
+    needed is undefined.
     """
     where = tuning.device_class(x.device)
     dweight = torch.empty_like(weight, memory_format=memory_format(weight))
     full, mask = mask, _raw(mask)
     metas = (_meta(grad), _meta(x), _meta(weight), _meta(dweight), _meta(mask))
     plan = _weight_plan(where, *metas, options, need_mask)
-    g, arguments, device = plan.geometry, plan.arguments, x.device
+    g, arguments, layout = plan.geometry, plan.arguments, plan.layout
+    (tiles, parts), sums, rows = plan.grid, arguments["SUMS"], plan.rows
     filters = g.groups * g.filters
-    if need_mask and plan.per_filter and not plan.whole:
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    if plan.direct:
         lies = torch.channels_last if plan.alike else torch.contiguous_format
-        dmask = torch.empty(mask.shape, dtype=mask.dtype, device=device, memory_format=lies)
-    else:  # its sums come later
-        dmask = torch.empty(filters * plan.segments if need_mask else 0, dtype=torch.float32, device=device)
-    parts = plan.grid[1]
-    partial = g.depthwise or parts > 1 or plan.span > 1 or not plan.per_filter
-    workspace = torch.empty(parts * filters * g.cols if partial else 0, dtype=torch.float32, device=device)
-    blocks = (1, 1, 1)
-    if partial:
-        inner = min(1 << (plan.span - 1).bit_length(), 1024)
-        outer = min(1024 // inner, 1 << (plan.segments - 1).bit_length())
-        blocks = (_blocks(plan.segments, outer), outer, inner)
-    squares = torch.empty(filters * blocks[0] if partial else plan.grid[0], dtype=torch.float32, device=device)
-    if g.depthwise:
-        kernel = depthwise.depthwise_weight_gradient_kernel
-        pointers: dict[str, Any] = {"grad_ptr": grad, "x_ptr": x, "partial_ptr": workspace}
-        launch(kernel, plan.grid, reads=[grad, x], writes=[workspace], flops=g.flops, **pointers, **arguments)
-    else:
-        results = [workspace] if partial else [dweight] * need_weight + [dmask, squares] * need_mask
-        launch(
-            kernels.masked_conv2d_weight_gradient_kernel,
-            plan.grid,
-            reads=[grad, x, *([] if need_mask and partial else [mask]), *([weight] * (need_mask and not partial))],
-            writes=results,
-            flops=g.flops,
-            grad_ptr=grad,
-            x_ptr=x,
-            weight_ptr=weight,
-            mask_ptr=mask,
-            dweight_ptr=dweight,
-            dmask_ptr=dmask,
-            squares_ptr=squares,
-            partial_ptr=workspace,
-            PARTIAL=partial,
-            NEED_WEIGHT=need_weight,
-            NEED_MASK=need_mask,
-            ALIKE=plan.alike,
-            PRECISION=_precision(x.dtype, convolution),
-            **arguments,
-        )
-    if partial:
-        launch(
-            kernels.finish_gradients_kernel,
-            (filters * blocks[0],),
-            reads=[workspace] + [mask] * need_weight + [weight] * need_mask,
-            writes=[dweight] * need_weight + [dmask, squares] * need_mask,
-            partial_ptr=workspace,
-            weight_ptr=weight,
-            mask_ptr=mask,
-            dweight_ptr=dweight,
-            dmask_ptr=dmask,
-            squares_ptr=squares,
-            filters=filters,
-            cols=g.cols,
-            parts=parts,
-            **_strides("w", weight.stride(), "ochw"),
-            **g.mask,
-            **_strides("dw", dweight.stride(), "ochw"),
-            segments=plan.segments,
-            segment_blocks=blocks[0],
-            span=plan.span,
-            **{name: g.constants[name] for name in ("KERNEL_H", "KERNEL_W", "BLOCKED")},
-            NEED_WEIGHT=need_weight,
-            NEED_MASK=need_mask,
-            ALIKE=plan.alike,
-            BLOCK_S=blocks[1],
-            BLOCK_J=blocks[2],
-            **tuning.FINISH[plan.alike],
-        )
-    if not need_mask:
-        return dweight, dmask, squares[:0]
-    if plan.whole:
-        dmask = dmask.view(weight.shape).sum_to_size(full.shape)
-        return dweight, dmask.to(full.dtype), dmask.square().sum()[None]
-    if not plan.per_filter:
-        return dweight, *_sum_rows(dmask.view(filters, -1), full)
-    return dweight, dmask, squares
-
-
-def _sum_rows(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(mask.shape, dtype=mask.dtype, device=rows.device)
-    block = 32
-    squares = torch.empty(_blocks(rows.shape[1], block), dtype=torch.float32, device=rows.device)
+        dmask = torch.empty(mask.shape, dtype=mask.dtype, device=x.device, memory_format=lies)
+    else:  # G * theta
+        dmask = numbers(*weight.shape) if need_mask and sums == "none" else numbers(0)
+    lines = numbers(*{"none": (0,), "rows": (plan.columns, filters), "columns": (rows, g.cols)}[sums])
+    squares = numbers({"none": tiles, "rows": rows, "columns": 0}[sums] if need_mask else 0)
+    partial = numbers(tiles * parts * plan.numbers if parts > 1 else 0)
+    counted = rows + tiles * (parts > 1) if parts > 1 or sums == "rows" else 0
+    counters = torch.zeros(counted, dtype=torch.int32, device=x.device)
+    split = 4 * parts * filters * g.cols if parts > 1 else 0  # bytes: what lies outside G is not stored
+    again: list[Tensor | int] = [split, counters, *([lines] if sums == "rows" else [])]
+    precision: dict[str, Any] = {} if g.depthwise else {"PRECISION": _precision(x.dtype, convolution)}
     launch(
-        kernels.sum_rows_kernel,
+        depthwise.depthwise_weight_gradient_kernel if g.depthwise else kernels.masked_conv2d_weight_gradient_kernel,
+        plan.grid,
+        reads=[grad, x, *[mask] * (need_weight or not need_mask), *[weight] * need_mask, *again],
+        writes=[*[dweight] * need_weight, dmask, squares, lines, split, counters],
+        flops=g.flops,
+        grad_ptr=grad,
+        x_ptr=x,
+        weight_ptr=weight,
+        mask_ptr=mask,
+        dweight_ptr=dweight,
+        dmask_ptr=dmask,
+        squares_ptr=squares,
+        lines_ptr=lines,
+        partial_ptr=partial,
+        counters_ptr=counters,
+        NEED_WEIGHT=need_weight,
+        **precision,
+        **arguments,
+    )
+    if plan.direct or not need_mask:
+        return dweight, dmask, squares
+    if layout is None:
+        dmask = dmask.sum_to_size(full.shape)
+        return dweight, dmask.to(full.dtype), dmask.square().sum()[None]
+    values = dmask.view(filters, 1, g.cols) if sums == "none" else lines[None]
+    return dweight, *_sum_segments(values, full, layout)
+
+
+def _sum_segments(values: Tensor, mask: Tensor, layout: MaskLayout) -> tuple[Tensor, Tensor]:
+    """The mask's gradient from values [filters or 1, lines, cols], and the parts of its squared norm."""
+    out = torch.empty(mask.shape, dtype=mask.dtype, device=values.device)
+    segments = _blocks(layout.cols, layout.span) if layout.col_stride else 1
+    inner = min(1 << (layout.span - 1).bit_length(), 1024)
+    outer = min(1024 // inner, 1 << (segments - 1).bit_length())
+    blocks = _blocks(segments, outer)
+    squares = torch.empty(values.shape[0] * blocks, dtype=torch.float32, device=values.device)
+    launch(
+        kernels.sum_segments_kernel,
         (len(squares),),
-        reads=[rows],
+        reads=[values],
         writes=[out, squares],
-        rows_ptr=rows,
+        values_ptr=values,
         out_ptr=out,
         squares_ptr=squares,
-        rows=rows.shape[0],
-        cols=rows.shape[1],
-        BLOCK_R=32,
-        BLOCK_C=block,
+        lines=values.shape[1],
+        cols=layout.cols,
+        segments=segments,
+        segment_blocks=blocks,
+        span=layout.span,
+        BLOCK_S=outer,
+        BLOCK_J=inner,
     )
     return out, squares
 

@@ -1,0 +1,395 @@
+"""A network as steps on samples that lie innermost: noise goes in, votes come out, no batch lies in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csam_kernels import backend, checks
+from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
+from csam_kernels.ops.smoothing_noise import checked_noise
+
+Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
+_MOST = 2**31 - 1  # numbers of a value
+_MOST_TAPS = 2**20  # of a window
+
+
+@dataclass(eq=False)
+class Value:
+    """What a step reads or gives: [channels, height, width] a sample.
+
+    Attributes:
+        part: (whole, first channel) of the value that this one is a part of: the parts of a concatenation.
+    """
+
+    channels: int
+    height: int
+    width: int
+    part: tuple[Value, int] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.channels * self.height * self.width
+
+    @property
+    def root(self) -> Value:
+        return self if self.part is None else self.part[0].root
+
+    @property
+    def offset(self) -> int:
+        """Of its first number in its root."""
+        return 0 if self.part is None else self.part[0].offset + self.part[1] * self.part[0].height * self.part[0].width
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What a step of a program in int8 does: values are 0 .. 255, weights whole numbers -127 .. 127, sums 32 bits.
+
+    out = clamp(sum * scales[filter] + other * other_scale + shift, low, high), rounded to even; the step's bias is in
+    units of the sum, low and high in those of out.
+
+    Attributes:
+        scales: float32 [filters].
+        zero: what stands for 0 in the input, and lies outside its borders.
+        real: whether out is stored as float32, unrounded: the logits.
+    """
+
+    scales: Tensor
+    shift: float
+    other_scale: float
+    zero: int
+    real: bool = False
+
+
+@dataclass(eq=False)
+class Step:
+    """out = clamp(conv2d(input, weight) + bias + other, low, high), or the maximum over windows of the input.
+
+    Attributes:
+        weight: (values, taps, rows) as `compress` gives them; None for the maximum.
+        bias: float32 [channels of out], or None.
+        kernel, stride, padding, dilation: along height and width.
+        dense: filters share what they load, with the zeros between channels and filters that are alive at all; faster
+            than each by its own taps from a density of about 0.4 on.
+        name: for messages.
+        integers: in a program of int8 and no other.
+    """
+
+    input: Value
+    out: Value
+    other: Value | None = None
+    weight: Rows | None = None
+    bias: Tensor | None = None
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    low: float = -math.inf
+    high: float = math.inf
+    dense: bool = False
+    name: str = ""
+    integers: Integers | None = None
+
+
+@dataclass(eq=False)
+class Program:
+    """Steps from an image to logits.
+
+    Attributes:
+        image: [C, H, W]; the network sees (image - mean) / std.
+        logits: [K, 1, 1].
+        mean, std: float32 [C], or None for 0 and 1.
+        scale, shift: in int8 what stands for a normalised pixel v is v * scale + shift, rounded.
+    """
+
+    image: Value
+    logits: Value
+    steps: list[Step] = field(default_factory=list)
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def places(self) -> tuple[dict[Value, int], int]:
+        """Where each root value lies in an arena that all share, and the arena's size; in numbers of one sample.
+
+        Values that are needed at the same time do not overlap; the largest find their place first.
+        """
+        first: dict[Value, int] = {self.image.root: -1}
+        last: dict[Value, int] = {self.logits.root: len(self.steps)}
+        for i, step in enumerate(self.steps):
+            first.setdefault(step.out.root, i)
+            for value in (step.input, step.out, step.other):
+                if value is not None:
+                    last[value.root] = max(last.get(value.root, i), i)
+        real = {step.out.root for step in self.steps if step.integers is not None and step.integers.real}
+        sizes = {root: root.size * (4 if root in real else 1) for root in first}
+        found: dict[Value, int] = {}
+        for root in sorted(first, key=lambda v: -sizes[v]):
+            alive = [
+                r for r in found if first[r] <= last.get(root, first[root]) and first[root] <= last.get(r, first[r])
+            ]
+            place = 0
+            for other in sorted(alive, key=found.__getitem__):
+                if found[other] < place + sizes[root] and place < found[other] + sizes[other]:
+                    place = found[other] + sizes[other]
+            found[root] = place
+        return found, max(place + sizes[root] for root, place in found.items())
+
+
+class SampleNetwork:
+    """A program readied to run; `sample_network` makes it. Its methods may run on several threads at once.
+
+    Attributes:
+        shape: (C, H, W) of an image.
+        classes: K.
+        dtype: of all values; sums are float32, in int8 32-bit integers.
+        lanes: samples of a tile, which one thread takes through all steps.
+        memory: bytes that a thread takes while it runs.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        self.program = replace(program, steps=[replace(step) for step in program.steps])  # what becomes of the caller's
+        self.dtype = dtype
+        self.shape = (program.image.channels, program.image.height, program.image.width)
+        self.classes = program.logits.channels
+        places, arena = program.places()
+        self._native = backend.serve("sample_network", torch.device("cpu"))(program, dtype, places, arena)
+        self.lanes: int = self._native.lanes
+        self.memory: int = self._native.memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made of the program."""
+        return SampleNetwork, (self.program, self.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits float32 [n, K] of images [n, C, H, W], which are rounded to the network's dtype first.
+
+        Raises:
+            TypeError, ValueError: x of another shape, or not floating point.
+        """
+        checks.tensor("x", x, ndim=4)
+        if tuple(x.shape[1:]) != self.shape or x.device.type != "cpu":
+            want = f"[n, {', '.join(map(str, self.shape))}]"
+            raise ValueError(f"x must be {want} on the CPU, got {list(x.shape)} on {x.device}")
+        x = x.detach().to(torch.float32 if self.dtype is torch.int8 else self.dtype).contiguous()
+        out = torch.empty(len(x), self.classes)
+        self._native.logits(x.data_ptr(), len(x), out.data_ptr())
+        return out
+
+    def votes(self, x: Tensor, sigma: float, n: int, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+        """Votes int64 [K] of the noisy samples first_sample .. first_sample + n - 1 of an image, on one thread.
+
+        They are `count_votes` of the logits of `smoothing_noise(x, n, sigma, seed=seed, ...)`: the votes of adjacent
+        ranges add up, and a sample whose logits hold NaN casts none. Arguments and errors as there.
+        """
+        checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
+        if tuple(x.shape) != self.shape or x.device.type != "cpu":
+            raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
+        n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream)
+        x, out = x.detach().contiguous(), torch.zeros(self.classes, dtype=torch.int64)
+        self._native.votes(x.data_ptr(), sigma, seed % 2**64, stream, first_sample, n, out.data_ptr())
+        return out
+
+    def costs(self) -> list[float]:
+        """What each step should cost a sample, in multiply-adds of one vector: what `times` is proportional to, with
+        one factor for dense steps and one for the others."""
+        out = torch.empty(len(self.program.steps), dtype=torch.float64)
+        self._native.costs(out.data_ptr())
+        return [float(cost) for cost in out]
+
+    def times(self, rounds: int = 5) -> list[float]:
+        """The least milliseconds of processor time a sample that each step took in so many rounds, on one thread."""
+        rounds = checks.integer("rounds", rounds, low=1)
+        out = torch.empty(len(self.program.steps), dtype=torch.float64)
+        self._native.times(rounds, out.data_ptr())
+        return [1e3 * seconds / self.lanes for seconds in out.tolist()]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of what decides a vote besides image and noise: weights, steps, dtype, arithmetic."""
+        digest = hashlib.sha256(f"{self.dtype} {self._native.format}".encode())
+        program = self.program
+        places, _ = program.places()
+
+        def at(value: Value | None) -> tuple[int, ...] | None:
+            return None if value is None else (places[value.root] + value.offset, *_shape(value))
+
+        def add(tensors: tuple[Tensor | None, ...]) -> None:
+            for tensor in tensors:
+                digest.update(f"{None if tensor is None else tuple(tensor.shape)}".encode())
+                digest.update(b"" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
+
+        digest.update(f"{at(program.image)} {at(program.logits)} {program.scale} {program.shift}".encode())
+        add((program.mean, program.std))
+        for step in program.steps:
+            pairs = map(tuple, (step.kernel, step.stride, step.padding, step.dilation))
+            window = (*pairs, float(step.low), float(step.high), bool(step.dense))
+            digest.update(f"{[at(v) for v in (step.input, step.other, step.out)]} {window}".encode())
+            add((*(step.weight or (None,)), step.bias))
+            if step.integers is not None:
+                numbers = (step.integers.shift, step.integers.other_scale, step.integers.zero, step.integers.real)
+                digest.update(f"{numbers}".encode())
+                add((step.integers.scales,))
+        return digest.hexdigest()[:16]
+
+
+def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
+    """Ready a program for the processor: weights are copied and laid out, memory is planned.
+
+    Args:
+        program: steps in the order they run.
+        dtype: torch.float32 or bfloat16, of all values; torch.int8 for a program of integers.
+
+    Raises:
+        TypeError, ValueError: a step whose shapes do not go together, or that reads what no step before it gave; by
+            its name.
+    """
+    checks.choice("dtype", dtype, (*DTYPES, torch.int8))
+    image, logits = program.image, program.logits
+    _placed("program.image", image)
+    _placed("program.logits", logits)
+    if logits.height * logits.width != 1:
+        raise ValueError(f"program.logits must be [K, 1, 1], got {_shape(logits)}")
+    for name in ("mean", "std"):
+        scaling = getattr(program, name)
+        if scaling is not None and _on_cpu(f"program.{name}", scaling, torch.float32).shape != (image.channels,):
+            raise ValueError(f"program.{name} must hold {image.channels} values, got {tuple(scaling.shape)}")
+    integers = dtype is torch.int8
+    given: dict[Value, Tensor] = {}  # root -> which of its numbers are
+    _give(given, image)
+    for step in program.steps:
+        name = f"step {step.name or '(unnamed)'}"
+        _check(name, step)
+        for what, value in (("input", step.input), ("other", step.other)):
+            if value is not None and not _is_given(given, value):
+                raise ValueError(f"{name}: {what} must be given by the image or steps before it")
+        if step.out.root is image.root:
+            raise ValueError(f"{name}: out must not lie in program.image")
+        if (step.integers is not None) != (integers and step.weight is not None):
+            raise ValueError(f"{name}: integers must be given for a convolution in torch.int8 and for no other step")
+        real = step.integers is not None and step.integers.real
+        if integers and (real != (step.out is logits) or (step.out.root is logits.root) != real):
+            raise ValueError(f"{name}: out must be real where it is program.logits, which is no part, and there alone")
+        if integers and any(v is not None and v.root is logits.root for v in (step.input, step.other)):
+            raise ValueError(f"{name}: program.logits must not be read in torch.int8, where they alone are float32")
+        _give(given, step.out)
+    if logits.root is image.root or not _is_given(given, logits):
+        raise ValueError("program.logits must be given by the steps")
+    return SampleNetwork(program, dtype)
+
+
+def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Length of a convolution's output along an axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check(name: str, step: Step) -> None:
+    """Refuse a step by which anything would be read or written outside its values."""
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"{name}: {what}")
+
+    for what, value in (("input", step.input), ("out", step.out), ("other", step.other)):
+        if value is not None or what != "other":
+            _placed(f"{name}: {what}", value)
+    if any(v is not None and _overlap(v, step.out) for v in (step.input, step.other)):
+        refuse("out must not lie in what is read")
+    if step.other is not None and _shape(step.other) != _shape(step.out):
+        refuse(f"other must have out's shape {_shape(step.out)}, got {_shape(step.other)}")
+    kernel, stride, padding, dilation = windows = (step.kernel, step.stride, step.padding, step.dilation)
+    for what, pair in zip(("kernel", "stride", "padding", "dilation"), windows, strict=True):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            refuse(f"{what} must be a pair, got {pair!r}")
+        for n in pair:
+            checks.integer(f"{name}: {what}", n, low=0 if pair is padding else 1, high=_MOST)
+    if kernel[0] * kernel[1] > _MOST_TAPS:
+        refuse(f"kernel must hold at most {_MOST_TAPS} taps, got {kernel}")
+    if not step.low <= step.high:
+        refuse(f"low must be <= high, got {step.low} and {step.high}")
+    size = tuple(map(outputs, (step.input.height, step.input.width), *windows))
+    if step.weight is None:
+        if (step.other, step.bias, step.low, step.high) != (None, None, -math.inf, math.inf):
+            refuse("a maximum takes no other, bias or bounds")
+        if any(2 * p > d * (k - 1) + 1 for p, d, k in zip(padding, dilation, kernel, strict=True)):
+            refuse(f"padding of a maximum must be at most half its window, got {padding}")
+        # as with torch's ceil_mode, a window more may begin inside the image or the padding before it
+        axes = zip(_shape(step.out)[1:], size, (step.input.height, step.input.width), stride, padding, strict=True)
+        fits = all(o in (s, s + 1) and (o == s or s * d < n + p) for o, s, n, d, p in axes)
+        if min(size) < 1 or step.out.channels != step.input.channels or not fits:
+            refuse(f"out must be {[step.input.channels, *size]}, got {_shape(step.out)}")
+        return
+    values, taps, rows = step.weight
+    for what, tensor, dtype in (
+        ("values", values, torch.float32),
+        ("taps", taps, torch.int32),
+        ("rows", rows, torch.int32),
+    ):
+        if _on_cpu(f"{name}: {what}", tensor, dtype).dim() != 1:
+            refuse(f"{what} must have 1 dimension, got shape {tuple(tensor.shape)}")
+    try:
+        compressed_rows(values, taps, rows, step.input.channels * kernel[0] * kernel[1])
+    except ValueError as error:
+        refuse(str(error))
+    want = (len(rows) - 1, *size)
+    if min(size) < 1 or _shape(step.out) != want:
+        refuse(f"out must be {list(want)}, got {_shape(step.out)}")
+    if step.bias is not None and _on_cpu(f"{name}: bias", step.bias, torch.float32).shape != want[:1]:
+        refuse(f"bias must have shape {want[:1]}, got {tuple(step.bias.shape)}")
+    if step.integers is not None:
+        scales = _on_cpu(f"{name}: scales", step.integers.scales, torch.float32)
+        if scales.shape != want[:1]:
+            refuse(f"scales must have shape {want[:1]}, got {tuple(scales.shape)}")
+
+
+def _placed(name: str, value: Value | None) -> None:
+    """Refuse a value without numbers, or one that does not lie inside what it is a part of."""
+    seen: list[Value] = []
+    while True:
+        if not isinstance(value, Value):
+            raise TypeError(f"{name} must be a Value, got {type(value).__name__}")
+        if any(value is v for v in seen):
+            raise ValueError(f"{name} must not be a part of itself")
+        for what in ("channels", "height", "width"):
+            checks.integer(f"{name}: {what}", getattr(value, what), low=1, high=_MOST)
+        if value.size > _MOST:
+            raise ValueError(f"{name} must hold at most {_MOST} numbers, got {_shape(value)}")
+        if value.part is None:
+            return
+        seen.append(value)
+        whole, first = value.part
+        first = checks.integer(f"{name}: first channel", first, low=-_MOST, high=_MOST)
+        if isinstance(whole, Value) and not 0 <= first * whole.height * whole.width <= whole.size - value.size:
+            raise ValueError(f"{name}: {_shape(value)} must lie inside {_shape(whole)} from channel {first} on")
+        value = whole
+
+
+def _overlap(a: Value, b: Value) -> bool:
+    return a.root is b.root and a.offset < b.offset + b.size and b.offset < a.offset + a.size
+
+
+def _on_cpu(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if checks.tensor(name, value, dtypes=(dtype,)).device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {value.device}")
+    return value
+
+
+def _give(given: dict[Value, Tensor], value: Value) -> None:
+    whole = given.setdefault(value.root, torch.zeros(value.root.size, dtype=torch.bool))
+    whole[value.offset : value.offset + value.size] = True
+
+
+def _is_given(given: dict[Value, Tensor], value: Value) -> bool:
+    return value.root in given and bool(given[value.root][value.offset : value.offset + value.size].all())
+
+
+def _shape(value: Value) -> tuple[int, int, int]:
+    return value.channels, value.height, value.width
+
+
+__all__: list[Any] = ["Integers", "Program", "Rows", "SampleNetwork", "Step", "Value", "outputs", "sample_network"]

@@ -1,0 +1,835 @@
+// Convolution with the samples innermost, [C, H, W, S], of weights in compressed rows. A job is a tile of output pixels
+// of one vector of samples. The input under it is packed a few channels at a time, padded and with strides undone, into
+// a block that stays in the first-level cache; over that block every filter adds its taps, in ascending order, to the
+// tile's sums. Sparse: each filter its own taps, the sums of a register tile of pixels at a time. Dense: kFilters
+// filters share what they load; only live filters and channels take part.
+#pragma once
+#include <stdlib.h>
+
+#include <new>
+
+#include "../common/dtype.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace csam {
+namespace CSAM_ISA {
+
+constexpr int64_t kBlockBytes = 20 << 10;  // of a packed block: a first-level cache, less what else is read
+constexpr int64_t kNearBytes = 4 << 20;    // of input that needs no prefetch
+constexpr int64_t kSumBytes = 512 << 10;   // of sums that a job keeps: half of a second-level cache
+constexpr int64_t kMostLines = 1 << 20;    // of a channel under a tile of more than one pixel
+constexpr double kPackCost = 3;            // of one packed vector, in fused multiply-adds
+constexpr double kTurnCost = 20;           // of one filter's turn over a block
+constexpr double kSumCost = 2;             // of one sum put down and taken up again
+
+CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+template <class T>
+struct Array {  // zeroed memory, aligned to a vector
+  T* data = nullptr;
+  Array() = default;
+  explicit Array(int64_t n) {
+    const size_t bytes = (sizeof(T) * (n > 0 ? n : 1) + 63) & ~size_t(63);
+    data = static_cast<T*>(aligned_alloc(64, bytes));
+    if (!data) throw std::bad_alloc();
+    memset(static_cast<void*>(data), 0, bytes);
+  }
+  Array(const Array&) = delete;
+  Array& operator=(Array&& from) {
+    free(data);
+    data = from.data;
+    from.data = nullptr;
+    return *this;
+  }
+  Array(Array&& from) : data(from.data) { from.data = nullptr; }
+  ~Array() { free(data); }
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+// The input lines under a tile's rows or columns, ordered so that outputs side by side read lines side by side.
+struct Axis {
+  int64_t lines = 0;
+  Array<int64_t> source;  // line -> input position, counted from the first output's first tap
+  Array<int64_t> first;   // tap -> line that the first output reads
+  Axis(int64_t kernel, int64_t stride, int64_t dilation, int64_t outputs) : source(kernel * outputs), first(kernel) {
+    for (int64_t k = 0; k < kernel; ++k) first[k] = -1;
+    for (int64_t start = 0; start < kernel; ++start) {
+      if (first[start] >= 0) continue;
+      int64_t end = 0;
+      for (int64_t k = start; k < kernel; ++k) {  // the taps whose positions differ by whole strides share lines
+        if ((k - start) * dilation % stride) continue;
+        const int64_t at = (k - start) * dilation / stride, fresh = at > end ? at : end;
+        first[k] = lines - (fresh - at);
+        end = at + outputs;
+        for (int64_t i = fresh; i < end; ++i) source[lines++] = start * dilation + i * stride;
+      }
+    }
+  }
+};
+
+struct Tap {
+  uint32_t weight;  // bits of a float or an integer, as the format multiplies
+  int32_t offset;   // of the first output's input in the packed block, in floats
+};
+
+struct Block {  // some channels of the input under one tile, and what the filters take from them
+  const float* packed;
+  int64_t pitch;          // floats from row to row
+  int64_t rows, columns;  // of the tile
+  const Tap* taps;
+  const int32_t* cuts;  // sparse: where the taps of each filter begin, `stride` apart; they end at the cut after it
+  int64_t stride;
+  const uint32_t* weights;    // dense: [filters / kFilters][units][area][kFilters]
+  const int32_t* offsets;     // dense: of each tap in a unit, in floats
+  int64_t units, unit, area;  // dense: channels or pairs of them, floats of each, taps of each
+  const float* bias;          // what the sums start from; null after the first block
+  const void* const* ahead;   // input of the block after it, to fetch meanwhile
+  int64_t fetches;
+};
+
+CSAM_INLINE void fetch(const Block& b, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to && i < b.fetches; ++i) __builtin_prefetch(b.ahead[i], 0, 2);
+}
+
+CSAM_INLINE vf finished(vf sum, float low, float high) {  // NaN stays NaN
+  sum = sum < splat(low) ? splat(low) : sum;
+  return sum > splat(high) ? splat(high) : sum;
+}
+
+CSAM_INLINE vf product_sum(vf a, vf b, vf c) { return fma(a, b, c); }
+CSAM_INLINE vi product_sum(vi a, vi b, vi c) { return a * b + c; }
+template <class V>
+CSAM_INLINE V spread(uint32_t bits) {
+  return (V)(vu{} + bits);
+}
+CSAM_INLINE vf start(vf, float bias) { return splat(bias); }
+CSAM_INLINE vi start(vi, float bias) { return vi{} + int32_t(bias); }
+
+using Add = void (*)(const Block&, int64_t filters, float* sums);
+
+template <class V, int R, int C>
+static void add_taps(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; ++o, sums += pixels * W) {
+    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    fetch(b, o * share, (o + 1) * share);
+    if (!b.bias && first == end) continue;
+    const V initial = start(V{}, b.bias ? b.bias[o] : 0);
+    for (int64_t row = 0; row < b.rows; row += R)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + column * W;
+        V v[R][C];
+#pragma GCC unroll 32
+        for (int i = 0; i < R * C; ++i)
+          v[i / C][i % C] = b.bias ? initial : load<V>(sum + (i / C * b.columns + i % C) * W);
+        for (const Tap* t = first; t < end; ++t) {
+          const V w = spread<V>(t->weight);
+          const float* in = packed + t->offset;
+#pragma GCC unroll 32
+          for (int r = 0; r < R; ++r, in += b.pitch)
+#pragma GCC unroll 32
+            for (int c = 0; c < C; ++c) v[r][c] = product_sum(w, load<V>(in + c * W), v[r][c]);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < R * C; ++i) store(sum + (i / C * b.columns + i % C) * W, v[i / C][i % C]);
+      }
+  }
+}
+
+// F filters at a time, C pixels side by side.
+template <class V, int F, int C>
+static void add_rows(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; o += F, sums += F * pixels * W) {
+    fetch(b, o / F * share, (o / F + 1) * share);
+    const uint32_t* weights = b.weights + o * b.units * b.area;
+    for (int64_t row = 0; row < b.rows; ++row)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + column * W;
+        V v[F][C];
+#pragma GCC unroll 32
+        for (int i = 0; i < F * C; ++i)
+          v[i / C][i % C] = b.bias ? start(V{}, b.bias[o + i / C]) : load<V>(sum + (i / C * pixels + i % C) * W);
+        const uint32_t* w = weights;
+        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
+          for (int64_t k = 0; k < b.area; ++k, w += F) {
+            const float* in = packed + b.offsets[k];
+            V x[C];
+#pragma GCC unroll 32
+            for (int c = 0; c < C; ++c) x[c] = load<V>(in + c * W);
+#pragma GCC unroll 32
+            for (int f = 0; f < F; ++f) {
+              const V each = spread<V>(w[f]);
+#pragma GCC unroll 32
+              for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
+            }
+          }
+#pragma GCC unroll 32
+        for (int i = 0; i < F * C; ++i) store(sum + (i / C * pixels + i % C) * W, v[i / C][i % C]);
+      }
+  }
+}
+
+struct Ending {  // from sums to what is stored: clamp(sum + other), or of integers clamp(sum * scale + shift + other *
+                 // ...)
+  float low, high, scale, shift, other_scale;
+  bool real;  // integers: stored as float
+};
+
+struct Micro {  // a register tile
+  int64_t rows, columns;
+  Add add;
+};
+
+// How samples lie: kLanes of them make a packed vector, and kSums vectors of sums.
+struct Float32 {
+  using Element = float;
+  static constexpr const char* kName = "float32";
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
+#if defined(__AVX512F__)
+  static constexpr int kFilters = 4;
+  static constexpr Micro kSparse[] = {{4, 4, add_taps<vf, 4, 4>}, {2, 8, add_taps<vf, 2, 8>},
+                                      {2, 7, add_taps<vf, 2, 7>}, {1, 16, add_taps<vf, 1, 16>},
+                                      {1, 4, add_taps<vf, 1, 4>}, {1, 1, add_taps<vf, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<vf, 4, 4>}, {1, 1, add_rows<vf, 4, 1>}};
+#else
+  static constexpr int kFilters = 2;
+  static constexpr Micro kSparse[] = {
+      {2, 4, add_taps<vf, 2, 4>}, {1, 8, add_taps<vf, 1, 8>}, {1, 4, add_taps<vf, 1, 4>}, {1, 1, add_taps<vf, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<vf, 2, 4>}, {1, 1, add_rows<vf, 2, 1>}};
+#endif
+  using Image = float;
+  using Logit = float;
+  static uint32_t weight(float w) { return float_bits(w); }
+  static uint32_t unit_weight(const float* w) { return float_bits(w[0]); }
+  static vf pack(const float* in) { return load<vf>(in); }
+  static void pack_unit(const float* const* in, float* out) { store(out, load<vf>(in[0])); }
+  static void finish(const float* sums, const float* other, const Ending& e, float* out) {
+    const vf sum = load<vf>(sums);
+    store(out, finished(other ? sum + load<vf>(other) : sum, e.low, e.high));
+  }
+  static float widen(Element v) { return v; }
+  static Element narrow(float v) { return v; }
+  static vf rounded(vf v) { return v; }
+  static vf start(float bias) { return splat(bias); }
+  static void put(vf v, Element* out) { store(out, v); }
+};
+
+struct Bfloat16 {  // widened when it is packed
+  using Element = uint16_t;
+  static constexpr const char* kName = "bfloat16";
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
+  static constexpr auto& kSparse = Float32::kSparse;
+  static constexpr auto& kDense = Float32::kDense;
+  using Image = uint16_t;
+  using Logit = uint16_t;
+  static uint32_t weight(float w) { return uint32_t(csam::to_bf16(w)) << 16; }
+  static uint32_t unit_weight(const float* w) { return weight(w[0]); }
+  static vf pack(const uint16_t* in) { return from_bf16(load<vh>(in)); }
+  static void pack_unit(const uint16_t* const* in, float* out) { store(out, pack(in[0])); }
+  static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+    const vf sum = load<vf>(sums);
+    store(out, to_bf16(finished(other ? sum + from_bf16(load<vh>(other)) : sum, e.low, e.high)));
+  }
+  static float widen(Element v) { return csam::from_bf16(v); }
+  static Element narrow(float v) { return csam::to_bf16(v); }
+  static vf rounded(vf v) { return from_bf16(to_bf16(v)); }
+  static vf start(float bias) { return splat(bias); }
+  static void put(vf v, Element* out) { store(out, to_bf16(v)); }
+};
+
+#if defined(__AVX512F__)
+#define CSAM_BF16 __attribute__((target("avx512bf16"))) static
+
+// One tap, or two whose products enter the sums in one instruction. The one alone is paired with zeros times zero,
+// which spread no NaN.
+template <int R, int C, int Taps>
+CSAM_BF16 inline __attribute__((always_inline)) void add_pair(const float* packed, int64_t pitch, const Tap* t,
+                                                              __m512 (*sum)[2]) {
+  const uint32_t second = Taps > 1 ? t[1].weight : 0;
+  const __m512bh w = (__m512bh)_mm512_set1_epi32(int(t->weight >> 16 | second));
+  const float *p = packed + t->offset, *q = Taps > 1 ? packed + t[1].offset : p;
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r, p += pitch, q += pitch)
+#pragma GCC unroll 32
+    for (int c = 0; c < C; ++c, ++sum) {
+      __m512i x = _mm512_load_si512(p + c * W);
+      __m512i y = Taps > 1 ? _mm512_load_si512(q + c * W) : _mm512_setzero_si512();
+      asm("" : "+v"(x), "+v"(y));  // in registers: as operands in memory each would be loaded twice
+      (*sum)[0] = _mm512_dpbf16_ps((*sum)[0], (__m512bh)_mm512_unpacklo_epi16(x, y), w);
+      (*sum)[1] = _mm512_dpbf16_ps((*sum)[1], (__m512bh)_mm512_unpackhi_epi16(x, y), w);
+    }
+}
+
+template <int R, int C>
+CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
+    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    fetch(b, o * share, (o + 1) * share);
+    if (!b.bias && first == end) continue;
+    const __m512 start = _mm512_set1_ps(b.bias ? b.bias[o] : 0);
+    for (int64_t row = 0; row < b.rows; row += R)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + 2 * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + column * W;
+        __m512 v[R * C][2];
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * R * C; ++i)
+          v[i / 2][i % 2] =
+              b.bias ? start : _mm512_load_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W);
+        const Tap* t = first;
+        for (; end - t > 1; t += 2) add_pair<R, C, 2>(packed, b.pitch, t, v);
+        if (t < end) add_pair<R, C, 1>(packed, b.pitch, t, v);
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * R * C; ++i)
+          _mm512_store_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
+      }
+  }
+}
+
+// F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
+template <int F, int C>
+CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
+    fetch(b, o / F * share, (o / F + 1) * share);
+    const uint32_t* weights = b.weights + o * b.units * b.area;
+    for (int64_t row = 0; row < b.rows; ++row)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + 2 * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + 2 * column * W;
+        __m512 v[F][2 * C];
+#pragma GCC unroll 32
+        for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+          for (int i = 0; i < 2 * C; ++i)
+            v[f][i] = b.bias ? _mm512_set1_ps(b.bias[o + f]) : _mm512_load_ps(sum + (2 * f * pixels + i) * W);
+        const uint32_t* w = weights;
+        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
+          for (int64_t k = 0; k < b.area; ++k, w += F) {
+            const float* in = packed + b.offsets[k];
+            __m512bh x[2 * C];
+#pragma GCC unroll 32
+            for (int i = 0; i < 2 * C; ++i) x[i] = (__m512bh)_mm512_load_si512(in + i * W);
+#pragma GCC unroll 32
+            for (int f = 0; f < F; ++f) {
+              const __m512bh each = (__m512bh)_mm512_set1_epi32(int(w[f]));
+#pragma GCC unroll 32
+              for (int i = 0; i < 2 * C; ++i) v[f][i] = _mm512_dpbf16_ps(v[f][i], x[i], each);
+            }
+          }
+#pragma GCC unroll 32
+        for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+          for (int i = 0; i < 2 * C; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
+      }
+  }
+}
+
+struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' order, and packing undoes it
+  using Element = uint16_t;
+  static constexpr const char* kName = "bfloat16 pairs";
+  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4;
+  static constexpr Micro kSparse[] = {{2, 4, add_pairs<2, 4>},
+                                      {1, 8, add_pairs<1, 8>},
+                                      {1, 7, add_pairs<1, 7>},
+                                      {1, 4, add_pairs<1, 4>},
+                                      {1, 1, add_pairs<1, 1>}};
+  static constexpr Micro kDense[] = {{1, 2, add_row_pairs<4, 2>}, {1, 1, add_row_pairs<4, 1>}};
+  using Image = uint16_t;
+  using Logit = uint16_t;
+  static uint32_t weight(float w) { return Bfloat16::weight(w); }
+  static uint32_t unit_weight(const float* w) { return weight(w[0]) >> 16 | weight(w[1]); }
+  static vf pack(const uint16_t* in) { return load<vf>(in); }
+  static void pack_unit(const uint16_t* const* in, float* out) {
+    const __m512i x = _mm512_loadu_si512(in[0]), y = _mm512_loadu_si512(in[1]);
+    _mm512_store_si512(out, _mm512_unpacklo_epi16(x, y));
+    _mm512_store_si512(out + W, _mm512_unpackhi_epi16(x, y));
+  }
+  static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+    vf first = load<vf>(sums), second = load<vf>(sums + W);
+    if (other) {
+      const __m512i o = _mm512_loadu_si512(other), zero = _mm512_setzero_si512();
+      first += (vf)_mm512_unpacklo_epi16(zero, o);
+      second += (vf)_mm512_unpackhi_epi16(zero, o);
+    }
+    const vu a = bf16_bits(finished(first, e.low, e.high)), b = bf16_bits(finished(second, e.low, e.high));
+    _mm512_storeu_si512(out, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+  }
+  static float widen(Element v) { return csam::from_bf16(v); }
+  static Element narrow(float v) { return csam::to_bf16(v); }
+  static vf rounded(vf v) { return from_bf16(to_bf16(v)); }
+  static vf start(float bias) { return splat(bias); }
+  static void put(vf v, Element* out) { store(out, to_bf16(v)); }
+};
+#endif
+
+CSAM_INLINE void store_bytes(vf v, uint8_t* out) {  // of whole numbers 0 .. 255
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+#else
+  for (int i = 0; i < W; ++i) out[i] = uint8_t(v[i]);
+#endif
+}
+CSAM_INLINE vf nearest(vf v) {  // whole number, halves to even; for |v| < 2^22
+  const vf magic = splat(12582912.0f);
+  return (v + magic) - magic;
+}
+CSAM_INLINE vf ended(vi sum, vf other, const Ending& e) {
+  const vf y = fma(to_float(sum), splat(e.scale), fma(other, splat(e.other_scale), splat(e.shift)));
+  return finished(y, e.low, e.high);
+}
+
+struct Int8 {  // unsigned values times signed weights, summed in 32 bits
+  using Element = uint8_t;
+  using Image = float;
+  using Logit = float;
+  static constexpr const char* kName = "int8";
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
+#if defined(__AVX512F__)
+  static constexpr Micro kSparse[] = {
+      {4, 4, add_taps<vi, 4, 4>}, {1, 4, add_taps<vi, 1, 4>}, {1, 1, add_taps<vi, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<vi, 4, 4>}, {1, 1, add_rows<vi, 4, 1>}};
+#else
+  static constexpr Micro kSparse[] = {
+      {2, 4, add_taps<vi, 2, 4>}, {1, 4, add_taps<vi, 1, 4>}, {1, 1, add_taps<vi, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<vi, 2, 4>}, {1, 1, add_rows<vi, 2, 1>}};
+#endif
+  static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
+  static uint32_t unit_weight(const float* w) { return weight(w[0]); }
+  static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
+  static void pack_unit(const uint8_t* const* in, float* out) { store(out, pack(in[0])); }
+  static void finish(const float* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+    const vf added = other ? __builtin_convertvector(load<vb>(other), vf) : vf{};
+    const vf y = ended(load<vi>(sums), added, e);
+    if (e.real) store(out, y);
+    else store_bytes(nearest(y), out);
+  }
+  static float widen(uint8_t v) { return v; }
+  static float widen(float v) { return v; }
+  static uint8_t narrow(float v) { return uint8_t(v); }
+  static vf rounded(vf v) { return v; }
+  static vf start(float bias) { return (vf)csam::CSAM_ISA::start(vi{}, bias); }
+  static void put(vf v, uint8_t* out) { store_bytes(nearest(clamped(v)), out); }
+  static vf clamped(vf v) { return finished(v, 0, 255); }
+};
+
+#if defined(__AVX512F__)
+#define CSAM_VNNI __attribute__((target("avx512vnni"))) static
+
+struct Quad {  // four vectors interleaved: of each sample its four values lie together
+  __m512i v[4];
+};
+CSAM_INLINE Quad interleaved(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+  const __m512i ef = _mm512_unpackhi_epi8(a, b), gh = _mm512_unpackhi_epi8(c, d);
+  return {{_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd), _mm512_unpacklo_epi16(ef, gh),
+           _mm512_unpackhi_epi16(ef, gh)}};
+}
+
+template <int R, int C>
+CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; ++o, sums += 4 * pixels * W) {
+    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    fetch(b, o * share, (o + 1) * share);
+    if (!b.bias && first == end) continue;
+    const __m512i initial = _mm512_set1_epi32(b.bias ? int32_t(b.bias[o]) : 0);
+    for (int64_t row = 0; row < b.rows; row += R)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + 4 * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + column * W;
+        __m512i v[R * C][4];
+#pragma GCC unroll 32
+        for (int i = 0; i < 4 * R * C; ++i)
+          v[i / 4][i % 4] =
+              b.bias ? initial : _mm512_load_si512(sum + (4 * (i / 4 / C * b.columns + i / 4 % C) + i % 4) * W);
+        for (const Tap* t = first; t < end; t += 4) {
+          const float* from[4];
+          uint32_t weight = 0;
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {  // what is missing to four is multiplied by zero
+            const Tap& tap = t + j < end ? t[j] : *t;
+            from[j] = packed + tap.offset;
+            weight |= (t + j < end ? tap.weight & 0xFFu : 0u) << (8 * j);
+          }
+          const __m512i w = _mm512_set1_epi32(int(weight));
+#pragma GCC unroll 32
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+            for (int c = 0; c < C; ++c) {
+              __m512i x[4];
+#pragma GCC unroll 4
+              for (int j = 0; j < 4; ++j) {
+                x[j] = _mm512_load_si512(from[j] + r * b.pitch + c * W);
+                asm("" : "+v"(x[j]));
+              }
+              const Quad q = interleaved(x[0], x[1], x[2], x[3]);
+#pragma GCC unroll 4
+              for (int j = 0; j < 4; ++j) v[r * C + c][j] = _mm512_dpbusd_epi32(v[r * C + c][j], q.v[j], w);
+            }
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < 4 * R * C; ++i)
+          _mm512_store_si512(sum + (4 * (i / 4 / C * b.columns + i / 4 % C) + i % 4) * W, v[i / 4][i % 4]);
+      }
+  }
+}
+
+// F filters at a time at one pixel; four channels lie interleaved.
+template <int F>
+CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; o += F, sums += 4 * F * pixels * W) {
+    fetch(b, o / F * share, (o / F + 1) * share);
+    const uint32_t* weights = b.weights + o * b.units * b.area;
+    for (int64_t row = 0; row < b.rows; ++row)
+      for (int64_t column = 0; column < b.columns; ++column) {
+        float* sum = sums + 4 * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + 4 * column * W;
+        __m512i v[F][4];
+#pragma GCC unroll 32
+        for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+          for (int i = 0; i < 4; ++i)
+            v[f][i] =
+                b.bias ? _mm512_set1_epi32(int32_t(b.bias[o + f])) : _mm512_load_si512(sum + (4 * f * pixels + i) * W);
+        const uint32_t* w = weights;
+        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
+          for (int64_t k = 0; k < b.area; ++k, w += F) {
+            const float* in = packed + b.offsets[k];
+            __m512i x[4];
+#pragma GCC unroll 32
+            for (int i = 0; i < 4; ++i) x[i] = _mm512_load_si512(in + i * W);
+#pragma GCC unroll 32
+            for (int f = 0; f < F; ++f) {
+              const __m512i each = _mm512_set1_epi32(int(w[f]));
+#pragma GCC unroll 32
+              for (int i = 0; i < 4; ++i) v[f][i] = _mm512_dpbusd_epi32(v[f][i], x[i], each);
+            }
+          }
+#pragma GCC unroll 32
+        for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+          for (int i = 0; i < 4; ++i) _mm512_store_si512(sum + (4 * f * pixels + i) * W, v[f][i]);
+      }
+  }
+}
+
+struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and packing undoes it
+  using Element = uint8_t;
+  using Image = float;
+  using Logit = float;
+  static constexpr const char* kName = "int8";  // integers: the same bits as without it
+  static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4;
+  static constexpr Micro kSparse[] = {{2, 2, add_quads<2, 2>}, {1, 4, add_quads<1, 4>}, {1, 1, add_quads<1, 1>}};
+  static constexpr Micro kDense[] = {{1, 1, add_row_quads<4>}};
+  static uint32_t weight(float w) { return Int8::weight(w); }
+  static uint32_t unit_weight(const float* w) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i) bits |= (weight(w[i]) & 0xFFu) << (8 * i);
+    return bits;
+  }
+  static vf pack(const uint8_t* in) { return load<vf>(in); }
+  static void pack_unit(const uint8_t* const* in, float* out) {
+    const Quad q = interleaved(_mm512_loadu_si512(in[0]), _mm512_loadu_si512(in[1]), _mm512_loadu_si512(in[2]),
+                               _mm512_loadu_si512(in[3]));
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(out + i * W, q.v[i]);
+  }
+  static void finish(const float* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+    const __m512i zero = _mm512_setzero_si512();
+    const Quad o = other ? interleaved(_mm512_loadu_si512(other), zero, zero, zero) : Quad{{zero, zero, zero, zero}};
+    vf y[4];
+    for (int i = 0; i < 4; ++i) y[i] = ended(load<vi>(sums + i * W), to_float((vi)o.v[i]), e);
+    if (e.real) {
+      for (int s = 0; s < kLanes; ++s) store(out + 4 * s, y[s % 16 / 4][s / 16 * 4 + s % 4]);
+      return;
+    }
+    __m512i n[4];
+    for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32((__m512)nearest(y[i]));
+    _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
+  }
+  static float widen(uint8_t v) { return v; }
+  static float widen(float v) { return v; }
+  static uint8_t narrow(float v) { return uint8_t(v); }
+  static vf rounded(vf v) { return v; }
+  static vf start(float bias) { return Int8::start(bias); }
+  static void put(vf v, uint8_t* out) { Int8::put(v, out); }
+};
+#endif
+
+struct Shape {  // of a tile of output pixels, and the register tile that fills it
+  int64_t rows, columns;
+  Micro micro;
+};
+
+// A convolution readied: its weight laid out for the tile that leaves the least to do.
+template <class Format>
+struct Convolution {
+  using Element = typename Format::Element;
+  SampleConvArgs a;
+  bool dense;
+  int64_t channels = 0, slots = 0, live = 0;  // channels that are read; filters, the live ones of a dense layer first
+  Array<int32_t> channel, filter;             // which they are
+  Shape tile;
+  double cost = 0;  // of kLanes samples
+  int64_t area, lines, across_lines, unit, together, blocks, down, across, group;
+  Array<int64_t> row_source, column_source;
+  Array<Tap> taps;
+  Array<int32_t> cuts, offsets;
+  Array<uint32_t> weights;
+  Array<float> bias, scales;
+  Array<Element> border;  // what lies outside the image
+
+  struct Scratch {  // of one thread; serves every convolution that it was made large enough for
+    Array<float> packed, sums;
+    Array<const void*> lines;
+    Array<int64_t> columns;
+  };
+  struct Sizes {
+    int64_t packed = 0, sums = 0, lines = 0, columns = 0;
+    static void raise(int64_t& size, int64_t to) { size = size < to ? to : size; }
+    int64_t bytes() const { return 4 * (packed + sums) + 8 * (lines + columns); }
+    void meet(const Convolution& c) {
+      raise(packed, c.together / c.step() * c.unit);
+      raise(sums, c.group * c.tile.rows * c.tile.columns * Format::kSums * W);
+      raise(lines, c.together * c.lines);
+      raise(columns, c.across_lines);
+    }
+    Scratch make() const {
+      return {Array<float>(packed), Array<float>(sums), Array<const void*>(lines), Array<int64_t>(columns)};
+    }
+  };
+
+  int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
+
+  explicit Convolution(const SampleConvArgs& args, int64_t shares = 1)
+      : a(args), dense(args.dense), channel(args.channels + 1), filter(args.filters + Format::kFilters) {
+    area = a.kernel[0] * a.kernel[1];
+    Array<int32_t> place(a.channels);
+    for (int64_t k = 0; k < a.rows[a.filters]; ++k) place[a.taps[k] / area] = 1;
+    for (int64_t c = 0; c < a.channels; ++c)
+      if (place[c]) channel[channels] = int32_t(c), place[c] = int32_t(channels++);
+    for (int pass = 0; pass < 2; ++pass)
+      for (int64_t o = 0; o < a.filters; ++o)
+        if ((dense && a.rows[o] == a.rows[o + 1]) == bool(pass)) filter[slots++] = int32_t(o), live += !pass;
+    tile = choose();
+    const Axis y(a.kernel[0], a.stride[0], a.dilation[0], tile.rows);
+    const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
+    across_lines = x.lines;
+    lines = y.lines * x.lines;
+    unit = lines * W * (dense ? Format::kSums : 1);
+    row_source = copied(y.source.data, y.lines);
+    column_source = copied(x.source.data, x.lines);
+    const int64_t fitting = kBlockBytes / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
+    blocks = channels ? tiles(channels, most) : 1;
+    together = tiles(tiles(channels, blocks), step()) * step();
+    down = tiles(a.out_height, tile.rows);
+    across = tiles(a.out_width, tile.columns);
+    const int64_t sums = 4 * W * Format::kSums * tile.rows * tile.columns;
+    const int64_t fit = kSumBytes / sums, parts = tiles(live, fit < Format::kFilters ? Format::kFilters : fit);
+    group = tiles(tiles(live, parts > shares ? parts : shares), Format::kFilters) * Format::kFilters;
+    if (group < Format::kFilters) group = Format::kFilters;
+    bias = Array<float>(slots + Format::kFilters);
+    for (int64_t s = 0; a.bias && s < slots; ++s) bias[s] = a.bias[filter[s]];
+    scales = Array<float>(slots);
+    for (int64_t s = 0; s < slots; ++s) scales[s] = a.scales ? a.scales[filter[s]] : 1;
+    border = Array<Element>(Format::kLanes);
+    for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
+    if (dense) lay_dense(place, x, y);
+    else lay_sparse(place, x, y);
+  }
+
+  // The tile that leaves the least to do, in multiply-adds of a vector: those of pixels past the edge included, packed
+  // vectors, sums that are put down and taken up again between blocks, and turns of the loops.
+  Shape choose() {
+    Shape best = {};
+    const int64_t filters = dense ? Format::kFilters : 1, rows = tiles(live, filters);
+    const double products = dense ? double(rows * filters * channels * area) : double(a.rows[a.filters]);
+    const auto consider = [&](const Micro& m, int64_t down_times, int64_t across_times) {
+      const Shape s = {m.rows * down_times, m.columns * across_times, m};
+      const Axis y(a.kernel[0], a.stride[0], a.dilation[0], s.rows);
+      const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
+      if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
+      const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
+      const int64_t fitting = kBlockBytes / each, turns = tiles(channels, fitting < step() ? step() : fitting);
+      const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
+      const double narrow = dense && m.columns == 1 ? 1.5 : 1;
+      const double work = products * pixels * narrow + kPackCost * channels * y.lines * x.lines +
+                          turns * rows * (micros * kTurnCost + filters * pixels * kSumCost);
+      const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
+      if (!best.rows || total < cost) best = s, cost = total;
+    };
+    const auto all = [&](const auto& micros) {
+      for (const Micro& m : micros)
+        for (int64_t i = 1; i <= 8; i *= 2)
+          for (int64_t j = 1; j <= 8; j *= 2) consider(m, i, j);
+    };
+    if (dense) all(Format::kDense);
+    else all(Format::kSparse);
+    return best;
+  }
+
+  static Array<int64_t> copied(const int64_t* from, int64_t n) {
+    Array<int64_t> to(n);
+    memcpy(to.data, from, 8 * n);
+    return to;
+  }
+
+  int32_t offset(const Axis& x, const Axis& y, int64_t tap) const {  // in a channel, in vectors
+    return int32_t(y.first[tap / a.kernel[1]] * x.lines + x.first[tap % a.kernel[1]]);
+  }
+
+  void lay_sparse(const Array<int32_t>& place, const Axis& x, const Axis& y) {
+    taps = Array<Tap>(a.rows[a.filters]);
+    cuts = Array<int32_t>(live * (blocks + 1));
+    for (int64_t o = 0; o < live; ++o) {
+      int32_t* cut = cuts.data + o * (blocks + 1);
+      int32_t k = *cut = a.rows[o];
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
+          const int64_t at = place[a.taps[k] / area] - b * together;
+          taps[k] = {Format::weight(a.values[k]), int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
+        }
+        *++cut = k;
+      }
+    }
+  }
+
+  void lay_dense(const Array<int32_t>& place, const Axis& x, const Axis& y) {
+    offsets = Array<int32_t>(area);
+    for (int64_t k = 0; k < area; ++k) offsets[k] = offset(x, y, k) * W * Format::kSums;
+    const int64_t padded = tiles(live, Format::kFilters) * Format::kFilters, inner = padded_channels() * area;
+    Array<float> full(padded * inner);
+    for (int64_t s = 0; s < live; ++s)
+      for (int64_t o = filter[s], k = a.rows[o]; k < a.rows[o + 1]; ++k)
+        full[s * inner + place[a.taps[k] / area] * area + a.taps[k] % area] = a.values[k];
+    weights = Array<uint32_t>(padded * inner / Format::kTogether);
+    uint32_t* out = weights.data;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t s = 0; s < padded; s += Format::kFilters)
+        for (int64_t u = 0; u < units(b); ++u)
+          for (int64_t k = 0; k < area; ++k)
+            for (int64_t f = 0; f < Format::kFilters; ++f) {
+              float w[Format::kTogether];
+              for (int64_t i = 0; i < Format::kTogether; ++i)
+                w[i] = full[(s + f) * inner + (b * together + u * Format::kTogether + i) * area + k];
+              *out++ = Format::unit_weight(w);
+            }
+  }
+
+  int64_t padded_channels() const { return tiles(channels, step()) * step(); }
+  int64_t units(int64_t b) const {
+    const int64_t left = padded_channels() - b * together;
+    return (left < together ? left : together) / step();
+  }
+  int64_t groups() const { return live ? tiles(live, group) : 1; }
+  int64_t jobs(int64_t samples) const { return down * across * tiles(samples, Format::kLanes) * groups(); }
+
+  void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
+           const Scratch& s) const {
+    const Element* zeros = border.data;
+    const int64_t depth = tiles(samples, Format::kLanes);
+    const int64_t part = job % groups(), first = part * group, place = job / groups();
+    const int64_t mine = live - first < group ? live - first : group;
+    const int64_t sample = place % depth * Format::kLanes, n = samples - sample;
+    const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
+    const bool far = channels * a.height * a.width * samples * int64_t(sizeof(Element)) > kNearBytes;
+    for (int64_t j = 0; j < across_lines; ++j) {
+      const int64_t column = left * a.stride[1] - a.padding[1] + column_source[j];
+      s.columns[j] = column >= 0 && column < a.width ? column * samples + sample : -1;
+    }
+    const int64_t down_lines = lines / across_lines;
+    const auto find = [&](int64_t b) {
+      const int64_t from = b * together, last = padded_channels();
+      const int64_t to = from + together < last ? from + together : last;
+      int64_t found = 0;
+      for (int64_t c = from; c < to; ++c)
+        for (int64_t i = 0; i < down_lines; ++i) {
+          const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
+          const bool inside = c < channels && row >= 0 && row < a.height;
+          const Element* start = in + (inside ? (int64_t(channel[c]) * a.height + row) * a.width * samples : 0);
+          for (int64_t j = 0; j < across_lines; ++j)
+            s.lines[found++] = inside && s.columns[j] >= 0 ? start + s.columns[j] : zeros;
+        }
+      return found;
+    };
+    int64_t count = find(0);
+    const int64_t padded = tiles(live, Format::kFilters) * Format::kFilters;
+    for (int64_t b = 0; b < blocks && mine > 0; ++b) {
+      pack(s, count, n);
+      const int64_t packed_units = units(b);
+      count = find(b + 1);
+      Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns};
+      block.bias = b ? nullptr : bias.data + first;
+      block.ahead = s.lines.data;
+      block.fetches = far ? count : 0;
+      if (dense) {
+        block.weights = weights.data + (b * together / Format::kTogether * padded + first * packed_units) * area;
+        block.offsets = offsets.data;
+        block.units = packed_units;
+        block.unit = unit;
+        block.area = area;
+      } else {
+        block.taps = taps.data;
+        block.cuts = cuts.data + first * (blocks + 1) + b;
+        block.stride = blocks + 1;
+      }
+      tile.micro.add(block, mine, s.sums.data);
+    }
+    const int64_t pixels = tile.rows * tile.columns;
+    for (int64_t o = 0; o < mine; ++o) {
+      const float* sums = s.sums.data + o * pixels * Format::kSums * W;
+      write(first + o, top, left, sample, n, sums, Format::kSums * W, other, out, samples);
+    }
+    for (int64_t o = live; o < slots && part == 0; ++o) {
+      vf constant[Format::kSums];
+      for (vf& v : constant) v = Format::start(bias[o]);
+      write(o, top, left, sample, n, reinterpret_cast<float*>(constant), 0, other, out, samples);
+    }
+  }
+
+  // The first n samples of what the lines point to, the lanes past them 0.
+  void pack(const Scratch& s, int64_t count, int64_t n) const {
+    constexpr int64_t kMost = Format::kTogether;
+    const int64_t together = step();
+    for (int64_t i = 0; i < count / together; ++i) {
+      const int64_t line = i / lines * together * lines + i % lines;
+      const Element* in[kMost];
+      Element some[kMost][Format::kLanes] = {};
+      for (int64_t j = 0; j < together; ++j) {
+        in[j] = static_cast<const Element*>(s.lines[line + j * lines]);
+        if (n < Format::kLanes) in[j] = static_cast<Element*>(memcpy(some[j], in[j], n * sizeof(Element)));
+      }
+      if (dense) Format::pack_unit(in, s.packed.data + i * W * Format::kSums);
+      else store(s.packed.data + i * W, Format::pack(in[0]));
+    }
+  }
+
+  void write(int64_t slot, int64_t top, int64_t left, int64_t sample, int64_t n, const float* sums, int64_t pitch,
+             const Element* other, Element* out, int64_t samples) const {
+    const Ending ending = {a.low, a.high, scales[slot], a.shift, a.other_scale, a.real};
+    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
+    for (int64_t r = 0; r < tile.rows && top + r < a.out_height; ++r)
+      for (int64_t c = 0; c < tile.columns && left + c < a.out_width; ++c) {
+        const int64_t i = ((filter[slot] * a.out_height + top + r) * a.out_width + left + c) * samples + sample;
+        const float* sum = sums + (r * tile.columns + c) * pitch;
+        const Element* added = other ? other + i : nullptr;
+        if (n >= Format::kLanes) {
+          Format::finish(sum, added, ending, out + width * i);
+          continue;
+        }
+        Element some[Format::kLanes * 4] = {};
+        if (added) memcpy(some, added, n * sizeof *some);
+        Format::finish(sum, added ? some : nullptr, ending, some);
+        memcpy(out + width * i, some, n * width * sizeof *some);
+      }
+  }
+};
+
+}  // namespace CSAM_ISA
+}  // namespace csam

@@ -1,0 +1,206 @@
+// A network on a tile of samples that lie innermost. Every linear step is a convolution of surviving weights; noise is
+// drawn straight into that layout, and the votes are counted where the logits end. A tile is as many samples as a
+// packed vector holds: one thread takes it through all steps.
+#include <time.h>
+
+#include "random.h"
+#include "sample_conv2d.h"
+
+namespace csam {
+namespace CSAM_ISA {
+
+constexpr double kComparisonCost = 4;  // of a maximum of two vectors, in multiply-adds
+
+template <class Format>
+class Network final : public SampleNetwork {
+  using Element = typename Format::Element;
+  static constexpr int64_t S = Format::kLanes;
+
+ public:
+  explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
+    for (int64_t c = 0; c < a.channels; ++c) {
+      mean[c] = a.mean ? a.mean[c] : 0;
+      spread[c] = a.std ? a.std[c] : 1;
+    }
+    for (int64_t i = 0; i < a.count; ++i) {
+      steps[i] = {a.steps[i], a.steps[i].pools ? nullptr : new Convolution<Format>(a.steps[i].conv)};
+      if (steps[i].convolution) sizes.meet(*steps[i].convolution);
+    }
+  }
+  ~Network() override {
+    for (int64_t i = 0; i < a.count; ++i) delete steps[i].convolution;
+  }
+
+  const char* format() const override { return Format::kName; }
+  int64_t lanes() const override { return S; }
+  int64_t memory() const override { return a.arena * S * int64_t(sizeof(Element)) + sizes.bytes(); }
+
+  void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n,
+             int64_t* out) const override {
+    Arena arena(*this);
+    for (int64_t done = 0; done < n; done += S) {
+      draw(x, sigma, seed, stream, first + done, arena.at(a.in));
+      run(arena);
+      count(arena.at(a.out), n - done < S ? n - done : S, out);
+    }
+  }
+
+  void logits(const void* x, int64_t n, float* out) const override {
+    Arena arena(*this);
+    const int64_t elements = a.channels * a.height * a.width;
+    for (int64_t done = 0; done < n; done += S) {
+      const int64_t here = n - done < S ? n - done : S;
+      Element* to = arena.at(a.in);
+      for (int64_t s = 0; s < here; ++s) {
+        const auto* from = static_cast<const typename Format::Image*>(x) + (done + s) * elements;
+        for (int64_t e = 0; e < elements; ++e) {
+          const int64_t c = e / (a.height * a.width);
+          Element all[W];
+          Format::put(splat(scaled((Format::widen(from[e]) - mean[c]) / spread[c])), all);
+          to[e * S + s] = all[0];
+        }
+      }
+      for (int64_t s = here; s < S; ++s)
+        for (int64_t e = 0; e < elements; ++e) to[e * S + s] = 0;
+      run(arena);
+      const auto* from = reinterpret_cast<const typename Format::Logit*>(arena.at(a.out));
+      for (int64_t s = 0; s < here; ++s)
+        for (int64_t k = 0; k < a.classes; ++k) out[(done + s) * a.classes + k] = Format::widen(from[k * S + s]);
+    }
+  }
+
+  void costs(double* vectors) const override {
+    for (int64_t i = 0; i < a.count; ++i) {
+      const SampleConvArgs& p = steps[i].what.conv;
+      const double compared = double(p.channels * p.out_height * p.out_width * p.kernel[0] * p.kernel[1]);
+      vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
+    }
+  }
+
+  void times(int64_t rounds, double* seconds) const override {
+    Arena arena(*this);
+    Array<float> x(a.channels * a.height * a.width);
+    draw(x.data, 1, 0, 0, 0, arena.at(a.in));
+    for (int64_t round = 0; round < rounds; ++round)
+      for (int64_t i = 0; i < a.count; ++i) {
+        const double start = now();
+        run(arena, steps[i]);
+        const double taken = now() - start;
+        if (!round || taken < seconds[i]) seconds[i] = taken;
+      }
+  }
+
+ private:
+  static double now() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+  }
+
+  struct Step {
+    SampleStep what;
+    Convolution<Format>* convolution;
+  };
+  struct Arena {  // of one thread
+    Element* memory;
+    int64_t bytes;
+    typename Convolution<Format>::Scratch scratch;
+    explicit Arena(const Network& n)
+        : memory(nullptr), bytes(n.a.arena * S * sizeof(Element)), scratch(n.sizes.make()) {
+      memory = static_cast<Element*>(take_block(bytes));
+    }
+    Arena(const Arena&) = delete;
+    ~Arena() { give_block(memory, bytes); }
+    Element* at(int64_t place) const { return memory + place * S; }
+  };
+
+  SampleNetworkArgs a;
+  Array<float> mean, spread;
+  Array<Step> steps;
+  typename Convolution<Format>::Sizes sizes;
+
+  // x + sigma * eps, rounded, then normalised and rounded again.
+  void draw(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, Element* out) const {
+    const int64_t pixels = a.height * a.width, elements = a.channels * pixels;
+    const vf s = splat(sigma);
+    for (int64_t quad = 0; quad * 4 < elements; ++quad)
+      for (int64_t v = 0; v < S; v += W) {
+        const WordVectors w = philox_samples(uint32_t(quad), first + v, stream, seed);
+        vf noise[4];
+        box_muller(w.v[0], w.v[1], noise[0], noise[1]);
+        box_muller(w.v[2], w.v[3], noise[2], noise[3]);
+        for (int64_t j = 0, e = quad * 4; j < 4 && e < elements; ++j, ++e) {
+          const int64_t c = e / pixels;
+          const vf noisy = Format::rounded(fma(s, noise[j], splat(x[e])));
+          Format::put(scaled((noisy - splat(mean[c])) / splat(spread[c])), out + e * S + v);
+        }
+      }
+  }
+
+  template <class V>
+  V scaled(V v) const {
+    return sizeof(Element) == 1 ? v * a.scale + a.shift : v;
+  }
+
+  void run(const Arena& arena) const {
+    for (int64_t i = 0; i < a.count; ++i) run(arena, steps[i]);
+  }
+
+  void run(const Arena& arena, const Step& step) const {
+    const Element* in = arena.at(step.what.in);
+    Element* out = arena.at(step.what.out);
+    if (step.what.pools) return pool(step.what.conv, in, out);
+    const Convolution<Format>& c = *step.convolution;
+    const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
+    for (int64_t job = 0; job < c.jobs(S); ++job) c.run(job, in, other, out, S, arena.scratch);
+  }
+
+  static void pool(const SampleConvArgs& p, const Element* in, Element* out) {
+    for (int64_t c = 0; c < p.channels; ++c, in += p.height * p.width * S)
+      for (int64_t y = 0; y < p.out_height; ++y)
+        for (int64_t x = 0; x < p.out_width; ++x, out += S) {
+          float most[S];
+          for (float& m : most) m = -INFINITY;
+          for (int64_t i = 0; i < p.kernel[0]; ++i)
+            for (int64_t j = 0; j < p.kernel[1]; ++j) {
+              const int64_t row = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
+              const int64_t column = x * p.stride[1] - p.padding[1] + j * p.dilation[1];
+              if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
+              const Element* from = in + (row * p.width + column) * S;
+              for (int64_t s = 0; s < S; ++s) {
+                const float v = Format::widen(from[s]);
+                most[s] = v > most[s] || v != v ? v : most[s];
+              }
+            }
+          for (int64_t s = 0; s < S; ++s) out[s] = Format::narrow(most[s]);
+        }
+  }
+
+  void count(const Element* place, int64_t n, int64_t* out) const {
+    const auto* logits = reinterpret_cast<const typename Format::Logit*>(place);
+    for (int64_t s = 0; s < n; ++s) {
+      float best = Format::widen(logits[s]);
+      int64_t winner = 0;
+      bool nan = best != best;
+      for (int64_t k = 1; k < a.classes; ++k) {
+        const float v = Format::widen(logits[k * S + s]);
+        nan |= v != v;
+        if (v > best) best = v, winner = k;
+      }
+      if (!nan) ++out[winner];
+    }
+  }
+};
+
+SampleNetwork* sample_network(const SampleNetworkArgs& a) {
+  if (a.dtype == kF32) return new Network<Float32>(a);
+#if defined(__AVX512F__)
+  if (a.dtype == kInt8 && __builtin_cpu_supports("avx512vnni")) return new Network<Int8Quads>(a);
+  if (__builtin_cpu_supports("avx512bf16")) return new Network<Bfloat16Pairs>(a);
+#endif
+  if (a.dtype == kInt8) return new Network<Int8>(a);
+  return new Network<Bfloat16>(a);
+}
+
+}  // namespace CSAM_ISA
+}  // namespace csam

@@ -1,0 +1,135 @@
+"""What arithmetic takes on this machine: measured once and kept, so that every process and every later run agree."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from csam.data import cache as folders
+from csam.inference import FusedConv2d, onednn
+from csam.quantization import quantize
+from csam.runs import processor
+from csam_kernels import compress, sample_network
+from csam_kernels.ops.sample_network import Program, SampleNetwork, Step, Value
+
+_CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.1  # of what is measured: a layer in the middle of a ResNet
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine takes on one thread.
+
+    Attributes:
+        sparse, dense: nanoseconds of a vector's multiply-add in a step of that kind.
+        module, narrow: a multiply-add in torch's own convolution (oneDNN) takes module + narrow / channels nanoseconds,
+            where channels is the lesser of a group's inputs and its filters; 0 in int8, which torch is not asked for.
+    """
+
+    sparse: float
+    dense: float
+    module: float
+    narrow: float
+
+
+@cache
+def rates(dtype: torch.dtype) -> Rates:
+    """The machine's rates: measured once, in some 0.2 s, and kept in the cache folder (`CSAM_CACHE`).
+
+    Of several processes that ask at once one measures while the others wait, and all use what it found. Where there is
+    no such folder, or none that can be written, every process measures for itself.
+    """
+    about = (processor(), torch.__version__, str(dtype), _layer(False, dtype).fingerprint)
+    file = folders.folder() / f"rates-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+    found = _read(file)
+    if found is not None:
+        return found
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    except OSError:
+        return _measured(dtype)
+    with lock:
+        with suppress(OSError):  # a file system without locks: the last one to measure wins
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        found = _read(file) or _measured(dtype)
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
+            with os.fdopen(handle, "w") as stream:
+                json.dump(asdict(found), stream)
+            os.replace(name, file)
+    return found
+
+
+def _read(file: os.PathLike[str]) -> Rates | None:
+    """Rates that were kept; None for what is not there, or no such rates."""
+    try:
+        with open(file) as stream:
+            found = Rates(**{name: float(value) for name, value in json.load(stream).items()})
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
+        return None
+    positive = found.sparse > 0 and found.dense > 0 and found.module >= 0 and found.narrow >= 0
+    return found if positive and all(map(math.isfinite, asdict(found).values())) else None
+
+
+def _layer(dense: bool, dtype: torch.dtype) -> SampleNetwork:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_CHANNELS, _CHANNELS, 3, 3, generator=generator)
+    if not dense:
+        weight *= torch.rand(weight.shape, generator=generator) < _DENSITY
+    image, out, logits = Value(_CHANNELS, _SIZE, _SIZE), Value(_CHANNELS, _SIZE, _SIZE), Value(1, 1, 1)
+    one = compress(torch.ones(1, 1, 1, 1))
+    corner = Step(out, logits, weight=(one[0], one[1], one[2]), stride=(_SIZE, _SIZE))
+    layer = Step(image, out, weight=compress(weight), kernel=(3, 3), padding=(1, 1), dense=dense)
+    program = Program(image, logits, [layer, corner])
+    if dtype is torch.int8:
+        program = quantize(program, torch.rand(1, _CHANNELS, _SIZE, _SIZE, generator=generator))
+    return sample_network(program, dtype)
+
+
+def _measured(dtype: torch.dtype) -> Rates:
+    made = [_layer(dense, dtype) for dense in (False, True)]
+    sparse, dense = (1e6 * n.times(_ROUNDS)[0] / n.costs()[0] for n in made)
+    if dtype is torch.int8:
+        return Rates(sparse, dense, 0.0, 0.0)
+    wide, few = (_convolution_ns(channels, size, dtype) for channels, size in ((_CHANNELS, _SIZE), (_FEW, 2 * _SIZE)))
+    narrow = max(0.0, (few - wide) / (1 / _FEW - 1 / _CHANNELS))
+    narrow = min(narrow, wide * _CHANNELS)  # no layer takes less than nothing
+    return Rates(sparse, dense, max(0.0, wide - narrow / _CHANNELS), narrow)
+
+
+def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
+    """Nanoseconds of a multiply-add in torch's convolution, as the sampling engine calls it."""
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
+        layer: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1)
+    if onednn(dtype):
+        layer = FusedConv2d.of(layer, (), "relu")
+    layer = layer.to(dtype)
+    x = torch.full((_TILE, channels, size, size), 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
+    threads, least = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            if isinstance(layer, FusedConv2d):
+                layer.pack(tuple(x.shape))
+            for _ in range(_ROUNDS):
+                start = time.thread_time()
+                layer(x)
+                least = min(least, time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return 1e9 * least / (_TILE * layer.weight.numel() * size * size)
+
+
+__all__ = ["Rates", "rates"]

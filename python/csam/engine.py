@@ -1,0 +1,120 @@
+"""The sampling engine: which network runs on samples that lie innermost, and which way each of its layers.
+
+A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
+cost model (`csam.costs`) says is faster: dense, filters sharing what they load, or sparse, in time proportional to the
+surviving weights. Where torch's own convolutions are predicted to be faster still, as with AMX tiles and few zeros, the
+network is left to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from csam import lanes
+from csam.costs import rates
+from csam_kernels import sample_network
+from csam_kernels.ops.sample_conv2d import DTYPES
+from csam_kernels.ops.sample_network import Program, SampleNetwork
+
+ENGINES = ("dense", "sparse")
+Choices = Mapping[str, str] | str
+
+
+def ready(
+    network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype, choices: Choices = "auto"
+) -> tuple[SampleNetwork | None, str]:
+    """The network on samples that lie innermost, or None; and in words what was decided and why.
+
+    Args:
+        network: folded, in its own dtype.
+        probe: images [B, C, H, W]; wanted: the network's logits on them.
+        choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
+
+    Raises:
+        ValueError: choices that are not of this network.
+    """
+    if choices == "module" or dtype not in DTYPES:
+        return None, f"run by torch: {'as chosen' if choices == 'module' else f'{dtype} is not offered otherwise'}"
+    try:
+        traced = network if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network)
+        program = lanes.lower(traced, probe.shape[1:])
+        gone = lanes.simplify(program)
+        exact = sample_network(program, torch.float32).logits(probe)
+    except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
+        return None, f"run by torch: {type(error).__name__}: {error}".splitlines()[0]
+    moved = float((exact - wanted).abs().max())
+    if not moved <= 1e-3 * float(wanted.abs().max()):
+        return None, f"run by torch: in steps the logits would move by {moved:.2g}"
+    choose(program, dtype, choices)
+    made = sample_network(program, dtype)
+    layers = [step for step in program.steps if step.weight is not None]
+    sparse = sum(not step.dense for step in layers)
+    step = f"samples innermost: {sparse} of {len(layers)} layers sparse, {gone} dead values of a sample removed"
+    if choices != "auto":
+        return made, step
+    ours, torchs = sum(milliseconds(program, made)), module_ms(traced, probe, dtype)
+    if ours <= torchs:
+        return made, step
+    return None, f"run by torch: {torchs:.3f} ms a sample predicted, {ours:.3f} with samples innermost"
+
+
+def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
+    """Set every step's kind: the one predicted to be faster, or as chosen by name.
+
+    Raises:
+        ValueError: choices that are not of this network.
+    """
+    layers = [step for step in program.steps if step.weight is not None]
+    if choices == "auto":
+        times = []
+        for kind in (True, False):
+            for step in layers:
+                step.dense = kind
+            times.append(milliseconds(program, sample_network(program, dtype)))
+        for step, dense, sparse in zip(program.steps, *times, strict=True):
+            step.dense = step.weight is not None and dense < sparse
+        return
+    if isinstance(choices, str):
+        choices = {step.name: choices for step in layers}
+    if not isinstance(choices, Mapping):
+        raise TypeError(f"choices must be a name or layer -> dense or sparse, got {type(choices).__name__}")
+    names = {step.name for step in layers}
+    wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if name not in names or kind not in ENGINES)
+    wrong += [f"no {name}" for name in sorted(names - choices.keys())]
+    if wrong:
+        raise ValueError(f"choices must give dense or sparse for every layer of the plan, got {', '.join(wrong)}")
+    for step in layers:
+        step.dense = choices[step.name] == "dense"
+
+
+def milliseconds(program: Program, network: SampleNetwork) -> list[float]:
+    """Predicted times a sample of the steps, on one thread."""
+    rate = rates(network.dtype)
+    each = (rate.dense if step.dense else rate.sparse for step in program.steps)
+    return [1e-6 * ns * cost for ns, cost in zip(each, network.costs(), strict=True)]
+
+
+def module_ms(network: nn.Module, probe: Tensor, dtype: torch.dtype) -> float:
+    """Predicted milliseconds a sample, on one thread, of the convolutions that torch runs for such images."""
+    rate, total = rates(dtype), 0.0
+
+    def count(layer: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal total
+        channels = max(1, min(layer.in_channels, layer.out_channels) // layer.groups)
+        total += 1e-6 * layer.weight.numel() * out[0, 0].numel() * (rate.module + rate.narrow / channels)
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        with torch.inference_mode():
+            network(probe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+__all__ = ["ENGINES", "Choices", "choose", "milliseconds", "module_ms", "ready"]

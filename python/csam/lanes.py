@@ -1,0 +1,520 @@
+"""A network as steps on samples that lie innermost: what the sampling engine runs on a CPU.
+
+In the layout [C, H, W, samples] every linear operation is a convolution of surviving weights, so convolutions, linear
+layers, average pooling, shortcuts, sums and concatenations all become one kind of step (a concatenation none at all:
+its parts are written side by side); maximum pooling is the other. `lower` makes them of a traced network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from csam_kernels import compress
+from csam_kernels.ops.sample_network import Program, Rows, Step, Value
+
+
+class NotLowered(ValueError):
+    """A node of the network that has no such step; says which and why."""
+
+
+def lower(traced: fx.GraphModule, image: torch.Size) -> Program:
+    """The steps of a traced network in eval mode for images [C, H, W].
+
+    Raises:
+        NotLowered: an operation without a step.
+    """
+    return _Lowering(traced, image).run()
+
+
+def identity(channels: int, area: int = 1, scale: float | Tensor = 1.0) -> Rows:
+    """Rows of the weight that gives every channel its own taps, all of one value."""
+    taps = torch.arange(channels * area, dtype=torch.int32)
+    values = torch.as_tensor(scale, dtype=torch.float32).expand(channels, 1).repeat_interleave(area, 1).flatten()
+    return values.contiguous(), taps, torch.arange(channels + 1, dtype=torch.int32) * area
+
+
+class _Lowering:
+    def __init__(self, traced: fx.GraphModule, image: torch.Size) -> None:
+        self.traced = traced
+        self.modules = dict(traced.named_modules())
+        self.values: dict[fx.Node, Any] = {}
+        self.steps: list[Step] = []
+        self.image = Value(*image)
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+
+    def run(self) -> Program:
+        logits: Any = None
+        for node in self.traced.graph.nodes:
+            if node.op == "output":
+                logits = self._of(node.args[0])
+                break
+            self.values[node] = self._lowered(node)
+        if not isinstance(logits, Value) or logits.height * logits.width != 1:
+            raise NotLowered("the network's output is no row of logits")
+        return Program(self.image, logits, self.steps, self.mean, self.std)
+
+    def _of(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self.values[argument]
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._of(a) for a in argument)
+        return argument
+
+    def _lowered(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            if self.values:
+                raise NotLowered(f"{node.name}: a second input")
+            return self.image
+        if node.op == "get_attr":
+            attribute: Any = self.traced
+            for part in str(node.target).split("."):
+                attribute = getattr(attribute, part)
+            return attribute.detach().float() if isinstance(attribute, Tensor) else attribute
+        args, kwargs = self._of(node.args), {k: self._of(v) for k, v in node.kwargs.items()}
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if module is not None:
+            what, table = type(module).__name__, _MODULES
+        else:
+            what, table = str(getattr(node.target, "__name__", node.target)), _FUNCTIONS
+        before = len(self.steps)
+        try:
+            if module is None and not _has_value((args, kwargs)):  # computed at once
+                method = node.op == "call_method"
+                call: Any = getattr(args[0], what) if method else node.target
+                return call(*args[method:], **kwargs)
+            if what not in table:
+                raise NotLowered(f"no step for {what}")
+            made = table[what](self, *([] if module is None else [module]), *args, **kwargs)
+        except NotLowered as error:
+            raise NotLowered(f"{node.name}: {error}") from error
+        except Exception as error:  # a form of the call that its step does not take
+            raise NotLowered(f"{node.name}: {what} in a form that has no step ({error})") from error
+        for i, step in enumerate(self.steps[before:]):
+            step.name = f"{node.name}.{i}" if i else node.name
+        if what.endswith("_") or kwargs.get("inplace", getattr(module, "inplace", False)):
+            for other, value in self.values.items():  # names of the same memory
+                if value is args[0]:
+                    self.values[other] = made
+        return made
+
+    def alone(self, x: Value) -> bool:
+        """Whether a single node gives x, and a single one reads it."""
+        nodes = [n for n, v in self.values.items() if v is x]
+        return len(nodes) == 1 and len(nodes[0].users) == 1
+
+    def untouched(self, x: Any) -> bool:
+        """Whether x is the image, which nothing has read but what scales it."""
+        return x is self.image and all(len(n.users) == 1 for n, v in self.values.items() if v is x)
+
+    # Steps
+
+    def add(self, step: Step) -> Value:
+        self.steps.append(step)
+        return step.out
+
+    def convolve(self, x: Value, weight: Rows, **options: Any) -> Value:
+        filters = len(weight[2]) - 1
+        step = Step(x, x, weight=weight, **options)
+        step.out = Value(filters, _outputs(step, 0, x.height), _outputs(step, 1, x.width))
+        return self.add(step)
+
+    def each(self, x: Value, scale: float | Tensor = 1.0, **options: Any) -> Value:
+        """Every channel by itself, times its factor."""
+        return self.convolve(x, identity(x.channels, scale=scale), **options)
+
+    def conv2d(self, layer: Any, x: Value, other: Value | None = None) -> Value:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise NotLowered(f"a convolution with padding {layer.padding_mode} {layer.padding}")
+        weight = compress(layer.weight.detach().float(), groups=layer.groups)
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        options = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+        low = 0.0 if getattr(layer, "activation", "none") == "relu" else -math.inf
+        return self.convolve(x, weight, bias=bias, other=other, low=low, dilation=layer.dilation, **options)
+
+    def linear(self, layer: nn.Linear, x: Value) -> Value:
+        if x.height * x.width != 1:
+            raise NotLowered("a linear layer over images")
+        weight = compress(layer.weight.detach().float()[:, :, None, None])
+        return self.convolve(x, weight, bias=None if layer.bias is None else layer.bias.detach().float())
+
+    def batch_norm(self, layer: Any, x: Value) -> Value:
+        scale = (layer.running_var.double() + layer.eps).rsqrt() * (
+            1.0 if layer.weight is None else layer.weight.double()
+        )
+        shift = (0.0 if layer.bias is None else layer.bias.double()) - layer.running_mean.double() * scale
+        return self.each(x, scale.float()[:, None], bias=shift.float())
+
+    def clamp(self, x: Value, low: float, high: float) -> Value:
+        """A clamp of what one step alone gives joins it."""
+        last = next((s for s in self.steps if s.out is x), None)
+        if last is not None and last.weight is not None and self.alone(x):
+            last.low, last.high = (min(max(bound, low), high) for bound in (last.low, last.high))
+            return x
+        return self.each(x, low=low, high=high)
+
+    def sum(self, a: Any, b: Any) -> Value:
+        if not isinstance(a, Value):
+            a, b = b, a
+        if not isinstance(b, Value):
+            return self.each(a, bias=_per_channel(b, a.channels))
+        if (a.channels, a.height, a.width) != (b.channels, b.height, b.width):
+            raise NotLowered("a sum of two shapes")
+        return self.each(a, other=b)
+
+    def difference(self, a: Any, b: Any) -> Value:
+        if isinstance(a, Value) and isinstance(b, Value):
+            raise NotLowered("a difference of two values")
+        if not isinstance(a, Value):
+            return self.each(b, -1.0, bias=_per_channel(a, b.channels))
+        shift = _per_channel(b, a.channels)
+        if self.untouched(a) and self.mean is None and self.std is None:
+            self.mean = shift
+            return a
+        return self.each(a, bias=-shift)
+
+    def product(self, a: Any, b: Any) -> Value:
+        if isinstance(a, Value) and isinstance(b, Value):
+            raise NotLowered("a product of two values")
+        if not isinstance(a, Value):
+            a, b = b, a
+        scale = _per_channel(b, a.channels)
+        if self.untouched(a) and self.std is None and bool((scale != 0).all()):
+            self.std = 1 / scale
+            return a
+        return self.each(a, scale[:, None])
+
+    def quotient(self, a: Any, b: Any) -> Value:
+        if not isinstance(a, Value) or isinstance(b, Value):
+            raise NotLowered("a quotient of this form")
+        scale = _per_channel(b, a.channels)
+        if self.untouched(a) and self.std is None:
+            self.std = scale
+            return a
+        return self.each(a, (1 / scale)[:, None])
+
+    def average(
+        self,
+        x: Value,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Value:
+        kernel, padding = _pair(kernel_size), _pair(padding)
+        if ceil_mode or (any(padding) and not count_include_pad):
+            raise NotLowered("average pooling with ceil_mode or count_include_pad=False")
+        area = kernel[0] * kernel[1]
+        weight = identity(x.channels, area, 1 / (divisor_override or area))
+        return self.convolve(x, weight, kernel=kernel, stride=_pair(stride or kernel), padding=padding)
+
+    def adaptive(self, x: Value, output_size: Any) -> Value:
+        sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        high, wide = (s or n for s, n in zip(sizes, (x.height, x.width), strict=True))
+        if x.height % high or x.width % wide:
+            raise NotLowered(f"adaptive pooling of {x.height}x{x.width} to {high}x{wide}")
+        return self.average(x, (x.height // high, x.width // wide))
+
+    def maximum(
+        self,
+        x: Value,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Value:
+        if return_indices:
+            raise NotLowered("maximum pooling with return_indices")
+        kernel = _pair(kernel_size)
+        step = Step(
+            x, x, kernel=kernel, stride=_pair(stride or kernel), padding=_pair(padding), dilation=_pair(dilation)
+        )
+        high, wide = _outputs(step, 0, x.height, ceil_mode), _outputs(step, 1, x.width, ceil_mode)
+        step.out = Value(x.channels, high, wide)
+        return self.add(step)
+
+    def cat(self, parts: Any, dim: int = 0) -> Value:
+        if dim not in (1, -3) or not all(isinstance(p, Value) for p in parts):
+            raise NotLowered(f"a concatenation along dimension {dim}")
+        whole = Value(sum(p.channels for p in parts), parts[0].height, parts[0].width)
+        start = 0
+        for part in parts:
+            made = next((s for s in self.steps if s.out is part), None)
+            if part.part is not None or made is None:
+                part = self.each(part)
+            part.part = (whole, start)
+            start += part.channels
+        return whole
+
+    def flatten(self, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+        if start_dim not in (1, -3) or end_dim not in (-1, 3):
+            raise NotLowered(f"flattening dimensions {start_dim} to {end_dim}")
+        return x if x.height * x.width == 1 else Value(x.size, 1, 1, (x, 0))
+
+    def view(self, x: Value, *shape: Any) -> Any:
+        sizes = tuple(shape[0] if shape and isinstance(shape[0], (tuple, list)) else shape)
+        if len(sizes) != 2 or sizes[0] != _BATCH or sizes[1] not in (-1, x.size):
+            raise NotLowered(f"a view of {x.size} values an image as {sizes}")
+        return self.flatten(x, 1)
+
+    def mean_over(self, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+        if sorted(d % 4 for d in dim) != [2, 3]:
+            raise NotLowered(f"a mean over {dim}")
+        return self.adaptive(x, 1)
+
+    def getitem(self, x: Any, index: Any) -> Any:
+        """Every n-th row and column: a convolution of one tap."""
+        whole = slice(None, None, None)
+        index = (*index, *[whole] * (4 - len(index)))
+        steps = [i.step or 1 for i in index[2:]]
+        if any(i != whole for i in index[:2]) or any(i.start or i.stop for i in index[2:]):
+            raise NotLowered(f"indexing with {index}")
+        return self.each(x, stride=tuple(steps))
+
+    def pad(self, x: Value, amounts: Any, mode: str = "constant", value: float | None = None) -> Value:
+        left, right, top, bottom, *channels = [*amounts, 0, 0, 0, 0, 0, 0][:6]
+        if mode != "constant" or value or (left, top) != (right, bottom) or min(amounts) < 0 or len(amounts) > 6:
+            raise NotLowered(f"padding by {amounts} in mode {mode}")
+        values, taps, rows = identity(x.channels)
+        before, after = channels
+        rows = torch.cat([rows.new_zeros(before), rows, rows.new_full((after,), x.channels)])
+        made = next((s for s in self.steps if s.out is x), None)
+        if made is not None and not (left or top) and self.alone(x) and made.weight is not None and made.other is None:
+            v, t, r = made.weight  # the step itself gives the empty channels too
+            made.weight = (v, t, torch.cat([r.new_zeros(before), r, r.new_full((after,), int(r[-1]))]))
+            if made.bias is not None:
+                made.bias = F.pad(made.bias, (before, after))
+            x.channels += before + after
+            return x
+        return self.convolve(x, (values, taps, rows), padding=(top, left))
+
+
+def _outputs(step: Step, axis: int, size: int, ceil_mode: bool = False) -> int:
+    reach = step.dilation[axis] * (step.kernel[axis] - 1) + 1
+    room = size + 2 * step.padding[axis] - reach
+    number = (-(-room // step.stride[axis]) if ceil_mode else room // step.stride[axis]) + 1
+    if ceil_mode and (number - 1) * step.stride[axis] >= size + step.padding[axis]:
+        number -= 1  # no window starts in the padding behind the image
+    return number
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[-1])) if isinstance(value, (tuple, list)) else (int(value), int(value))
+
+
+def _per_channel(value: Any, channels: int) -> Tensor:
+    value = torch.as_tensor(value, dtype=torch.float32)
+    if value.numel() not in (1, channels) or (value.numel() > 1 and value.shape[-3:] != (channels, 1, 1)):
+        raise NotLowered(f"a constant of shape {tuple(value.shape)}")
+    return value.flatten().expand(channels).contiguous()
+
+
+def _has_value(argument: Any) -> bool:
+    if isinstance(argument, (tuple, list)):
+        return any(map(_has_value, argument))
+    return isinstance(argument, Value) or (isinstance(argument, dict) and _has_value(list(argument.values())))
+
+
+_BATCH = -1  # size of the batch, which no step knows
+
+
+def _size(lowering: _Lowering, x: Value, dim: int | None = None) -> Any:
+    shape = (_BATCH, x.channels, x.height, x.width)
+    return shape if dim is None else shape[dim]
+
+
+def _attribute(lowering: _Lowering, x: Value, name: str) -> Any:
+    if name != "shape":
+        raise NotLowered(f"no step for .{name}")
+    return _size(lowering, x)
+
+
+def _dropout(lowering: _Lowering, x: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
+    if training:
+        raise NotLowered("dropout with training=True")
+    return x
+
+
+_MODULES: dict[str, Callable[..., Any]] = {
+    "Conv2d": _Lowering.conv2d,
+    "FusedConv2d": _Lowering.conv2d,
+    "Linear": _Lowering.linear,
+    "BatchNorm2d": _Lowering.batch_norm,
+    "ReLU": lambda self, m, x: self.clamp(x, 0.0, math.inf),
+    "ReLU6": lambda self, m, x: self.clamp(x, 0.0, 6.0),
+    "Hardtanh": lambda self, m, x: self.clamp(x, m.min_val, m.max_val),
+    "MaxPool2d": lambda self, m, x: self.maximum(
+        x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    "AvgPool2d": lambda self, m, x: self.average(
+        x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
+    "AdaptiveAvgPool2d": lambda self, m, x: self.adaptive(x, m.output_size),
+    "Flatten": lambda self, m, x: self.flatten(x, m.start_dim, m.end_dim),
+    "Identity": lambda self, m, x: x,
+    "Dropout": lambda self, m, x: x,
+    "Dropout2d": lambda self, m, x: x,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "_checked_images": lambda self, x, channels: x,
+    "relu": lambda self, x, inplace=False: self.clamp(x, 0.0, math.inf),
+    "relu_": lambda self, x: self.clamp(x, 0.0, math.inf),
+    "relu6": lambda self, x, inplace=False: self.clamp(x, 0.0, 6.0),
+    "hardtanh": lambda self, x, min_val=-1.0, max_val=1.0, inplace=False: self.clamp(x, min_val, max_val),
+    "add": _Lowering.sum,
+    "add_": _Lowering.sum,
+    "sub": _Lowering.difference,
+    "mul": _Lowering.product,
+    "truediv": _Lowering.quotient,
+    "div": _Lowering.quotient,
+    "cat": _Lowering.cat,
+    "concat": _Lowering.cat,
+    "avg_pool2d": _Lowering.average,
+    "adaptive_avg_pool2d": _Lowering.adaptive,
+    "max_pool2d": _Lowering.maximum,
+    "flatten": _Lowering.flatten,
+    "view": _Lowering.view,
+    "reshape": _Lowering.view,
+    "size": _size,
+    "getattr": _attribute,
+    "mean": _Lowering.mean_over,
+    "getitem": _Lowering.getitem,
+    "pad": _Lowering.pad,
+    "dropout": _dropout,
+    "contiguous": lambda self, x, **_: x,
+}
+
+
+@dataclass(eq=False)
+class _Tied:
+    """Values whose channels belong together: those of a sum, and of a maximum over windows."""
+
+    values: set[Value]
+    steps: list[Step]  # that give one of them
+
+    def readers(self, program: Program) -> list[Step]:
+        return [s for s in program.steps if s.input in self.values and s.weight is not None]
+
+
+def simplify(program: Program) -> int:
+    """Take channels out that nobody reads or that are constant; gives how many values of a sample are gone.
+
+    A constant channel is that of an empty filter: its bias, plus a constant. What it adds to a convolution is no bias
+    of that convolution, because of zero padding, so all constant channels of a value become a single one of value 1.
+    """
+    before = sum(s.out.size for s in program.steps)
+    while sum(_simplified(program, tied) for tied in _ties(program)):
+        pass
+    return before - sum(s.out.size for s in program.steps)
+
+
+def _ties(program: Program) -> list[_Tied]:
+    """The values that may be changed, by component; not those that are parts of others or have parts."""
+    group: dict[Value, Value] = {}
+
+    def find(v: Value) -> Value:
+        while group.setdefault(v, v) is not v:
+            v = group[v]
+        return v
+
+    fixed = [program.image, program.logits, program.logits.root]
+    for step in program.steps:
+        for value in (step.input, step.out, step.other):
+            if value is not None and value.part is not None:
+                fixed += [value, value.root]
+        tied = step.input if step.weight is None else step.other
+        if tied is not None:
+            group[find(step.out)] = find(tied)
+    components: dict[Value, _Tied] = {}
+    for step in program.steps:
+        for value in (step.input, step.out):
+            components.setdefault(find(value), _Tied(set(), [])).values.add(value)
+        components[find(step.out)].steps.append(step)
+    kept = {find(value) for value in fixed}
+    return [tied for key, tied in components.items() if key not in kept]
+
+
+def _simplified(program: Program, tied: _Tied) -> bool:
+    channels = tied.steps[0].out.channels
+    constant: dict[Value, Tensor] = {}  # value of every channel, NaN where it depends on the image
+    for step in tied.steps:  # in their order
+        if step.weight is None:
+            constant[step.out] = constant[step.input]
+            continue
+        base = torch.zeros(channels) if step.bias is None else step.bias.clone()
+        base = base if step.other is None else base + constant[step.other]
+        base[step.weight[2].diff() > 0] = math.nan
+        constant[step.out] = base.clamp(step.low, step.high)
+    fixed = torch.stack([c.isfinite() for c in constant.values()]).all(0)
+    readers = tied.readers(program)
+    read = torch.zeros(channels, dtype=torch.bool)
+    for step in readers:
+        assert step.weight is not None
+        read[step.weight[1].long() // (step.kernel[0] * step.kernel[1])] = True
+    live = read & ~fixed
+    needed = any(bool((constant[s.input][read & fixed] != 0).any()) for s in readers)
+    kept = live.nonzero().flatten()
+    bounded = any(not step.low <= 1 <= step.high for step in tied.steps)  # so that no channel of value 1 can be there
+    if len(kept) + needed >= channels or not len(kept) or (needed and bounded):
+        return False
+    for step in readers:
+        step.weight = _reading(step, kept, constant[step.input] if needed else None, fixed)
+    for step in tied.steps:
+        if step.weight is None:
+            continue
+        bias = torch.zeros(channels) if step.bias is None else step.bias
+        one = torch.tensor([0.0 if step.other is not None else 1.0] * needed)
+        step.bias = torch.cat([bias[kept], one])
+        step.weight = _giving(step.weight, kept, needed)
+    for value in tied.values:
+        value.channels = len(kept) + needed
+    return True
+
+
+def _giving(weight: Rows, kept: Tensor, one: bool) -> Rows:
+    """The kept filters, and an empty one behind them."""
+    values, taps, rows = weight
+    counts = rows.diff()
+    chosen = torch.zeros(len(counts), dtype=torch.bool)
+    chosen[kept] = True
+    entries = chosen.repeat_interleave(counts)
+    ends = F.pad(counts[kept].cumsum(0), (1, 0))
+    ends = torch.cat([ends, ends[-1:]]) if one else ends
+    return values[entries], taps[entries], ends.to(torch.int32)
+
+
+def _reading(step: Step, kept: Tensor, constant: Tensor | None, fixed: Tensor) -> Rows:
+    """The step's weight on the kept channels and, given constants, the channel of value 1 behind them."""
+    assert step.weight is not None
+    values, taps, rows = step.weight
+    area = step.kernel[0] * step.kernel[1]
+    filters = torch.arange(len(rows) - 1).repeat_interleave(rows.diff())
+    channel, tap = taps.long() // area, taps.long() % area
+    width = (len(kept) + (constant is not None)) * area
+    place = torch.full((len(fixed),), -1)
+    place[kept] = torch.arange(len(kept))
+    there = place[channel] >= 0
+    flat = filters[there] * width + place[channel[there]] * area + tap[there]
+    if constant is not None:
+        gone = ~there & fixed[channel] & (constant[channel] != 0)
+        target = filters[gone] * width + len(kept) * area + tap[gone]
+        merged, index = target.unique(return_inverse=True)
+        sums = torch.zeros(len(merged), dtype=torch.float64)
+        sums.index_add_(0, index, values[gone].double() * constant[channel[gone]].double())
+        flat, values = torch.cat([flat, merged]), torch.cat([values[there], sums.float()])
+    else:
+        values = values[there]
+    flat, order = flat.sort()
+    counts = torch.bincount(flat // width, minlength=len(rows) - 1)
+    return values[order], (flat % width).to(torch.int32), F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,90 @@
+"""A program of the sampling engine in int8, calibrated on inputs with the noise that it will certify.
+
+Values become whole numbers 0 .. 255, one scale and zero point for all that lies together (a concatenation is one),
+weights -127 .. 127 with a scale a filter. The range of a value is the share of what calibration saw that loses least
+to rounding and clipping together. Logits stay float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from csam_kernels import reference
+from csam_kernels.ops.sample_network import Integers, Program, Step, Value
+
+_LEVELS, _WEIGHTS = 255, 127
+_SHARES = torch.linspace(1.0, 0.3, 15)  # of the observed range
+_SEEN = 1 << 18  # numbers of a value that the choice among them looks at
+_EXACT = 2.0**23  # below which a whole number is one as float32
+
+
+def quantize(program: Program, noisy: Tensor) -> Program:
+    """The program in int8; it shares the values of the old one.
+
+    Args:
+        noisy: images [n, C, H, W] as they will be labelled, noise included.
+    """
+    ranges = _ranges(program, noisy)
+    scale, zero = ranges[program.image.root]
+    steps = [step if step.weight is None else _quantized(step, ranges, program.logits) for step in program.steps]
+    return replace(program, steps=steps, scale=1 / scale, shift=float(zero))
+
+
+def _ranges(program: Program, noisy: Tensor) -> dict[Value, tuple[float, int]]:
+    """(scale, what stands for 0) of every root value; the same before and after a maximum over windows."""
+    same = {value.root: value.root for step in program.steps for value in (step.input, step.out)}
+    for step in program.steps:
+        if step.weight is None:
+            old, new = same[step.out.root], same[step.input.root]
+            same = {root: new if group is old else group for root, group in same.items()}
+    seen: dict[Value, list[Tensor]] = {}
+    for value, numbers in reference.sample_values(program, noisy, torch.float32).items():
+        if value.part is None:
+            flat = numbers.flatten()
+            seen.setdefault(same[value], []).append(flat[:: max(1, len(flat) // _SEEN)])
+    found = {group: _range(torch.cat(numbers)) for group, numbers in seen.items()}
+    return {root: found[group] for root, group in same.items()}
+
+
+def _range(seen: Tensor) -> tuple[float, int]:
+    """(scale, what stands for 0) of numbers that include 0."""
+    low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
+    best, least = (1.0, 0), float("inf")
+    for share in _SHARES.tolist():
+        scale = (high - low) * share / _LEVELS
+        if scale <= 0:
+            break
+        zero = round(-low * share / scale)
+        again = ((seen / scale + zero).round().clamp(0, _LEVELS) - zero) * scale
+        error = float((again - seen).square().mean())
+        if error < least:
+            best, least = (scale, zero), error
+    return best
+
+
+def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value) -> Step:
+    assert step.weight is not None
+    values, taps, rows = step.weight
+    filters = len(rows) - 1
+    of = torch.arange(filters).repeat_interleave(rows.diff())
+    bias = torch.zeros(filters) if step.bias is None else step.bias
+    scale_in, zero_in = ranges[step.input.root]
+    largest = torch.zeros(filters).scatter_reduce(0, of, values.abs(), "amax")
+    unit = torch.maximum(largest / _WEIGHTS, bias.abs() / (scale_in * _EXACT)).clamp(min=1e-30)  # of a filter's weights
+    whole = (values / unit[of]).round()
+    start = (bias / (scale_in * unit)).round() - zero_in * torch.zeros(filters).index_add(0, of, whole)
+    real = step.out.root is logits.root
+    scale, zero = (1.0, 0) if real else ranges[step.out.root]
+    other_scale, shift = 0.0, float(zero)
+    if step.other is not None:
+        scale_other, zero_other = ranges[step.other.root]
+        other_scale = scale_other / scale
+        shift -= zero_other * other_scale
+    low, high = step.low, step.high
+    if not real:
+        low, high = max(0.0, low / scale + zero), min(float(_LEVELS), high / scale + zero)
+    integers = Integers(scale_in * unit / scale, shift, other_scale, zero_in, real)
+    return replace(step, weight=(whole, taps, rows), bias=start, low=low, high=high, integers=integers)
