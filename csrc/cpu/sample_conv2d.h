@@ -795,19 +795,20 @@ struct Convolution {
 
   // The first n samples of what the lines point to, the lanes past them 0.
   void pack(const Scratch& s, int64_t count, int64_t n) const {
-    constexpr int64_t kMost = Format::kTogether;
     const int64_t together = step();
-    for (int64_t i = 0; i < count / together; ++i) {
-      const int64_t line = i / lines * together * lines + i % lines;
-      const Element* in[kMost];
-      Element some[kMost][Format::kLanes] = {};
-      for (int64_t j = 0; j < together; ++j) {
-        in[j] = static_cast<const Element*>(s.lines[line + j * lines]);
-        if (n < Format::kLanes) in[j] = static_cast<Element*>(memcpy(some[j], in[j], n * sizeof(Element)));
+    float* out = s.packed.data;
+    Element some[Format::kTogether][Format::kLanes] = {};
+    for (int64_t first = 0; first < count; first += together * lines)
+      for (int64_t i = first; i < first + lines; ++i) {
+        const Element* in[Format::kTogether];
+        for (int64_t j = 0; j < together; ++j) {
+          in[j] = static_cast<const Element*>(s.lines[i + j * lines]);
+          if (n < Format::kLanes) in[j] = static_cast<Element*>(memcpy(some[j], in[j], n * sizeof(Element)));
+        }
+        if (dense) Format::pack_unit(in, out);
+        else store(out, Format::pack(in[0]));
+        out += W * (dense ? Format::kSums : 1);
       }
-      if (dense) Format::pack_unit(in, s.packed.data + i * W * Format::kSums);
-      else store(s.packed.data + i * W, Format::pack(in[0]));
-    }
   }
 
   void write(int64_t slot, int64_t top, int64_t left, int64_t sample, int64_t n, const float* sums, int64_t pitch,

@@ -9,8 +9,9 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 
 import torch
@@ -45,42 +46,58 @@ class Rates:
 
 @cache
 def rates(dtype: torch.dtype) -> Rates:
-    """The machine's rates: measured once, in some 0.2 s, and kept in the cache folder (`CSAM_CACHE`).
+    """The machine's rates, measured in some 0.3 s; kept as by `kept`."""
+    about = (str(dtype), _layer(False, dtype).fingerprint)
+    names = {field.name for field in fields(Rates)}
+
+    def valid(found: dict[str, float]) -> bool:
+        return found.keys() == names and found["sparse"] > 0 and found["dense"] > 0
+
+    return Rates(**kept("rates", about, lambda: asdict(_measured(dtype)), valid))
+
+
+def kept(
+    name: str, about: object, measure: Callable[[], dict[str, float]], valid: Callable[[dict[str, float]], bool]
+) -> dict[str, float]:
+    """What `measure` finds, times >= 0 by name: measured once a machine and kept in the cache folder (`CSAM_CACHE`).
 
     Of several processes that ask at once one measures while the others wait, and all use what it found. Where there is
     no such folder, or none that can be written, every process measures for itself.
+
+    Args:
+        about: what the times depend on besides processor and torch; by its repr.
+        valid: whether what a file holds is what `measure` would give.
     """
-    about = (processor(), torch.__version__, str(dtype), _layer(False, dtype).fingerprint)
-    file = folders.folder() / f"rates-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
-    found = _read(file)
+    key = repr((processor(), torch.__version__, about))
+    file = folders.folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    found = _read(file, valid)
     if found is not None:
         return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_suffix(".lock").open("w")
     except OSError:
-        return _measured(dtype)
+        return measure()
     with lock:
         with suppress(OSError):  # a file system without locks: the last one to measure wins
             fcntl.flock(lock, fcntl.LOCK_EX)
-        found = _read(file) or _measured(dtype)
+        found = _read(file, valid) or measure()
         with suppress(OSError):
-            handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
+            handle, draft = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
             with os.fdopen(handle, "w") as stream:
-                json.dump(asdict(found), stream)
-            os.replace(name, file)
+                json.dump(found, stream)
+            os.replace(draft, file)
     return found
 
 
-def _read(file: os.PathLike[str]) -> Rates | None:
-    """Rates that were kept; None for what is not there, or no such rates."""
+def _read(file: os.PathLike[str], valid: Callable[[dict[str, float]], bool]) -> dict[str, float] | None:
+    """Times that were kept; None for what is not there, or no such times."""
     try:
         with open(file) as stream:
-            found = Rates(**{name: float(value) for name, value in json.load(stream).items()})
+            found = {str(name): float(value) for name, value in json.load(stream).items()}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return None
-    positive = found.sparse > 0 and found.dense > 0 and found.module >= 0 and found.narrow >= 0
-    return found if positive and all(map(math.isfinite, asdict(found).values())) else None
+    return found if all(value >= 0 and math.isfinite(value) for value in found.values()) and valid(found) else None
 
 
 def _layer(dense: bool, dtype: torch.dtype) -> SampleNetwork:
@@ -117,19 +134,24 @@ def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
         layer = FusedConv2d.of(layer, (), "relu")
     layer = layer.to(dtype)
     x = torch.full((_TILE, channels, size, size), 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
-    threads, least = torch.get_num_threads(), float("inf")
+    if isinstance(layer, FusedConv2d):
+        layer.pack(tuple(x.shape))
+    return 1e6 * least_ms(lambda: layer(x), _ROUNDS) / (_TILE * layer.weight.numel() * size * size)
+
+
+def least_ms(run: Callable[[], object], rounds: int) -> float:
+    """The least milliseconds of processor time that a call took, on one thread."""
+    threads, least = torch.get_num_threads(), math.inf
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            if isinstance(layer, FusedConv2d):
-                layer.pack(tuple(x.shape))
-            for _ in range(_ROUNDS):
+            for _ in range(rounds):
                 start = time.thread_time()
-                layer(x)
+                run()
                 least = min(least, time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    return 1e9 * least / (_TILE * layer.weight.numel() * size * size)
+    return 1e3 * least
 
 
-__all__ = ["Rates", "rates"]
+__all__ = ["Rates", "kept", "least_ms", "rates"]

@@ -8,24 +8,30 @@ network is left to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from csam import lanes
-from csam.costs import rates
+from csam.costs import kept, least_ms, rates
 from csam_kernels import sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
 from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 ENGINES = ("dense", "sparse")
 Choices = Mapping[str, str] | str
+_ROUNDS = 3
 
 
 def ready(
-    network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype, choices: Choices = "auto"
+    network: nn.Module,
+    probe: Tensor,
+    wanted: Tensor,
+    dtype: torch.dtype,
+    choices: Choices = "auto",
+    rival: Callable[[], tuple[Callable[[], object], int]] | None = None,
 ) -> tuple[SampleNetwork | None, str]:
     """The network on samples that lie innermost, or None; and in words what was decided and why.
 
@@ -33,6 +39,8 @@ def ready(
         network: folded, in its own dtype.
         probe: images [B, C, H, W]; wanted: the network's logits on them.
         choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
+        rival: makes a call by which torch labels a tile, and how many images that are. Where torch is predicted to be
+            faster, both are measured, once a machine and architecture; without it the prediction decides.
 
     Raises:
         ValueError: choices that are not of this network.
@@ -56,10 +64,25 @@ def ready(
     step = f"samples innermost: {sparse} of {len(layers)} layers sparse, {gone} dead values of a sample removed"
     if choices != "auto":
         return made, step
-    ours, torchs = sum(milliseconds(program, made)), module_ms(traced, probe, dtype)
+    ours, torchs, how = sum(milliseconds(program, made)), module_ms(traced, probe, dtype), "predicted"
+    if torchs < ours and rival is not None:
+        ours, torchs, how = *_raced(made, rival), "measured"
     if ours <= torchs:
         return made, step
-    return None, f"run by torch: {torchs:.3f} ms a sample predicted, {ours:.3f} with samples innermost"
+    return None, f"run by torch: {torchs:.3f} ms a sample {how}, {ours:.3f} with samples innermost"
+
+
+def _raced(network: SampleNetwork, rival: Callable[[], tuple[Callable[[], object], int]]) -> tuple[float, float]:
+    """Measured milliseconds a sample of the network and of torch, noise left out, on one thread."""
+
+    def measure() -> dict[str, float]:
+        call, images = rival()
+        return {"ours": sum(network.times(_ROUNDS)), "torch": least_ms(call, _ROUNDS) / images}
+
+    steps = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride, s.dense) for s in network.program.steps]
+    about = (str(network.dtype), network.shape, steps, [round(cost) for cost in network.costs()])
+    found = kept("race", about, measure, lambda times: times.keys() == {"ours", "torch"})
+    return found["ours"], found["torch"]
 
 
 def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:

@@ -589,7 +589,12 @@ def _prepare(
     if dtype is not None:
         made = inference.ready(network, probe, wanted, dtype, tile)
         if made.exact is not None:
-            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices)
+
+            def rival() -> tuple[Callable[[], object], int]:
+                images = inference.laid_out(probe[:1].to(dtype).expand(tile, *shape), made.layout)
+                return lambda: made.network(images), tile
+
+            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival)
             made.steps.append(step)
     classes = wanted.shape[1]
     return Prepared(
