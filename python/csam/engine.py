@@ -39,8 +39,8 @@ def ready(
         network: folded, in its own dtype.
         probe: images [B, C, H, W]; wanted: the network's logits on them.
         choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
-        rival: makes a call by which torch labels a tile, and how many images that are. Where torch is predicted to be
-            faster, both are measured, once a machine and architecture; without it the prediction decides.
+        rival: makes a call by which torch labels a tile of noise, and says how many images that are. Where torch is
+            predicted to be faster, both are measured, once a machine and architecture; without it the prediction decides.
 
     Raises:
         ValueError: choices that are not of this network.
@@ -66,18 +66,22 @@ def ready(
         return made, step
     ours, torchs, how = sum(milliseconds(program, made)), module_ms(traced, probe, dtype), "predicted"
     if torchs < ours and rival is not None:
-        ours, torchs, how = *_raced(made, rival), "measured"
+        ours, torchs, how = *_raced(made, probe[0], rival), "measured"
     if ours <= torchs:
         return made, step
     return None, f"run by torch: {torchs:.3f} ms a sample {how}, {ours:.3f} with samples innermost"
 
 
-def _raced(network: SampleNetwork, rival: Callable[[], tuple[Callable[[], object], int]]) -> tuple[float, float]:
-    """Measured milliseconds a sample of the network and of torch, noise left out, on one thread."""
+def _raced(
+    network: SampleNetwork, x: Tensor, rival: Callable[[], tuple[Callable[[], object], int]]
+) -> tuple[float, float]:
+    """Measured milliseconds a noisy sample of x by the network and by torch, on one thread."""
 
     def measure() -> dict[str, float]:
         call, images = rival()
-        return {"ours": sum(network.times(_ROUNDS)), "torch": least_ms(call, _ROUNDS) / images}
+        tile, pixels = network.lanes, x.float()
+        ours = least_ms(lambda: network.votes(pixels, 1.0, tile, seed=0), _ROUNDS) / tile
+        return {"ours": ours, "torch": least_ms(call, _ROUNDS) / images}
 
     steps = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride, s.dense) for s in network.program.steps]
     about = (str(network.dtype), network.shape, steps, [round(cost) for cost in network.costs()])

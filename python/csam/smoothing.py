@@ -591,8 +591,16 @@ def _prepare(
         if made.exact is not None:
 
             def rival() -> tuple[Callable[[], object], int]:
-                images = inference.laid_out(probe[:1].to(dtype).expand(tile, *shape), made.layout)
-                return lambda: made.network(images), tile
+                pixels, drawn = probe[0].float(), dtype if dtype in DTYPES else torch.float32
+
+                def label() -> Tensor:
+                    noisy = csam_kernels.smoothing_noise(
+                        pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout
+                    )
+                    logits: Tensor = made.network(noisy)
+                    return logits
+
+                return label, tile
 
             sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival)
             made.steps.append(step)
