@@ -40,7 +40,7 @@ def ready(
         probe: images [B, C, H, W]; wanted: the network's logits on them.
         choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
         rival: makes a call by which torch labels a tile of noise, and says how many images that are. Where torch is
-            predicted to be faster, both are measured, once a machine and architecture; without it the prediction decides.
+            predicted to be faster, both are measured, once a machine and architecture.
 
     Raises:
         ValueError: choices that are not of this network.
