@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from csam import lanes
 from csam.costs import kept, least_ms, rates
+from csam.inference import moved_by
 from csam_kernels import sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
 from csam_kernels.ops.sample_network import Program, SampleNetwork
@@ -54,8 +55,7 @@ def ready(
         exact = sample_network(program, torch.float32).logits(probe)
     except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
         return None, f"run by torch: {type(error).__name__}: {error}".splitlines()[0]
-    moved = float((exact - wanted).abs().max())
-    if not moved <= 1e-3 * float(wanted.abs().max()):
+    if moved := moved_by(exact, wanted):
         return None, f"run by torch: in steps the logits would move by {moved:.2g}"
     choose(program, dtype, choices)
     made = sample_network(program, dtype)

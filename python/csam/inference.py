@@ -125,16 +125,22 @@ def _rewritten(network: nn.Module, probe: Tensor, wanted: Tensor, passes: list[_
         try:
             new = rewrite(network)
             with torch.inference_mode():
-                moved = float((new(probe) - wanted).abs().max())
+                moved = moved_by(new(probe), wanted)
         except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
             steps.append(f"{what} not {done}: {type(error).__name__}: {error}".splitlines()[0])
             continue
-        if moved <= 1e-3 * float(wanted.abs().max()):
+        if moved:
+            steps.append(f"{what} not {done}: it would move the logits by {moved:.2g}")
+        else:
             network = new
             steps.append(f"{there - number(new)} of {there} {what} {done}")
-        else:
-            steps.append(f"{what} not {done}: it would move the logits by {moved:.2g}")
     return network, steps
+
+
+def moved_by(found: Tensor, wanted: Tensor) -> float:
+    """How far a rewrite moved the logits; 0 where that is no more than rounding explains, NaN where some became NaN."""
+    moved = float((found - wanted).abs().max())
+    return 0.0 if moved <= 1e-3 * float(wanted.abs().max()) else moved
 
 
 def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -511,10 +517,10 @@ def _noise_head(network: nn.Module, probe: Tensor) -> tuple[NoiseHead | None, st
     try:
         with torch.inference_mode():
             wanted = network(csam_kernels.smoothing_noise(probe[0], **noise))  # type: ignore[arg-type]
-            moved = float((head.rest(head(probe[0], **noise)) - wanted).abs().max())
+            moved = moved_by(head.rest(head(probe[0], **noise)), wanted)
     except Exception as error:  # tracing leaves a model's own code, which may raise anything
         return None, f"{apart}{type(error).__name__}: {error}".splitlines()[0]
-    if not moved <= 1e-3 * float(wanted.abs().max()):
+    if moved:
         return None, f"{apart}it would move the logits by {moved:.2g}"
     return head, "noise drawn by the first convolution"
 

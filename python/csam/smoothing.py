@@ -466,9 +466,8 @@ class TiledClassifier:
             for name, value, own in (("dtype", dtype, model.dtype), ("tile", tile, model.tile)):
                 if value not in (None, own):
                     raise ValueError(f"{name} must be None or the prepared network's {own}, got {value}")
-            self.model, self.dtype, self.tile = nn.Module(), model.dtype, model.tile
-            if model.sampler is not None and model.sampler.dtype is torch.int8:
-                self.dtype = torch.int8
+            arithmetic = model.dtype if model.sampler is None else model.sampler.dtype
+            self.model, self.dtype, self.tile = nn.Module(), arithmetic, model.tile
             self._made = (model, None, [])
             return
         if not isinstance(model, nn.Module):
