@@ -129,6 +129,24 @@ def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path,
     assert (code, "rtol must be none unless adaptive is true" in err) == (2, True), err
 
 
+def test_certify_in_int8_is_calibrated_on_training_images(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model, run = trained / "models" / "dense.safetensors", tmp_path / "run"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--dtype", "int8", "--cc-cert", "--out", run]
+    code, out, err = csam(*command, "--train-subset", 64)
+    assert code == 0, err
+    assert "PCA under" in out
+    record = run / "certificates" / "smoothing.tsv"
+    recipe = evaluation.read_votes(record)[0]
+    assert recipe["dtype"] == "int8"
+    whole = record.read_text().splitlines()
+    record.write_text(whole[0] + "\n")
+    assert csam(*command, "--train-subset", 64, "--threads", 1)[0] == 0
+    assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
+    code, _, err = csam(*command, "--train-subset", 63)
+    assert (code, "train_subset: 64 there, 63 now" in err) == (2, True), err
+    assert "what is certified is the quantised network" in " ".join(csam("certify", "--help")[1].split())
+
+
 def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> None:
     code, out, err = csam("train", *TINY, "--method", "magnitude", "--sparsity", 0.8, "--out", tmp_path)
     assert code == 0, err

@@ -83,8 +83,13 @@ def branch(x: Tensor) -> Tensor:
     return x if x.sum() > 0 else -x
 
 
+def unnamed(x: Tensor) -> Tensor:
+    """What torch.fx stops at is no hindrance, but what torch.export finds behind it is."""
+    return F.softmax(x, 1) if x.dim() == 4 else x
+
+
 def broken(x: Tensor) -> Tensor:
-    if isinstance(x, fx.Proxy):
+    if isinstance(x, fx.Proxy) or torch.compiler.is_exporting():
         raise RuntimeError("one line\nand another")
     return x
 
@@ -95,18 +100,49 @@ def broken(x: Tensor) -> Tensor:
         (Small(), {"choices": "module"}, "run by torch: as chosen"),
         (Small(), {"dtype": torch.float16}, "run by torch: torch.float16 is not offered otherwise"),
         (Small(attention), {}, "run by torch: NotLowered: softmax: no step for softmax"),
-        (Small(branch), {}, "run by torch: TraceError: symbolically traced variables cannot be used"),
+        (Small(branch), {}, "run by torch: GuardOnDataDependentSymNode: Could not guard on data-dependent expression"),
+        (Small(unnamed), {}, "run by torch: NotLowered: softmax: no step for softmax"),
         (Small(broken), {"choices": "dense"}, "run by torch: RuntimeError: one line"),
         (Small(), {"off": 0.5}, "run by torch: in steps the logits would move by 0.5"),
         (Small(), {"off": float("nan")}, "run by torch: in steps the logits would move by nan"),
     ],
-    ids=["chosen", "float16", "attention", "branch", "broken", "moved", "nan"],
+    ids=["chosen", "float16", "attention", "branch", "both", "broken", "moved", "nan"],
 )
 def test_says_why_torch_runs_a_network(network: nn.Module, options: dict[str, Any], reason: str) -> None:
     made, step = ready(network, **options)
     assert made is None
     assert step.startswith(reason)
     assert "\n" not in step
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: F.relu(x) if x.shape[1] == 16 else x,
+        lambda x: sum((x for _ in range(x.shape[-1] // 3)), 0 * x),
+        lambda x: (torch._assert(x.dim() == 4, "images"), x)[1],
+    ],
+    ids=["branch", "loop", "assertion"],
+)
+def test_what_python_decides_by_shapes_is_no_hindrance(body: Callable[[Tensor], Tensor]) -> None:
+    made, step = ready(Small(body), choices="dense")
+    assert made is not None
+    assert "samples innermost" in step
+
+
+def test_torchs_convolutions_are_counted_in_networks_that_only_torch_export_traces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given(monkeypatch, module=1e-6)
+    network = Small(lambda x: F.relu(x) if x.shape[1] == 16 else x)
+    assert ready(network)[1].startswith("run by torch: 0.000 ms a sample predicted, ")
+    given(monkeypatch, module=1e6)
+    assert ready(network)[0] is not None
+
+
+def test_what_torch_fx_traces_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(lanes, "exported")
+    assert ready(Small(), choices="dense")[0] is not None
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,12 @@ def lanes(weights: int = 1, sigma: float = 0.5, **kwargs: Any) -> Smooth:
     return Smooth(Net(weights), 3, sigma, dtype=torch.float32, **({"choices": "dense"} | kwargs))
 
 
+def whole(shade: float = 0.0) -> Smooth:
+    """The same in int8, calibrated on images of a shade."""
+    images = shade + torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    return Smooth(Net(), 3, 0.5, dtype="int8", choices="dense", calibration=images)
+
+
 def modules() -> Smooth:
     """The same, run by torch."""
     return Smooth(Net(), 3, 0.5, tile=8)
@@ -491,6 +497,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
         ({"make": partial(lanes, 1, seed=1)}, "seed: 0 there, 1 now"),
         ({"make": modules}, "dtype: 'float32' there, None now"),
         ({"make": partial(lanes, choices="sparse")}, "choices.conv_fused: 'dense' there, 'sparse' now.*two plans"),
+        ({"make": whole}, "dtype: 'float32' there, 'int8' now"),
         ({"make": partial(lanes, 2)}, r"\(fingerprint: '\w+' there, '\w+' now\); the network runs another way"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -504,6 +511,15 @@ def test_other_settings_or_another_plan_are_refused(
     with pytest.raises(runs.RunError, match=message):
         run(path, images, **change)
     assert [p.read_bytes() for p in (path, votes_path(path))] == before
+
+
+def test_int8_goes_on_with_its_calibration_and_no_other(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    want = without_time(run(tmp_path / "whole.tsv", images, whole))
+    path = tmp_path / "r.tsv"
+    run(path, images, whole, indices=[0, 1, 2])
+    with pytest.raises(runs.RunError, match=r"\(fingerprint: '\w+' there, '\w+' now\); the network runs another way"):
+        run(path, images, partial(whole, shade=1.0))
+    assert without_time(run(path, images, whole)) == want
 
 
 def test_rows_without_their_votes_are_refused(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:

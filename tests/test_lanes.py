@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +34,14 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def lowered(model: nn.Module, x: Tensor) -> Program:
-    return lanes.lower(fx.symbolic_trace(model), x.shape[1:])
+def lowered(model: nn.Module, x: Tensor, export: bool = False) -> Program:
+    return lanes.lower(lanes.exported(model, x) if export else fx.symbolic_trace(model), x.shape[1:])
 
 
-def same(model: nn.Module, x: Tensor) -> Program:
+def same(model: nn.Module, x: Tensor, export: bool = False) -> Program:
     """The lowered network gives the module's logits before and after it is simplified."""
     wanted = model(x.clone())
-    program = lowered(model, x)
+    program = lowered(model, x, export)
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
     lanes.simplify(program)
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
@@ -63,6 +64,7 @@ class Net(nn.Module):
         self.head = nn.LazyLinear(5) if head else nn.Identity()
         self.register_buffer("scale", 0.5 + torch.rand(1, 8, 1, 1))
         self.register_buffer("flat", torch.rand(3))
+        self.masked, self.masked_linear = csam.nn.MaskedConv2d(8, 8, 3, padding=1), csam.nn.MaskedLinear(8, 6)
         self.body, self.images = body, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,10 +97,14 @@ MODULES: dict[str, nn.Module] = {
     "Dropout2d": nn.Dropout2d(),
 }
 FUNCTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "conv2d": lambda net, x: F.conv2d(x, net.special.weight, net.special.bias, padding=1, dilation=(1, 2)),
+    "linear": lambda net, x: F.linear(x.mean((2, 3)), net.flat.new_ones(4, 8), bias=None),
+    "batch_norm": lambda net, x: F.batch_norm(x, net.norm.running_mean, net.norm.running_var, bias=net.norm.bias),
     "relu": lambda net, x: F.relu(x),
     "relu_": lambda net, x: x.relu_(),
     "relu6": lambda net, x: F.relu6(8 * x),
     "hardtanh": lambda net, x: F.hardtanh(x, -0.1, 0.2),
+    "clamp": lambda net, x: torch.clamp(x.clamp(max=0.2), -0.1),
     "add": lambda net, x: torch.add(net.second(x), x),
     "add_": lambda net, x: net.second(x).add_(x),
     "sub": lambda net, x: x - net.scale,
@@ -123,6 +129,17 @@ FUNCTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 }
 
 
+# Those that torch.export alone writes
+EXPORTED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "sym_size": lambda net, x: x.view(x.shape[0], -1),
+    "slice": lambda net, x: x[:, :, ::2, ::3],
+    "rsub": lambda net, x: 2 - x,
+    "feature_dropout": lambda net, x: F.dropout2d(x, 0.3, training=net.training),
+    "masked_conv2d": lambda net, x: net.masked(x),
+    "masked_linear": lambda net, x: net.masked_linear(x.mean((2, 3))),
+}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), MODULES[name], nn.Flatten(), nn.LazyLinear(5))
@@ -139,9 +156,33 @@ def test_functions(name: str) -> None:
     same(model, x)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS | EXPORTED)
+def test_exported_functions(name: str) -> None:
+    model, x = net((FUNCTIONS | EXPORTED)[name])
+    called = {lanes._called(n) for n in lanes.exported(model, x).graph.nodes if n.op == "call_function"}
+    assert name in called or name in FUNCTIONS
+    same(model, x, export=True)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "channel", "block"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_masks_of_exported_layers(granularity: str, soft: bool) -> None:
+    """The mask is multiplied into the weight at once: what it removes takes no time."""
+    model, x = net(lambda net, x: net.masked_linear(net.masked(x).mean((2, 3))))
+    model.masked = csam.nn.MaskedConv2d(8, 8, 3, padding=1, granularity=granularity)
+    model.masked_linear = csam.nn.MaskedLinear(8, 6, granularity=granularity)
+    for layer in (model.masked, model.masked_linear):
+        layer.requires_grad_(False).set_mask(torch.rand(layer.mask.shape) < 0.5)
+        layer.mask_score.copy_(2 * torch.rand(layer.mask_score.shape) - 0.5)
+        layer.soft = soft
+    step = next(s for s in same(model, x, export=True).steps if s.name == "masked_conv2d")
+    assert len(step.weight[0]) < model.masked.weight.numel()
+
+
 def test_every_module_and_function_is_tried() -> None:
     assert set(MODULES) | {"FusedConv2d"} == set(lanes._MODULES)  # fused ones: in test_sampling
-    assert set(FUNCTIONS) | {"_checked_images"} == set(lanes._FUNCTIONS)  # csam's own models
+    tried = {name.removesuffix("_") for name in FUNCTIONS | EXPORTED}
+    assert tried | {"_checked_images"} == set(lanes._FUNCTIONS)  # csam's own models
 
 
 # What they are put together to
@@ -202,6 +243,8 @@ FORMS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, Any]]] = {
     "bounds-apart": (lambda net, x: F.relu(F.hardtanh(net.second(x), -0.5, -0.2)) + 1, {}),
     "depthwise": (lambda net, x: net.relu6(4 * net.special(x)), {"groups": 8, "bias": False}),
     "dilated": (lambda net, x: net.special(x), {"dilation": (1, 3), "stride": (2, 1), "groups": 2}),
+    "every-second-row": (lambda net, x: F.relu(net.special(x))[:, :, ::2, ::3] + 1, {"stride": (1, 2), "padding": 2}),
+    "every-second-row-of-a-sum": (lambda net, x: (net.second(x) + x)[:, :, ::2], {}),
     "option-a-shortcut": (lambda net, x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)), {}),
     "pad-after-convolution": (lambda net, x: F.relu(F.pad(net.second(x), (0, 0, 0, 0, 2, 3)) + 0.1), {}),
     "pad-of-bounded": (lambda net, x: F.pad(F.hardtanh(net.second(x), 0.5, 1.0), (0, 0, 0, 0, 2, 3)), {}),
@@ -211,10 +254,43 @@ FORMS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("export", [False, True], ids=["fx", "export"])
 @pytest.mark.parametrize("name", FORMS)
-def test_forms(name: str) -> None:
+def test_forms(name: str, export: bool) -> None:
     body, options = FORMS[name]
-    same(*net(body, **options))
+    same(*net(body, **options), export)
+
+
+@pytest.mark.parametrize("export", [False, True], ids=["fx", "export"])
+def test_what_follows_a_convolution_is_a_part_of_it(export: bool) -> None:
+    """Batch norm, factor, summand, shortcut and bounds; a shortcut's convolution that comes later takes the sum."""
+    forms = {
+        "second": lambda net, x: F.relu6(F.relu(net.norm(net.second(x)) / 3 - net.scale + x)),
+        "third": lambda net, x: F.relu(net.norm(net.special(x)) + net.norm2(net.third(x))),
+    }
+    for last, body in forms.items():
+        program = same(*net(body), export)
+        first, *_, step = [s for s in program.steps if s.kernel[0] < 8 and s.out.height > 1]
+        assert (len(program.steps), step.other is not None) == ({"second": 4, "third": 5}[last], True)
+        assert (first.name, step.name) == (
+            ("conv2d", f"conv2d_{len(program.steps) - 3}") if export else ("first", last)
+        )
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.CRITICAL], ids=["logs", "no-logs"])
+def test_a_network_that_decides_by_pixels_is_refused_in_silence(
+    level: int, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    model, x = net(lambda net, x: x if x.mean() > 0 else -x)
+    logging.disable(level)
+    try:
+        with pytest.raises(RuntimeError, match="data-dependent"):
+            lanes.exported(model, x)
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 NORMALISED: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -312,7 +388,7 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "adaptive-maximum": (lambda net, x: F.adaptive_max_pool2d(x, 1), "no step for adaptive_max_pool2d"),
     "indices": (lambda net, x: F.max_pool2d(x, 2, return_indices=True)[0], "no step for max_pool2d_with_indices"),
     "dropout-at-all-times": (lambda net, x: F.dropout(x), "dropout: dropout with training=True"),
-    "linear-over-images": (lambda net, x: nn.functional.linear(x, torch.eye(8)), "linear: no step for linear"),
+    "linear-over-images": (lambda net, x: nn.functional.linear(x, torch.eye(8)), "linear: a linear layer over images"),
     "dtype": (lambda net, x: x.double().float(), "double: no step for double"),
     "images-as-logits": (lambda net, x: x, "the network's output is no row of logits"),
     "two-outputs": (lambda net, x: (x, x), "the network's output is no row of logits"),
@@ -337,7 +413,7 @@ def test_what_has_no_step_is_refused_by_the_name_of_its_node(name: str) -> None:
     ("layer", "message"),
     [
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "_0: a convolution with padding reflect"),
-        (nn.Conv2d(3, 4, 3, padding="same"), "_0: a convolution with padding zeros same"),
+        (nn.Conv2d(3, 4, 3, padding="same"), "_0: a convolution with padding same"),
         (nn.ConvTranspose2d(3, 4, 3), "_0: no step for ConvTranspose2d"),
         (nn.BatchNorm2d(3, track_running_stats=False), "_0: BatchNorm2d in a form that has no step"),
         (nn.InstanceNorm2d(3), "_0: no step for InstanceNorm2d"),

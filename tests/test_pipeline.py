@@ -241,6 +241,27 @@ def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_wit
     assert [replace(row, time=0) for row in again] == [replace(row, time=0) for row in rows]
 
 
+def test_int8_is_calibrated_on_evenly_spaced_training_images() -> None:
+    settings = override(TINY, {"train_subset": 128, "certify": {"dtype": "int8"}})
+    dataset = pipeline.load_data(settings)
+    shown = pipeline.calibration(dataset, settings)
+    assert shown is not None
+    assert torch.equal(shown, data.to_unit(dataset.train_x[::2]))
+    few = dataset.subset(train=10)
+    assert torch.equal(pipeline.calibration(few, settings), data.to_unit(few.train_x))
+    assert pipeline.calibration(dataset, TINY) is None
+    none = replace(dataset, train_x=dataset.train_x[:0], train_y=dataset.train_y[:0])
+    with pytest.raises(ValueError, match="dtype int8 needs training images to calibrate on, digits has none"):
+        pipeline.check_certificates(settings, none)
+
+
+def test_demo_in_int8(tmp_path: Path) -> None:
+    settings = override(replace(TINY, methods=("dense",)), {"train": {"epochs": 1}, "certify": {"dtype": "int8"}})
+    summary = pipeline.demo(settings, tmp_path / "demo")
+    assert summary["settings"]["smoothing"]["dtype"] == summary["settings"]["cc_cert"]["dtype"] == "int8"
+    assert read_votes(tmp_path / "demo" / "certificates" / "dense.tsv")[0]["dtype"] == "int8"
+
+
 def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (24, 3, 32, 32), generator=g, dtype=torch.uint8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import csam
 import csam_kernels
-from csam import engine, inference, sampling
+from csam import cc_cert, data, engine, evaluation, inference, models, sampling, training
 
 SIGMA = 0.25
 
@@ -147,7 +147,65 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
     assert plan.layers == ()
     assert int(plan.votes(x, SIGMA, 100).sum()) == 100
     assert plan.choices == "module"
-    assert "run by torch: TraceError" in plan.explain()
+    assert "Could not guard on data-dependent expression" in plan.explain()
+
+
+class Residual(nn.Module):
+    """Two blocks, batch norms, a shortcut with a convolution; as torch.fx traces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, stride, 1, bias=False) for stride in (1, 1, 2, 1))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        self.short, self.head = nn.Conv2d(16, 16, 1, 2), nn.Linear(16, 5)
+        for norm in self.norms:
+            nn.init.uniform_(norm.running_mean, -0.3, 0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+    def block(self, x: Tensor, i: int, shortcut: Tensor) -> Tensor:
+        x = torch.relu(self.norms[i](self.convs[i](x)))
+        return torch.relu(self.norms[i + 1](self.convs[i + 1](x)) + shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem((x - 0.5) / 0.25))
+        x = self.block(x, 0, x)
+        x = self.block(x, 2, self.short(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Deciding(Residual):
+    """The same logits, by checks, a loop and a branch on shapes."""
+
+    def forward(self, *images: Tensor, **options: float) -> Tensor:
+        (x,) = images
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError("x must be images")
+        x = torch.relu(self.stem((x - options.get("mean", 0.5)) / 0.25))
+        for i in range(0, len(self.convs), 2):
+            x = self.block(x, i, x if self.convs[i].stride == (1, 1) else self.short(x))
+            x = x[:, : x.size(1)] if x.shape[-1] > 100 else x
+        return self.head(x.mean((2, 3)).view(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_a_network_that_decides_by_shapes_votes_like_its_twin(masked: bool) -> None:
+    x, pixels, found = torch.rand(3, 8, 8), torch.rand(64, 3, 8, 8), []
+    for network in (Residual(), Deciding()):
+        model: nn.Module = csam.convert(network.eval()) if masked else network.eval()
+        with torch.no_grad():
+            model.head.bias -= model(pixels).mean(0)
+        if masked:
+            csam.masks.global_magnitude(model, 0.8)
+        found.append(sampling.plan(model, x, dtype=torch.float32, choices="sparse"))
+    twin, plan = found
+    layers = [sorted((layer.weight, layer.density) for layer in p.layers) for p in found]
+    assert layers[0] == layers[1]
+    wanted = twin.votes(x, SIGMA, 1000, seed=3)
+    assert int((wanted > 0).sum()) > 1
+    assert torch.equal(plan.votes(x, SIGMA, 1000, seed=3), wanted)
+    assert ("7 of 7 masked layers folded" in plan.prepared.steps[0]) == masked
 
 
 @pytest.mark.parametrize(
@@ -181,6 +239,137 @@ def test_int8_votes_as_the_model_does(choices: str) -> None:
     assert again.prepared.sampler is not None
     assert again.prepared.sampler.fingerprint == plan.prepared.sampler.fingerprint
     assert csam.Smooth(plan.prepared, num_classes=10, sigma=SIGMA).settings["dtype"] == "int8"
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Tensor, Tensor, list[int]]:
+    """A network trained for some seconds under noise, images to calibrate on, images to certify and their labels."""
+    dataset, torch_threads = data.load("digits"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = models.build("digits", seed=1)
+    feed = training.Feed(epochs=3, batch_size=64, sigma=SIGMA, seed=1)
+    training.fit(model, dataset.train_x, dataset.train_y, feed, training.Optimizer(lr=0.1))
+    training.reestimate_batchnorm(model, dataset.train_x, dataset.train_y, feed)
+    torch.set_num_threads(torch_threads)
+    test = data.to_unit(dataset.test_x)
+    return model.eval(), data.to_unit(dataset.train_x[:64]), test, dataset.test_y.tolist()
+
+
+def test_smooth_in_int8_votes_like_the_plan(digits: Any) -> None:
+    model, examples, test, _ = digits
+    plan = sampling.plan(model, examples, dtype="int8", sigma=SIGMA)
+    wanted = plan.votes(test[0], SIGMA, 300, seed=3)
+    for dtype in ("int8", torch.int8):
+        smooth = csam.Smooth(model, 10, SIGMA, seed=3, dtype=dtype, calibration=examples)
+        assert torch.equal(smooth.counts(test[0], 300), wanted)
+        assert smooth.settings["dtype"] == "int8"
+        assert smooth.recipe(test[0])["fingerprint"] == plan.prepared.sampler.fingerprint
+        assert smooth.prepared is not None
+        assert smooth.prepared.steps[-1] == "int8, calibrated on 64 x 1 noisy images of sigma 0.25"
+    assert plan.prepared.steps == smooth.prepared.steps
+
+
+def test_int8_labels_noisy_images_as_float32_does(digits: Any) -> None:
+    model, examples, test, _ = digits
+    smooth = csam.Smooth(model, 10, SIGMA, dtype="int8", calibration=examples)
+    sampler = smooth.prepare(test[0]).sampler
+    assert sampler is not None
+    noisy = torch.cat([csam_kernels.smoothing_noise(x, 20, SIGMA, seed=5, stream=i) for i, x in enumerate(test)])
+    with torch.no_grad():
+        agree = sampler.logits(noisy).argmax(1) == model(noisy).argmax(1)
+    assert float(agree.float().mean()) >= 0.99
+
+
+def test_the_quantised_network_does_not_depend_on_threads_or_on_noise_that_certifies(
+    digits: Any, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    model, examples, test, _ = digits
+    fingerprint = csam.Smooth(model, 10, SIGMA, dtype="int8", calibration=examples, choices="dense").recipe(test[0])
+    drawn, draw = [], csam_kernels.smoothing_noise
+
+    def seen(*args: Any, first_sample: int = 0, **kwargs: Any) -> Tensor:
+        drawn.append(first_sample)
+        return draw(*args, first_sample=first_sample, **kwargs)
+
+    monkeypatch.setattr(csam_kernels, "smoothing_noise", seen)
+    torch.set_num_threads(3 - threads)
+    again = csam.Smooth(model, 10, SIGMA, dtype="int8", calibration=examples, choices="dense").recipe(test[0])
+    assert again == fingerprint
+    assert min(drawn) >= 2**62  # where `counts` takes no samples
+    with pytest.raises(ValueError, match="first_sample must be in"):
+        csam.Smooth(model, 10, SIGMA).counts(test[0], 10, first_sample=2**62)
+
+
+def test_cc_cert_in_int8_bounds_what_float32_does(digits: Any) -> None:
+    """If all discrepancies are within y and margins within a of float32's, a bound lies between those of float32 with
+    both moved to the worse and to the better, and so does the share of images below eps."""
+    model, examples, test, labels = digits
+    mix = csam.transforms.Rotation(15) | csam.transforms.Brightness(0.2)
+    exact = csam.CCCert(model, mix, n=40, k=3, dtype=torch.float32)
+    whole = csam.CCCert(model, mix, n=40, k=3, dtype="int8", calibration=examples)
+    pairs = [(exact.certify(x, stream=i), whole.certify(x, stream=i)) for i, x in enumerate(test[:40])]
+    assert whole.settings["dtype"] == "int8"
+    assert whole.prepared is not None
+    assert whole.prepared.steps[-1] == "int8, calibrated on 64 x 1 images under rotation:15,brightness:0.2"
+    y = max(float((a.discrepancy - b.discrepancy).abs().max()) for a, b in pairs)
+    a = max(abs(a.margin - b.margin) for a, b in pairs)
+    assert 0 < max(y, a) < 0.1
+
+    def accuracy(sign: float | None) -> float:
+        bounds = [
+            w.bound
+            if sign is None
+            else cc_cert.cc_cert_bound((e.discrepancy + sign * y).clamp(0), max(0.0, e.margin - sign * a))
+            for e, w in pairs
+        ]
+        found = [(w if sign is None else e).prediction == label for (e, w), label in zip(pairs, labels, strict=False)]
+        return evaluation.pca(bounds, found, 0.1)
+
+    assert accuracy(1.0) <= accuracy(None) <= accuracy(-1.0)
+    assert abs(accuracy(None) - accuracy(0.0)) <= 0.05
+    assert accuracy(0.0) > 0.3
+
+
+def test_wrong_calibrations() -> None:
+    model, x = pruned("digits", 0.9), torch.rand(2, 1, 8, 8)
+
+    def smooth(**options: Any) -> csam.Smooth:
+        return csam.Smooth(model, 10, SIGMA, **options)
+
+    for options, message in (
+        ({"dtype": "int8"}, "calibration must be images for dtype int8 and None for others, got None for torch.int8"),
+        ({"dtype": torch.bfloat16, "calibration": x}, "got images for torch.bfloat16"),
+        ({"calibration": x}, "got images for None"),
+        ({"dtype": "int4", "calibration": x}, "dtype must be one of .* got 'int4'"),
+        ({"dtype": "int8", "calibration": x[0]}, r"calibration must be images \[N, C, H, W\], at least one, got shape"),
+        ({"dtype": "int8", "calibration": x[:0]}, r"at least one, got shape \(0, 1, 8, 8\)"),
+        ({"dtype": "int8", "calibration": x / 0}, "calibration must have finite pixels, got 128 that are NaN or inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            smooth(**options)
+    with pytest.raises(TypeError, match="calibration must have dtype"):
+        smooth(dtype="int8", calibration=x.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"images like x, of shape \(1, 6, 6\), got \(1, 8, 8\)"):
+        smooth(dtype="int8", calibration=x).counts(x[0, :, :6, :6], 10)
+    with pytest.raises(ValueError, match="dtype int8 needs a network whose samples lie innermost: run by torch: as"):
+        smooth(dtype="int8", calibration=x, choices="module").counts(x[0], 10)
+    prepared = smooth(dtype="int8", calibration=x).prepare(x[0])
+    assert csam.Smooth(prepared, 10, SIGMA, dtype="int8").settings["dtype"] == "int8"
+    with pytest.raises(ValueError, match="calibration must be None for a prepared network"):
+        csam.Smooth(prepared, 10, SIGMA, calibration=x)
+    with pytest.raises(ValueError, match="dtype must be None or the prepared network's"):
+        csam.Smooth(prepared, 10, SIGMA, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"calibration must have pixels in \[0, 1\]"):
+        csam.CCCert(model, csam.transforms.Rotation(10), dtype="int8", calibration=x + 1)
+
+
+def test_a_changed_model_is_quantised_again() -> None:
+    model, x = pruned("digits", 0.9), torch.rand(2, 1, 8, 8)
+    smooth = csam.Smooth(model, 10, SIGMA, dtype="int8", calibration=x)
+    before = smooth.recipe(x[0])["fingerprint"]
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    assert smooth.recipe(x[0])["fingerprint"] != before
 
 
 def test_int8_is_sparse_where_few_weights_are_left() -> None:

@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-from csam import inference, smoothing
+import csam_kernels
+from csam import inference, quantization, smoothing
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -114,6 +115,7 @@ class CCCert:
         t: grid of Chernoff parameters, > 0; default linspace(1e-4, 1e4, 500).
         seed: 0 .. 2^64-1.
         dtype, tile: as in `csam.Smooth`.
+        calibration: images for dtype "int8", as there; pixels in [0, 1], to which draws of the transform are applied.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, by name.
@@ -129,8 +131,9 @@ class CCCert:
         delta: float = 0.9,
         t: Sequence[float] | Tensor | NDArray[np.float64] | None = None,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         tile: int | None = None,
+        calibration: Tensor | None = None,
     ) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a csam.transforms.Transform, got {type(transform).__name__}")
@@ -141,7 +144,8 @@ class CCCert:
         self.t = _grid(t)
         checks.seed(seed)
         self.seed = operator.index(seed)
-        self._classifier = smoothing.TiledClassifier(model, dtype, tile)
+        shown = None if calibration is None else self._shown(calibration)
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile, calibration=shown)
 
     @property
     def prepared(self) -> smoothing.Prepared | None:
@@ -174,7 +178,7 @@ class CCCert:
         """
         x = smoothing.image(x)
         if x.device.type == "cpu":
-            _in_range(*x.aminmax())
+            _in_range("x", *x.aminmax())
         stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
@@ -203,8 +207,19 @@ class CCCert:
         broken = torch.cat([clean, drawn]).isnan().any(1).sum().double()
         results = [*x.double().aminmax(), clean[0], discrepancy, flips, broken]
         low, high, *rest = smoothing.read(x, results)
-        _in_range(low, high)
+        _in_range("x", low, high)
         return self._result(*rest)
+
+    def _shown(self, images: Tensor) -> quantization.Calibration:
+        """What int8 is calibrated on: draws that no certificate takes."""
+
+        def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
+            rows = self.transform.parameters(n, seed=0, first_sample=first_sample, stream=stream)
+            return csam_kernels.semantic_batch(x, rows)
+
+        shown = quantization.calibration("calibration", images, draw, f"images under {self.transform}")
+        _in_range("calibration", *images.aminmax())
+        return shown
 
     def _result(self, clean: Tensor, discrepancy: Tensor, flips: Tensor, broken: Tensor) -> CCResult:
         if broken:
@@ -224,9 +239,9 @@ class CCCert:
         )
 
 
-def _in_range(low: Tensor, high: Tensor) -> None:
+def _in_range(name: str, low: Tensor, high: Tensor) -> None:
     if low < 0 or high > 1:
-        raise ValueError(f"x must have pixels in [0, 1], got {float(low):g} .. {float(high):g}")
+        raise ValueError(f"{name} must have pixels in [0, 1], got {float(low):g} .. {float(high):g}")
 
 
 def _array(values: Tensor | ArrayLike) -> NDArray[np.float64]:

@@ -130,7 +130,12 @@ CERTIFY_OPTIONS = (
     ),
     ("--rtol", "certify.rtol", float, "Adaptive: stop within this share of the radius that n samples would give."),
     ("--method", "certify.method", click.Choice(list(sequential.METHODS)), "Adaptive: rule for stopping (the best)."),
-    ("--dtype", "certify.dtype", click.Choice(["float32", "bfloat16"]), "Fast path in this arithmetic."),
+    (
+        "--dtype",
+        "certify.dtype",
+        click.Choice(["float32", "bfloat16", "int8"]),
+        "Fast path in this arithmetic. int8: what is certified is the quantised network.",
+    ),
     ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
     ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),
     ("--cc-k", "certify.cc_k", int, "CC-Cert: blocks."),

@@ -3,7 +3,7 @@
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
 cost model (`csam.costs`) says is faster: dense, filters sharing what they load, or sparse, in time proportional to the
 surviving weights. Where torch's own convolutions are predicted to be faster still, as with AMX tiles and few zeros, the
-network is left to them.
+network is left to them. Where torch.fx cannot trace a network, or traces what has no steps, torch.export is asked.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def ready(
     dtype: torch.dtype,
     choices: Choices = "auto",
     rival: Callable[[], tuple[Callable[[], object], int]] | None = None,
+    quantized: Callable[[Program], Program] | None = None,
 ) -> tuple[SampleNetwork | None, str]:
     """The network on samples that lie innermost, or None; and in words what was decided and why.
 
@@ -42,34 +43,56 @@ def ready(
         choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
         rival: makes a call by which torch labels a tile of noise, and says how many images that are. Where torch is
             predicted to be faster, both are measured, once a machine and architecture.
+        quantized: gives the program in int8; for dtype torch.int8, which torch is not asked for.
 
     Raises:
         ValueError: choices that are not of this network.
     """
-    if choices == "module" or dtype not in DTYPES:
+    if choices == "module" or dtype not in (*DTYPES, torch.int8):
         return None, f"run by torch: {'as chosen' if choices == 'module' else f'{dtype} is not offered otherwise'}"
-    try:
-        traced = network if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network)
-        program = lanes.lower(traced, probe.shape[1:])
-        gone = lanes.simplify(program)
-        exact = sample_network(program, torch.float32).logits(probe)
-    except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
-        return None, f"run by torch: {type(error).__name__}: {error}".splitlines()[0]
-    if moved := moved_by(exact, wanted):
-        return None, f"run by torch: in steps the logits would move by {moved:.2g}"
+    program, gone, reason = _lowered(network, probe, wanted)
+    if program is None:
+        return None, f"run by torch: {reason}"
+    if quantized is not None:
+        program = quantized(program)
     choose(program, dtype, choices)
     made = sample_network(program, dtype)
     layers = [step for step in program.steps if step.weight is not None]
     sparse = sum(not step.dense for step in layers)
     step = f"samples innermost: {sparse} of {len(layers)} layers sparse, {gone} dead values of a sample removed"
-    if choices != "auto":
+    if choices != "auto" or dtype is torch.int8:
         return made, step
-    ours, torchs, how = sum(milliseconds(program, made)), module_ms(traced, probe, dtype), "predicted"
+    ours, torchs, how = sum(milliseconds(program, made)), module_ms(network, probe, dtype), "predicted"
     if torchs < ours and rival is not None:
         ours, torchs, how = *_raced(made, probe[0], rival), "measured"
     if ours <= torchs:
         return made, step
     return None, f"run by torch: {torchs:.3f} ms a sample {how}, {ours:.3f} with samples innermost"
+
+
+def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program | None, int, str]:
+    """The simplified program of the network, and how many values of a sample are gone; or None, and why.
+
+    The reason is that of the trace that came further: a step that is missing, if there is a trace at all.
+    """
+    reasons = []
+    for trace in (lambda: _traced(network), lambda: lanes.exported(network, probe)):
+        try:
+            program = lanes.lower(trace(), probe.shape[1:])
+            gone = lanes.simplify(program)
+            moved = moved_by(sample_network(program, torch.float32).logits(probe), wanted)
+        except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reasons.append((isinstance(error, lanes.NotLowered), reason))
+            continue
+        if not moved:
+            return program, gone, ""
+        reasons.append((True, f"in steps the logits would move by {moved:.2g}"))
+    return None, 0, max(reversed(reasons), key=lambda found: found[0])[1]
+
+
+def _traced(network: nn.Module) -> fx.GraphModule:
+    return network if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network)
 
 
 def _raced(

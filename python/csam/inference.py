@@ -192,11 +192,16 @@ class FusedConv2d(nn.Conv2d):
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *args)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        relu = self.activation == "relu"
+        out: Tensor
+        if torch.compiler.is_exporting():  # as the operators that `csam.lanes` knows
+            out = super().forward(input)
+            out = out if other is None else out + other
+            return F.relu(out) if relu else out
         input = input.contiguous(memory_format=torch.channels_last)
         weight = self.weight if self.packed is None else self.packed
         args = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
-        run, relu = torch.ops.mkldnn._convolution_pointwise, self.activation == "relu"
-        out: Tensor
+        run = torch.ops.mkldnn._convolution_pointwise
         if other is None:
             out = run(input, *args, self.activation, [], "")
         else:

@@ -2,12 +2,18 @@
 
 In the layout [C, H, W, samples] every linear operation is a convolution of surviving weights, so convolutions, linear
 layers, average pooling, shortcuts, sums and concatenations all become one kind of step (a concatenation none at all:
-its parts are written side by side); maximum pooling is the other. `lower` makes them of a traced network.
+its parts are written side by side); maximum pooling is the other. `lower` makes them of a network traced by torch.fx,
+or of the operators that `exported` finds where its forward is Python that torch.fx cannot trace.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from csam_kernels import compress
+from csam_kernels.layout import expand_mask
 from csam_kernels.ops.sample_network import Program, Rows, Step, Value
 
 
@@ -31,6 +38,30 @@ def lower(traced: fx.GraphModule, image: torch.Size) -> Program:
         NotLowered: an operation without a step.
     """
     return _Lowering(traced, image).run()
+
+
+def exported(network: nn.Module, probe: Tensor) -> fx.GraphModule:
+    """The operators that a network in eval mode runs on images like the probe [B, C, H, W], for every B: torch.export.
+
+    What Python decides by shapes and settings is decided; what it would decide by pixels is refused.
+
+    Raises:
+        Exception: whatever torch.export or the network's own code does.
+    """
+    with contextlib.ExitStack() as quiet:
+        quiet.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # where a failed export prints its graph
+        quiet.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(max(logging.ERROR, logging.root.manager.disable))
+        batch = ({0: torch.export.Dim.DYNAMIC},)
+        whole = nn.Sequential(network)  # which takes one argument, whatever the network's forward says
+        program = torch.export.export(whole, (probe,), dynamic_shapes=batch, strict=False)
+        traced: fx.GraphModule = program.module(check_guards=False)
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    if len(output.args[0]) == 1:  # one tensor comes as a tuple of one
+        output.args = output.args[0]
+    return traced
 
 
 def identity(channels: int, area: int = 1, scale: float | Tensor = 1.0) -> Rows:
@@ -70,7 +101,7 @@ class _Lowering:
 
     def _lowered(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            if self.values:
+            if any(value is self.image for value in self.values.values()):
                 raise NotLowered(f"{node.name}: a second input")
             return self.image
         if node.op == "get_attr":
@@ -83,16 +114,17 @@ class _Lowering:
         if module is not None:
             what, table = type(module).__name__, _MODULES
         else:
-            what, table = str(getattr(node.target, "__name__", node.target)), _FUNCTIONS
+            what, table = _called(node), _FUNCTIONS
         before = len(self.steps)
         try:
             if module is None and not _has_value((args, kwargs)):  # computed at once
                 method = node.op == "call_method"
                 call: Any = getattr(args[0], what) if method else node.target
                 return call(*args[method:], **kwargs)
-            if what not in table:
+            make = table.get(what) or table.get(what.removesuffix("_"))
+            if make is None:
                 raise NotLowered(f"no step for {what}")
-            made = table[what](self, *([] if module is None else [module]), *args, **kwargs)
+            made = make(self, *([] if module is None else [module]), *args, **kwargs)
         except NotLowered as error:
             raise NotLowered(f"{node.name}: {error}") from error
         except Exception as error:  # a form of the call that its step does not take
@@ -106,13 +138,23 @@ class _Lowering:
         return made
 
     def alone(self, x: Value) -> bool:
-        """Whether a single node gives x, and a single one reads it."""
-        nodes = [n for n, v in self.values.items() if v is x]
-        return len(nodes) == 1 and len(nodes[0].users) == 1
+        """Whether a single node reads x, under whichever of its names."""
+        return all(len(_readers(node)) == 1 for node, value in self.values.items() if value is x)
 
     def untouched(self, x: Any) -> bool:
         """Whether x is the image, which nothing has read but what scales it."""
-        return x is self.image and all(len(n.users) == 1 for n, v in self.values.items() if v is x)
+        return x is self.image and self.alone(x)
+
+    def last(self, x: Value) -> Step | None:
+        """The convolution that gives x for a single reader, which may then become a part of it."""
+        step = next((s for s in self.steps if s.out is x), None)
+        return step if step is not None and step.weight is not None and self.alone(x) else None
+
+    def open(self, x: Value) -> Step | None:
+        """`last`, where nothing is added and nothing clamped yet."""
+        step = self.last(x)
+        free = step is not None and step.other is None and (step.low, step.high) == (-math.inf, math.inf)
+        return step if free else None
 
     # Steps
 
@@ -130,55 +172,106 @@ class _Lowering:
         """Every channel by itself, times its factor."""
         return self.convolve(x, identity(x.channels, scale=scale), **options)
 
-    def conv2d(self, layer: Any, x: Value, other: Value | None = None) -> Value:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise NotLowered(f"a convolution with padding {layer.padding_mode} {layer.padding}")
-        weight = compress(layer.weight.detach().float(), groups=layer.groups)
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        options = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-        low = 0.0 if getattr(layer, "activation", "none") == "relu" else -math.inf
-        return self.convolve(x, weight, bias=bias, other=other, low=low, dilation=layer.dilation, **options)
+    def affine(self, x: Value, scale: float | Tensor = 1.0, shift: float | Tensor = 0.0) -> Value:
+        """Every channel times its factor, plus its summand: part of the convolution that alone gives x."""
+        scale, shift = (torch.as_tensor(t, dtype=torch.float32).expand(x.channels) for t in (scale, shift))
+        step = self.open(x)
+        if step is None:
+            return self.each(x, scale[:, None], bias=shift.contiguous())
+        assert step.weight is not None
+        values, taps, rows = step.weight
+        step.weight = (values * scale.repeat_interleave(rows.diff()), taps, rows)
+        step.bias = shift.clone() if step.bias is None else step.bias * scale + shift
+        return x
 
-    def linear(self, layer: nn.Linear, x: Value) -> Value:
+    def conv2d(
+        self,
+        x: Value,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        **options: Any,
+    ) -> Value:
+        if isinstance(padding, str):
+            raise NotLowered(f"a convolution with padding {padding}")
+        made = compress(weight.detach().float(), groups=groups)
+        options |= {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
+        return self.convolve(x, made, bias=_bias(bias), kernel=_pair(weight.shape[2:]), **options)
+
+    def convolution(self, layer: Any, x: Value, other: Value | None = None) -> Value:
+        if layer.padding_mode != "zeros":
+            raise NotLowered(f"a convolution with padding {layer.padding_mode} {layer.padding}")
+        low = 0.0 if getattr(layer, "activation", "none") == "relu" else -math.inf
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return self.conv2d(x, layer.weight, layer.bias, *geometry, other=other, low=low)
+
+    def linear(self, x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
         if x.height * x.width != 1:
             raise NotLowered("a linear layer over images")
-        weight = compress(layer.weight.detach().float()[:, :, None, None])
-        return self.convolve(x, weight, bias=None if layer.bias is None else layer.bias.detach().float())
+        return self.convolve(x, compress(weight.detach().float()[:, :, None, None]), bias=_bias(bias))
 
-    def batch_norm(self, layer: Any, x: Value) -> Value:
-        scale = (layer.running_var.double() + layer.eps).rsqrt() * (
-            1.0 if layer.weight is None else layer.weight.double()
-        )
-        shift = (0.0 if layer.bias is None else layer.bias.double()) - layer.running_mean.double() * scale
-        return self.each(x, scale.float()[:, None], bias=shift.float())
+    def batch_norm(
+        self,
+        x: Value,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        *cudnn: bool,
+    ) -> Value:
+        """F.batch_norm; or torch.batch_norm, which has the weight and the bias first and an argument more."""
+        if cudnn:
+            mean, var, weight, bias = weight, bias, mean, var  # type: ignore[assignment]
+        if training:
+            raise NotLowered("batch_norm with training=True")
+        scale = (var.double() + eps).rsqrt() * (1.0 if weight is None else weight.double())
+        shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
+        return self.affine(x, scale.float(), shift.float())
 
-    def clamp(self, x: Value, low: float, high: float) -> Value:
+    def clamp(self, x: Value, low: float | None = None, high: float | None = None) -> Value:
         """A clamp of what one step alone gives joins it."""
-        last = next((s for s in self.steps if s.out is x), None)
-        if last is not None and last.weight is not None and self.alone(x):
-            last.low, last.high = (min(max(bound, low), high) for bound in (last.low, last.high))
-            return x
-        return self.each(x, low=low, high=high)
+        low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+        step = self.last(x)
+        if step is None:
+            return self.each(x, low=low, high=high)
+        step.low, step.high = (min(max(bound, low), high) for bound in (step.low, step.high))
+        return x
 
     def sum(self, a: Any, b: Any) -> Value:
+        """A sum with what one step alone gives joins it, where the other summand is there before."""
         if not isinstance(a, Value):
             a, b = b, a
         if not isinstance(b, Value):
-            return self.each(a, bias=_per_channel(b, a.channels))
+            return self.affine(a, shift=_per_channel(b, a.channels))
         if (a.channels, a.height, a.width) != (b.channels, b.height, b.width):
             raise NotLowered("a sum of two shapes")
+        for one, other in ((a, b), (b, a)):
+            step = self.open(one)
+            if step is not None and step in self.steps[self.given(other) :]:
+                step.other = other
+                return one
         return self.each(a, other=b)
+
+    def given(self, x: Value) -> int:
+        """How many steps are run when x is there."""
+        return max((i + 1 for i, step in enumerate(self.steps) if step.out.root is x.root), default=0)
 
     def difference(self, a: Any, b: Any) -> Value:
         if isinstance(a, Value) and isinstance(b, Value):
             raise NotLowered("a difference of two values")
         if not isinstance(a, Value):
-            return self.each(b, -1.0, bias=_per_channel(a, b.channels))
+            return self.affine(b, -1.0, _per_channel(a, b.channels))
         shift = _per_channel(b, a.channels)
         if self.untouched(a) and self.mean is None and self.std is None:
             self.mean = shift
             return a
-        return self.each(a, bias=-shift)
+        return self.affine(a, shift=-shift)
 
     def product(self, a: Any, b: Any) -> Value:
         if isinstance(a, Value) and isinstance(b, Value):
@@ -189,7 +282,7 @@ class _Lowering:
         if self.untouched(a) and self.std is None and bool((scale != 0).all()):
             self.std = 1 / scale
             return a
-        return self.each(a, scale[:, None])
+        return self.affine(a, scale)
 
     def quotient(self, a: Any, b: Any) -> Value:
         if not isinstance(a, Value) or isinstance(b, Value):
@@ -198,7 +291,7 @@ class _Lowering:
         if self.untouched(a) and self.std is None:
             self.std = scale
             return a
-        return self.each(a, (1 / scale)[:, None])
+        return self.affine(a, 1 / scale)
 
     def average(
         self,
@@ -274,13 +367,24 @@ class _Lowering:
         return self.adaptive(x, 1)
 
     def getitem(self, x: Any, index: Any) -> Any:
-        """Every n-th row and column: a convolution of one tap."""
+        """Every n-th row and column: all that a convolution gives for it alone, or else a convolution of one tap."""
         whole = slice(None, None, None)
         index = (*index, *[whole] * (4 - len(index)))
         steps = [i.step or 1 for i in index[2:]]
         if any(i != whole for i in index[:2]) or any(i.start or i.stop for i in index[2:]):
             raise NotLowered(f"indexing with {index}")
-        return self.each(x, stride=tuple(steps))
+        made = self.last(x)
+        if made is None or made.other is not None:
+            return self.each(x, stride=tuple(steps))
+        made.stride = (made.stride[0] * steps[0], made.stride[1] * steps[1])
+        x.height, x.width = _outputs(made, 0, made.input.height), _outputs(made, 1, made.input.width)
+        return x
+
+    def slice(self, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Value:
+        """One axis of `getitem`, as torch.export writes it."""
+        index = [slice(None)] * 4
+        index[dim] = slice(start or None, None if end == sys.maxsize else end, None if step == 1 else step)
+        return x if index == [slice(None)] * 4 else self.getitem(x, tuple(index))
 
     def pad(self, x: Value, amounts: Any, mode: str = "constant", value: float | None = None) -> Value:
         left, right, top, bottom, *channels = [*amounts, 0, 0, 0, 0, 0, 0][:6]
@@ -289,8 +393,9 @@ class _Lowering:
         values, taps, rows = identity(x.channels)
         before, after = channels
         rows = torch.cat([rows.new_zeros(before), rows, rows.new_full((after,), x.channels)])
-        made = next((s for s in self.steps if s.out is x), None)
-        if made is not None and not (left or top) and self.alone(x) and made.weight is not None and made.other is None:
+        made = self.last(x)
+        if made is not None and made.other is None and made.low <= 0 <= made.high and not (left or top):
+            assert made.weight is not None
             v, t, r = made.weight  # the step itself gives the empty channels too
             made.weight = (v, t, torch.cat([r.new_zeros(before), r, r.new_full((after,), int(r[-1]))]))
             if made.bias is not None:
@@ -298,6 +403,22 @@ class _Lowering:
             x.channels += before + after
             return x
         return self.convolve(x, (values, taps, rows), padding=(top, left))
+
+
+def _called(node: fx.Node) -> str:
+    """Name of the function, method or operator, without the operator's overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read more than the shape."""
+    return [user for user in node.users if user.op == "call_module" or _called(user) not in _SHAPES]
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float()
 
 
 def _outputs(step: Step, axis: int, size: int, ceil_mode: bool = False) -> int:
@@ -346,11 +467,12 @@ def _dropout(lowering: _Lowering, x: Value, p: float = 0.5, training: bool = Tru
     return x
 
 
+_SHAPES = ("size", "sym_size", "getattr")
 _MODULES: dict[str, Callable[..., Any]] = {
-    "Conv2d": _Lowering.conv2d,
-    "FusedConv2d": _Lowering.conv2d,
-    "Linear": _Lowering.linear,
-    "BatchNorm2d": _Lowering.batch_norm,
+    "Conv2d": _Lowering.convolution,
+    "FusedConv2d": _Lowering.convolution,
+    "Linear": lambda self, m, x: self.linear(x, m.weight, m.bias),
+    "BatchNorm2d": lambda self, m, x: self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps),
     "ReLU": lambda self, m, x: self.clamp(x, 0.0, math.inf),
     "ReLU6": lambda self, m, x: self.clamp(x, 0.0, 6.0),
     "Hardtanh": lambda self, m, x: self.clamp(x, m.min_val, m.max_val),
@@ -368,13 +490,22 @@ _MODULES: dict[str, Callable[..., Any]] = {
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "_checked_images": lambda self, x, channels: x,
+    "conv2d": _Lowering.conv2d,
+    "linear": _Lowering.linear,
+    "masked_conv2d": lambda self, x, weight, mask, bias, *geometry: self.conv2d(
+        x, weight * expand_mask(mask, weight.shape, geometry[-1]), bias, *geometry[:-1]
+    ),
+    "masked_linear": lambda self, x, weight, mask, bias, block_size: self.linear(
+        x, weight * expand_mask(mask, weight.shape, block_size), bias
+    ),
+    "batch_norm": _Lowering.batch_norm,
     "relu": lambda self, x, inplace=False: self.clamp(x, 0.0, math.inf),
-    "relu_": lambda self, x: self.clamp(x, 0.0, math.inf),
     "relu6": lambda self, x, inplace=False: self.clamp(x, 0.0, 6.0),
     "hardtanh": lambda self, x, min_val=-1.0, max_val=1.0, inplace=False: self.clamp(x, min_val, max_val),
+    "clamp": lambda self, x, min=None, max=None: self.clamp(x, min, max),
     "add": _Lowering.sum,
-    "add_": _Lowering.sum,
     "sub": _Lowering.difference,
+    "rsub": lambda self, x, other: self.difference(other, x),
     "mul": _Lowering.product,
     "truediv": _Lowering.quotient,
     "div": _Lowering.quotient,
@@ -387,11 +518,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "view": _Lowering.view,
     "reshape": _Lowering.view,
     "size": _size,
+    "sym_size": _size,
     "getattr": _attribute,
     "mean": _Lowering.mean_over,
     "getitem": _Lowering.getitem,
+    "slice": _Lowering.slice,
     "pad": _Lowering.pad,
     "dropout": _dropout,
+    "feature_dropout": _dropout,
     "contiguous": lambda self, x, **_: x,
 }
 

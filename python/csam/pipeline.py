@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csam import data, evaluation, masks, models, report, runs, training, transforms
 from csam.cc_cert import CCCert
@@ -39,7 +39,14 @@ class Advance(Protocol):
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    None: None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+CALIBRATION = 64  # training images that int8 is calibrated on
 
 
 def silent(description: str, total: int) -> AbstractContextManager[Advance]:
@@ -267,10 +274,10 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     model = job.load(name)
     chosen = evenly_spaced(len(job.dataset.test_x), certify.images)
     path = job.certificates(name)
-    smooth = make_smooth(model, job.dataset.num_classes, job.settings, begun_choices(path))
+    smooth = make_smooth(model, job.dataset, job.settings, begun_choices(path))
     rows = smooth_images(smooth, job.dataset, chosen, certify, path, job.progress, f"{name}: smoothing")
     bounds = bound_images(
-        make_cc_cert(model, job.settings),
+        make_cc_cert(model, job.dataset, job.settings),
         job.dataset,
         chosen,
         job.bounds(name),
@@ -288,11 +295,30 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     return result
 
 
-def make_smooth(model: nn.Module, num_classes: int, settings: Settings, choices: Choices = "auto") -> Smooth:
+def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> Smooth:
     """The smoothed classifier; its noise has the same seed for every model of a run."""
-    dtype = DTYPES[settings.certify.dtype]
-    seed = derive_seed(settings.seed, "smoothing")
-    return Smooth(model, num_classes, settings.train.sigma, dtype=dtype, seed=seed, choices=choices)
+    return Smooth(
+        model,
+        dataset.num_classes,
+        settings.train.sigma,
+        dtype=DTYPES[settings.certify.dtype],
+        seed=derive_seed(settings.seed, "smoothing"),
+        choices=choices,
+        calibration=calibration(dataset, settings),
+    )
+
+
+def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
+    """What int8 is calibrated on, None for other dtypes: 64 training images, evenly spaced; all if there are fewer.
+
+    Test images, which are certified, are not among them. Raises ValueError if there are no training images.
+    """
+    if settings.certify.dtype != "int8":
+        return None
+    total = len(dataset.train_x)
+    if not total:
+        raise ValueError(f"certify.dtype int8 needs training images to calibrate on, {dataset.name} has none")
+    return data.to_unit(dataset.train_x[evenly_spaced(total, min(CALIBRATION, total))])
 
 
 def begun_choices(path: Path) -> Choices:
@@ -301,7 +327,7 @@ def begun_choices(path: Path) -> Choices:
     return choices
 
 
-def make_cc_cert(model: nn.Module, settings: Settings) -> CCCert:
+def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings) -> CCCert:
     """CC-Cert on the base network; its transforms have the same seed for every model of a run."""
     certify = settings.certify
     return CCCert(
@@ -312,6 +338,7 @@ def make_cc_cert(model: nn.Module, settings: Settings) -> CCCert:
         delta=certify.delta,
         seed=derive_seed(settings.seed, "cc-cert"),
         dtype=DTYPES[certify.dtype],
+        calibration=calibration(dataset, settings),
     )
 
 
@@ -460,8 +487,8 @@ def check_certificates(settings: Settings, dataset: data.Dataset) -> None:
     """The same for certification."""
     model = build(settings, dataset)
     evenly_spaced(len(dataset.test_x), settings.certify.images)
-    make_smooth(model, dataset.num_classes, settings)
-    make_cc_cert(model, settings)
+    make_smooth(model, dataset, settings)
+    make_cc_cert(model, dataset, settings)
 
 
 def demo(
@@ -521,8 +548,8 @@ def describe(job: Job, details: Mapping[str, Any]) -> dict[str, Any]:
             "blake2b": job.run.config["data"],
         },
         "certified_images": evenly_spaced(len(dataset.test_x), settings.certify.images),
-        "smoothing": make_smooth(model, dataset.num_classes, settings).settings,
-        "cc_cert": make_cc_cert(model, settings).settings,
+        "smoothing": make_smooth(model, dataset, settings).settings,
+        "cc_cert": make_cc_cert(model, dataset, settings).settings,
         "dense_training": job.run.stage("start").result(),
         "variants": dict(details),
         "environment": runs.environment(),
@@ -597,10 +624,11 @@ def certify(
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
         job = Job(settings, dataset, run, progress)
         path = job.certificates("smoothing")
-        smooth = make_smooth(network.eval(), dataset.num_classes, settings, begun_choices(path))
+        smooth = make_smooth(network.eval(), dataset, settings, begun_choices(path))
         rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
         bounds = []
         if cc_cert:
-            bounds = bound_images(make_cc_cert(network, settings), dataset, chosen, job.bounds("cc-cert"), progress)
+            cert = make_cc_cert(network, dataset, settings)
+            bounds = bound_images(cert, dataset, chosen, job.bounds("cc-cert"), progress)
         run.log(f"{len(rows)} images certified")
     return rows, bounds

@@ -7,18 +7,53 @@ to rounding and clipping together. Logits stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from csam_kernels import reference
+from csam_kernels import checks, reference
 from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 
 _LEVELS, _WEIGHTS = 255, 127
 _SHARES = torch.linspace(1.0, 0.3, 15)  # of the observed range
 _SEEN = 1 << 18  # numbers of a value that the choice among them looks at
 _EXACT = 2.0**23  # below which a whole number is one as float32
+_NOISY = 64  # images at least that a network is calibrated on
+_APART = 2**62  # first sample of calibration, behind those of all certificates: on these no network may depend
+
+Draw = Callable[[Tensor, int, int, int], Tensor]
+
+
+class Calibration(NamedTuple):
+    """Images [n, C, H, W] as they will be labelled, and in words what they are."""
+
+    images: Tensor
+    words: str
+
+
+def calibration(name: str, images: Tensor, draw: Draw, words: str) -> Calibration:
+    """Copies of each image as `draw(x, copies, first_sample, stream)` gives them, at least 64 in all.
+
+    Args:
+        name: of the argument, for messages.
+        images: pixels [N, C, H, W], floating point and finite; image i has stream i.
+        words: what a copy is.
+
+    Raises:
+        TypeError, ValueError: other images.
+    """
+    images = checks.tensor(name, images).detach()
+    if images.dim() != 4 or not images.numel():
+        raise ValueError(f"{name} must be images [N, C, H, W], at least one, got shape {tuple(images.shape)}")
+    images = images.to("cpu", torch.float32).contiguous()
+    if bad := int((~images.isfinite()).sum()):
+        raise ValueError(f"{name} must have finite pixels, got {bad} that are NaN or inf in float32")
+    copies = -(-_NOISY // len(images))
+    drawn = [draw(x, copies, _APART, stream) for stream, x in enumerate(images)]
+    return Calibration(torch.cat(drawn), f"{len(images)} x {copies} {words}")
 
 
 def quantize(program: Program, noisy: Tensor) -> Program:

@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import csam_kernels
-from csam import engine, quantization, smoothing
+from csam import engine, smoothing
 from csam.engine import Choices
 from csam.smoothing import Prepared
 from csam_kernels import checks
@@ -134,7 +133,6 @@ class Plan:
 
 
 _ROUNDS = 5  # tiles to time; the least of each step counts
-_CALIBRATION = 64  # noisy images at least
 
 
 def plan(
@@ -167,7 +165,7 @@ def plan(
             int8 without sigma or of a network that has no such steps.
     """
     whole = dtype in ("int8", torch.int8)
-    exact: torch.dtype = checks.choice("dtype", torch.float32 if whole else dtype, smoothing.DTYPES)
+    dtype = checks.choice("dtype", torch.int8 if whole else dtype, (*smoothing.DTYPES, torch.int8))
     if isinstance(choices, str):
         checks.choice("choices", choices, ("auto", "module", *engine.ENGINES))
     if whole != (sigma is not None):
@@ -176,14 +174,11 @@ def plan(
     examples = examples[None] if examples.dim() == 3 else examples
     image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples)
     _check(model)
-    first = "dense" if whole and choices == "auto" else choices  # with integers "auto" chooses again
-    prepared = smoothing.TiledClassifier(model, exact, None, first).prepare(image)
-    reason = prepared.steps[-1]
-    if prepared.sampler is None and (whole or memory is not None or not isinstance(choices, str)):
-        asked = "dtype" if whole else "memory" if memory is not None else "choices"
-        raise ValueError(f"{asked} needs a network whose samples lie innermost: {reason}")
-    if whole:
-        prepared = _quantized(prepared, examples, checks.real("sigma", sigma, above=0), choices)
+    shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0))
+    prepared = smoothing.TiledClassifier(model, dtype, None, choices, shown).prepare(image)
+    if prepared.sampler is None and (memory is not None or not isinstance(choices, str)):
+        asked = "choices" if memory is None else "memory"
+        raise ValueError(f"{asked} needs a network whose samples lie innermost: {prepared.steps[-1]}")
     if memory is not None:
         prepared = _bounded(prepared, checks.integer("memory", memory, low=1))
     return Plan(prepared, tuple(_layers(prepared)), smoothing.versions(model))
@@ -215,19 +210,6 @@ def _layers(prepared: Prepared) -> list[Layer]:
         gflop = 2e-9 * len(values) * step.out.height * step.out.width
         layers.append(Layer(step.name, shape, image, density, gflop, ms, "dense" if step.dense else "sparse"))
     return layers
-
-
-def _quantized(prepared: Prepared, examples: Tensor, sigma: float, choices: Choices) -> Prepared:
-    sampler = prepared.sampler
-    assert sampler is not None
-    copies = -(-_CALIBRATION // len(examples))
-    images = map(smoothing.image, examples)
-    noisy = [csam_kernels.smoothing_noise(x, copies, sigma, seed=0, stream=i) for i, x in enumerate(images)]
-    program = quantization.quantize(sampler.program, torch.cat(noisy))
-    engine.choose(program, torch.int8, choices)
-    made = csam_kernels.sample_network(program, torch.int8)
-    step = f"int8, calibrated on {len(examples)} x {copies} noisy images of sigma {sigma:g}"
-    return replace(prepared, sampler=made, steps=(*prepared.steps, step))
 
 
 def _bounded(prepared: Prepared, memory: int) -> Prepared:

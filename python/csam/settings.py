@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from csam import models, sequential, transforms
 
 T = TypeVar("T")
-DTYPES = (None, "float32", "bfloat16", "float16")
+DTYPES = (None, "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class TrainSettings:
 class CertifySettings:
     """Certification: randomized smoothing (n0, n, alpha) and CC-Cert (cc_n, cc_k, delta, t) on evenly spaced images.
 
-    With `adaptive` smoothing stops before n (target_radius, rtol, method: see `csam.Smooth.certify`).
+    With `adaptive` smoothing stops before n (target_radius, rtol, method: see `csam.Smooth.certify`). With dtype int8
+    what is certified is the quantised network, calibrated on training images (`csam.pipeline.calibration`).
     """
 
     images: int | None = 120

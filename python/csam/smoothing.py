@@ -29,10 +29,10 @@ from scipy import special
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import engine, inference, sequential
+from csam import engine, inference, quantization, sequential
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
-from csam_kernels.ops.sample_network import SampleNetwork
+from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,15 +88,19 @@ class Smooth:
             `csam.sampling.Plan`, which then runs as it is.
         num_classes: width of the logits, >= 2.
         sigma: standard deviation of the noise, in the pixels' unit, > 0.
-        dtype: None, or torch.float32, bfloat16 or float16 for the fast path.
+        dtype: None, or torch.float32, bfloat16 or float16 for the fast path; or "int8", on a CPU: what is certified is
+            then the quantised network (`csam.quantization`).
         seed: 0 .. 2^64-1.
         tile: samples evaluated together; part of what fixes the result, to the last bit of a near tie. Default 50
             for a model on the CPU, 1000 on a GPU.
         choices: how each layer runs, as in `csam.sampling.plan`; with a dtype only.
+        calibration: for "int8", and for it alone: images [N, C, H, W] that set the ranges of its values, such as
+            training images; pixels without noise, that of `sigma` is added.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
-            statistics (its output for one sample depends on the others, so no certificate would hold).
+            statistics (its output for one sample depends on the others, so no certificate would hold). At the first
+            image: int8 of a network that has no such steps, or calibrated on images of another shape.
     """
 
     ABSTAIN = ABSTAIN
@@ -107,16 +111,18 @@ class Smooth:
         num_classes: int,
         sigma: float,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         seed: int = 0,
         tile: int | None = None,
         choices: engine.Choices = "auto",
+        calibration: Tensor | None = None,
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         self.sigma = checks.real("sigma", sigma, above=0)
         checks.seed(seed)
         self.seed = operator.index(seed)
-        self._classifier = TiledClassifier(model, dtype, tile, choices)
+        shown = None if calibration is None else noisy("calibration", calibration, self.sigma)
+        self._classifier = TiledClassifier(model, dtype, tile, choices, shown)
 
     @property
     def prepared(self) -> Prepared | None:
@@ -320,6 +326,15 @@ def votes(
     return out
 
 
+def noisy(name: str, images: Tensor, sigma: float) -> quantization.Calibration:
+    """What int8 is calibrated on for noise of sigma. Arguments and errors as in `csam.quantization.calibration`."""
+
+    def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
+        return csam_kernels.smoothing_noise(x, n, sigma, seed=0, first_sample=first_sample, stream=stream)
+
+    return quantization.calibration(name, images, draw, f"noisy images of sigma {sigma:g}")
+
+
 def checked(votes: Tensor, n: int) -> Tensor:
     """The votes on the host, all n of them."""
     votes = votes.cpu()
@@ -444,9 +459,11 @@ class TiledClassifier:
 
     Args:
         model: maps [B, C, H, W] to logits [B, K]; or a `Prepared` network, which fixes dtype and tile.
-        dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast.
+        dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast; "int8" is
+            torch.int8.
         tile: rows of a canonical tile, >= 1; None for the default of the model's device.
         choices: as in `csam.engine.ready`.
+        calibration: for int8 and for no other.
 
     Raises:
         TypeError, ValueError: wrong kind or range, or a batch-norm layer without running statistics.
@@ -458,15 +475,20 @@ class TiledClassifier:
     def __init__(
         self,
         model: nn.Module | Prepared,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | str | None,
         tile: int | None,
         choices: engine.Choices = "auto",
+        calibration: quantization.Calibration | None = None,
     ) -> None:
+        dtype = torch.int8 if dtype == "int8" else dtype
+        self.calibration = calibration
         if isinstance(model, Prepared):
-            for name, value, own in (("dtype", dtype, model.dtype), ("tile", tile, model.tile)):
+            arithmetic = model.dtype if model.sampler is None else model.sampler.dtype
+            for name, value, own in (("dtype", dtype, arithmetic), ("tile", tile, model.tile)):
                 if value not in (None, own):
                     raise ValueError(f"{name} must be None or the prepared network's {own}, got {value}")
-            arithmetic = model.dtype if model.sampler is None else model.sampler.dtype
+            if calibration is not None:
+                raise ValueError("calibration must be None for a prepared network, which has its own, got images")
             self.model, self.dtype, self.tile = nn.Module(), arithmetic, model.tile
             self._made = (model, None, [])
             return
@@ -479,7 +501,10 @@ class TiledClassifier:
                     "would depend on the batch; set track_running_stats=True and estimate them"
                 )
         self.model = model
-        self.dtype = checks.choice("dtype", dtype, (None, *DTYPES))
+        self.dtype = checks.choice("dtype", dtype, (None, *DTYPES, torch.int8))
+        if (self.dtype is torch.int8) != (calibration is not None):
+            got = "None" if calibration is None else "images"
+            raise ValueError(f"calibration must be images for dtype int8 and None for others, got {got} for {dtype}")
         if tile is None:
             where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
             tile = TILE.get(where, TILE["cpu"])
@@ -510,7 +535,7 @@ class TiledClassifier:
         if current is None or shape not in (None, x.shape) or not same:
             where = next((t.device for t, _ in now), x.device)
             with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
-                current = _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices)
+                current = _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices, self.calibration)
             self._made = (current, x.shape, now)  # in one step, for callers on other threads
         return current
 
@@ -568,7 +593,12 @@ def _prepare(
     dtype: torch.dtype | None,
     tile: int,
     choices: engine.Choices,
+    calibration: quantization.Calibration | None,
 ) -> Prepared:
+    if calibration is not None and calibration.images.shape[1:] != shape:
+        raise ValueError(
+            f"calibration must hold images like x, of shape {tuple(shape)}, got {tuple(calibration.images.shape[1:])}"
+        )
     network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
@@ -585,12 +615,21 @@ def _prepare(
         got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
         raise ValueError(f"model must map {tuple(probe.shape)} to logits (2, K) with K >= 2, got {got}")
     made, sampler = inference.Ready(network, torch.contiguous_format, ["the model's own modules"]), None
-    if dtype is not None:
-        made = inference.ready(network, probe, wanted, dtype, tile)
+    exact = torch.float32 if dtype is torch.int8 else dtype
+    if dtype is not None and exact is not None:
+        quantized = None
+        made = inference.ready(network, probe, wanted, exact, tile)
+        if calibration is not None:
+
+            def quantized(program: Program) -> Program:
+                """On one thread: whatever the number of threads, the sums are the same, and so is the network."""
+                with ThreadPoolExecutor(1, "csam-quantize", initializer=one_intra_op_thread) as pool:
+                    return pool.submit(quantization.quantize, program, calibration.images).result()
+
         if made.exact is not None:
 
             def rival() -> tuple[Callable[[], object], int]:
-                pixels, drawn = probe[0].float(), dtype if dtype in DTYPES else torch.float32
+                pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
 
                 def label() -> Tensor:
                     noisy = csam_kernels.smoothing_noise(
@@ -601,11 +640,16 @@ def _prepare(
 
                 return label, tile
 
-            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival)
+            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival, quantized)
             made.steps.append(step)
+        if calibration is not None:
+            if sampler is None:
+                reason = made.steps[-1] if made.exact is not None else f"it runs on {device}"
+                raise ValueError(f"dtype int8 needs a network whose samples lie innermost: {reason}")
+            made.steps.append(f"int8, calibrated on {calibration.words}")
     classes = wanted.shape[1]
     return Prepared(
-        made.network, dtype or own, made.layout, device, classes, tile, tuple(made.steps), made.head, sampler
+        made.network, exact or own, made.layout, device, classes, tile, tuple(made.steps), made.head, sampler
     )
 
 
