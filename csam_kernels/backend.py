@@ -8,6 +8,7 @@ provider serves CPU tensors, on request only, through Triton's interpreter.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable
@@ -40,6 +41,14 @@ def _load(provider: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(f"csam_kernels.{provider}"), ""
     except ImportError as error:
         return None, _MISSING.get(provider, "{}").format(error)
+
+
+@cache
+def cpu_build() -> str:
+    """16 hex digits of the CPU kernels' binary: what was measured with others says nothing of these."""
+    binary = importlib.import_module("csam_kernels._C").__file__
+    with open(str(binary), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _why_not(op: str, provider: str, where: device) -> str:

@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 from csam_kernels import _C
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
-from csam_kernels.ops.sample_network import Program, Value
+from csam_kernels.ops.sample_network import ENGINES, Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
 _GRAIN = 1 << 15  # values a thread should have at least
@@ -290,8 +290,10 @@ def sample_conv2d(
     return out
 
 
-def sample_network(program: Program, dtype: torch.dtype, places: dict[Value, int], arena: int) -> _C.SampleNetwork:
-    """The program in C++, which copies what the addresses show."""
+def sample_network(
+    program: Program, dtype: torch.dtype, places: dict[Value, int], arena: int, draft: bool = False
+) -> _C.SampleNetwork:
+    """The program in C++, which copies what the addresses show; a draft can tell its costs and nothing else."""
 
     def at(value: Value | None) -> int:
         return -1 if value is None else places[value.root] + value.offset
@@ -313,12 +315,25 @@ def sample_network(program: Program, dtype: torch.dtype, places: dict[Value, int
         i = s.integers
         integers = (0, 0.0, 0.0, 0, False) if i is None else (address(i.scales), i.shift, i.other_scale, i.zero, i.real)
         steps.append(
-            (s.weight is None, *at_all, shape, *weight, filters, bias, window, bounds, s.dense, size, integers)
+            (
+                s.weight is None,
+                *at_all,
+                shape,
+                *weight,
+                filters,
+                bias,
+                window,
+                bounds,
+                ENGINES.index(s.engine),
+                size,
+                integers,
+            )
         )
     image, logits = program.image, program.logits
     shape = (image.channels, image.height, image.width)
     scaling = (address(program.mean), address(program.std), (program.scale, program.shift))
-    return _C.SampleNetwork(DTYPE[dtype], shape, *scaling, steps, (arena, at(image), at(logits), logits.channels))
+    at_ends = (arena, at(image), at(logits), logits.channels)
+    return _C.SampleNetwork(DTYPE[dtype], shape, *scaling, steps, at_ends, draft)
 
 
 def masked_conv2d(

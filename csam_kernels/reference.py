@@ -269,6 +269,25 @@ def sample_conv2d(
     return (out.relu() if relu else out).to(x.dtype).contiguous()
 
 
+_WINOGRAD_INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
+_WINOGRAD_WEIGHT = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_WINOGRAD_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+
+
+def _winograd(images: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dtype: torch.dtype) -> Tensor:
+    """conv2d of a 3x3 weight by F(2x2, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to dtype."""
+    size = [n + 2 * p - 2 for n, p in zip(images.shape[2:], padding, strict=True)]
+    images = F.pad(images, (padding[1], padding[1] + size[1] % 2, padding[0], padding[0] + size[0] % 2))
+    tiles = images.unfold(2, 4, 2).unfold(3, 4, 2)  # [n, C, H/2, W/2, 4, 4]
+    for_input, for_output = torch.tensor(_WINOGRAD_INPUT), torch.tensor(_WINOGRAD_OUTPUT)
+    for_weight = torch.tensor(_WINOGRAD_WEIGHT, dtype=torch.float64)
+    weights = (for_weight @ weight.double() @ for_weight.t()).to(dtype).float()
+    placed = (for_input @ tiles @ for_input.t()).to(dtype).float()
+    sums = for_output @ torch.einsum("nchwyx,ocyx->nohwyx", placed, weights) @ for_output.t()
+    out = sums.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]
+    return out if bias is None else out + bias.view(-1, 1, 1)
+
+
 def sample_network(program: Program, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits float32 [n, K] of images [n, C, H, W], every value rounded to dtype."""
     return sample_values(program, x, dtype)[program.logits].flatten(0, 2).t().float()
@@ -308,7 +327,10 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
             continue
         entries, taps, rows = s.weight
         added: Tensor | float = 0.0 if s.other is None else new(s.other).float()
-        if s.integers is None:
+        if s.engine == "winograd":
+            weight = _dense_weight(entries, taps, rows, len(image), kernel)
+            result = _winograd(images, weight, s.bias, padding, dtype).permute(1, 2, 3, 0) + added
+        elif s.integers is None:
             weight = _dense_weight(entries.to(dtype).float(), taps, rows, len(image), kernel)
             result = F.conv2d(images, weight, s.bias, stride, padding, dilation).permute(1, 2, 3, 0) + added
         else:

@@ -46,15 +46,16 @@ using Window = std::array<std::array<int64_t, 2>, 4>;  // kernel, stride, paddin
 // (scales, shift, other_scale, zero, real)
 using Integers = std::tuple<Address, float, float, int, bool>;
 
-// (pools, in, other, out, [C, H, W], values, taps, rows, filters, bias, window, (low, high), dense, [H', W'], integers)
+// (pools, in, other, out, [C, H, W], values, taps, rows, filters, bias, window, (low, high), engine, [H', W'],
+// integers)
 using StepTuple = std::tuple<bool, int64_t, int64_t, int64_t, std::array<int64_t, 3>, Address, Address, Address,
-                             int64_t, Address, Window, std::array<float, 2>, bool, std::array<int64_t, 2>, Integers>;
+                             int64_t, Address, Window, std::array<float, 2>, int, std::array<int64_t, 2>, Integers>;
 
 std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_t, 3> image, Address mean, Address std,
                                                     std::array<float, 2> integers, const std::vector<StepTuple>& tuples,
-                                                    std::array<int64_t, 4> places) {
+                                                    std::array<int64_t, 4> places, bool draft) {
   std::vector<csam::SampleStep> steps;
-  for (const auto& [pools, in, other, out, shape, values, taps, rows, filters, bias, window, range, dense, size,
+  for (const auto& [pools, in, other, out, shape, values, taps, rows, filters, bias, window, range, engine, size,
                     integers] : tuples) {
     const auto& [kernel, stride, padding, dilation] = window;
     csam::SampleStep step = {pools, {}, in, other, out};
@@ -65,7 +66,7 @@ std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_
     c.bias = at<float>(bias);
     for (int i = 0; i < 2; ++i)
       c.kernel[i] = kernel[i], c.stride[i] = stride[i], c.padding[i] = padding[i], c.dilation[i] = dilation[i];
-    c.low = range[0], c.high = range[1], c.dense = dense;
+    c.low = range[0], c.high = range[1], c.engine = engine;
     c.out_height = size[0], c.out_width = size[1];
     const auto& [scales, shift, other_scale, zero, real] = integers;
     c.scales = at<float>(scales), c.shift = shift, c.other_scale = other_scale, c.zero = zero, c.real = real;
@@ -73,7 +74,7 @@ std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_
   }
   return std::unique_ptr<csam::SampleNetwork>(kernels().sample_network(
       {dtype, image[0], image[1], image[2], at<float>(mean), at<float>(std), integers[0], integers[1], steps.data(),
-       int64_t(steps.size()), places[0], places[1], places[2], places[3]}));
+       int64_t(steps.size()), places[0], places[1], places[2], places[3], draft}));
 }
 
 struct Block {
@@ -185,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
                                  {dilation[0], dilation[1]},
                                  relu ? 0 : -INFINITY,
                                  INFINITY,
-                                 dense,
+                                 dense ? csam::kDense : csam::kSparse,
                                  nullptr,
                                  0,
                                  0,

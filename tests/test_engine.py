@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import csam
-import csam_kernels as ck
 from csam import costs, engine, lanes
 from csam.costs import Rates
 
@@ -66,13 +65,13 @@ def test_each_layer_runs_the_way_that_is_predicted_to_be_faster(
 ) -> None:
     network = Small()
     network.second.weight.data *= torch.rand(network.second.weight.shape) < 0.03
-    for rates, wanted in (({"sparse": 1e-3}, {False}), ({"dense": 1e-3}, {True}), ({}, {False, True})):
+    for rates, wanted in (({"sparse": 1e-3}, {True}), ({"dense": 1e-3}, {False}), ({}, {False, True})):
         given(monkeypatch, module=1e9, **rates)
         made, step = ready(network, dtype)
-        kinds = {s.name: s.dense for s in made.program.steps if s.weight is not None}
-        assert set(kinds.values()) == wanted
-        assert f"{list(kinds.values()).count(False)} of {len(kinds)} layers sparse" in step
-    assert not kinds["second"]
+        kinds = {s.name: s.engine for s in made.program.steps if s.weight is not None}
+        assert {kind == "sparse" for kind in kinds.values()} == wanted
+        assert all(f"{list(kinds.values()).count(kind)} {kind}" in step for kind in kinds.values())
+    assert kinds["second"] == "sparse"
 
 
 def attention(x: Tensor) -> Tensor:
@@ -148,11 +147,15 @@ def test_what_torch_fx_traces_is_not_exported(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("choices", "error", "message"),
     [
-        ({}, ValueError, "for every layer of the plan, got no first, no head, no mean, no second"),
+        (
+            {},
+            ValueError,
+            "for every layer of the plan that it is offered for, got no first, no head, no mean, no second",
+        ),
         ({"first": "dense", "second": "quick", "mean": "dense", "head": "dense"}, ValueError, "got second: quick"),
         ({"other": "dense"}, ValueError, "got other: dense, no first"),
         ("quick", ValueError, "got first: quick"),
-        (["dense"], TypeError, "choices must be a name or layer -> dense or sparse, got list"),
+        (["dense"], TypeError, "choices must be a name or layer -> sparse, dense, winograd, got list"),
     ],
     ids=str,
 )
@@ -164,8 +167,8 @@ def test_bad_choices(choices: Any, error: type[Exception], message: str) -> None
 def test_choices_by_name_are_obeyed() -> None:
     choices = {"first": "dense", "second": "sparse", "mean": "dense", "head": "sparse"}
     made, step = ready(Small(), choices=choices)
-    assert {s.name: "dense" if s.dense else "sparse" for s in made.program.steps} == choices
-    assert "2 of 4 layers sparse" in step
+    assert {s.name: s.engine for s in made.program.steps} == choices
+    assert "layers 2 sparse, 2 dense;" in step
 
 
 # What is predicted
@@ -187,16 +190,17 @@ def program(share: float, filters: float = 1.0) -> lanes.Program:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_what_is_predicted_falls_with_the_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     given(monkeypatch)
-    totals: dict[str, list[float]] = {"sparse": [], "dense": [], "auto": []}
+    totals: dict[str, list[float]] = {"sparse": [], "dense": [], "winograd": [], "auto": []}
     for left in ({"share": 1.0}, {"share": 0.4}, {"share": 0.1}, {"share": 0.02}, {"share": 1.0, "filters": 0.5}):
         made = program(**left)
         for kind, total in totals.items():
             engine.choose(made, dtype, kind)
-            times = engine.milliseconds(made, ck.sample_network(made, dtype))
+            times = engine.milliseconds(made, dtype)
             assert all(t > 0 for t in times)
             total.append(sum(times))
     assert all(more > less for more, less in zip(totals["sparse"], totals["sparse"][1:4], strict=False))
-    for kind in ("sparse", "dense"):
+    assert totals["winograd"][0] < totals["dense"][0]
+    for kind in ("sparse", "dense", "winograd"):
         assert totals[kind][4] < 0.6 * totals[kind][0]
         assert all(best <= other for best, other in zip(totals["auto"], totals[kind], strict=True))
 

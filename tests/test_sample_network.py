@@ -19,10 +19,10 @@ from torch import Tensor
 import csam_kernels as ck
 from conftest import ISAS, TOLERANCE, assert_close
 from csam_kernels import _C, reference
-from csam_kernels.ops.sample_network import Program, Step, Value, outputs
+from csam_kernels.ops.sample_network import ENGINES, Program, Step, Value, outputs, step_costs, transformable
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-KINDS = pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+KINDS = pytest.mark.parametrize("engine", ENGINES)
 SIGMA = 0.5
 
 
@@ -62,9 +62,11 @@ def network(
     return Program(x, head.out, [*steps, head], mean, std)
 
 
-def of_kind(program: Program, dense: bool) -> Program:
+def of_kind(program: Program, engine: str, dtype: torch.dtype = torch.float32) -> Program:
+    """Dense where Winograd's is not offered."""
     for step in program.steps:
-        step.dense = dense and step.weight is not None
+        transformed = engine == "winograd" and transformable(step, dtype)
+        step.engine = engine if engine != "winograd" or transformed else "dense"
     return program
 
 
@@ -134,19 +136,19 @@ BODIES: dict[str, Callable[[Value], list[Step]]] = {
 }
 
 
-def built(name: str, dense: bool = False, scaled: bool = False) -> Program:
+def built(name: str, engine: str = "sparse", scaled: bool = False) -> Program:
     program = network(BODIES[name], scaled)
     for before, after in itertools.pairwise(program.steps):  # "maximum" names its input's shape alone
         if after.weight is None:
             after.input = before.out
-    return of_kind(program, dense)
+    return of_kind(program, engine)
 
 
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("name", BODIES)
-def test_logits_are_the_references(isa: str, name: str, dense: bool, dtype: torch.dtype) -> None:
-    program, x = built(name, dense, scaled=True), torch.rand(37, 3, 9, 7)
+def test_logits_are_the_references(isa: str, name: str, engine: str, dtype: torch.dtype) -> None:
+    program, x = built(name, engine, scaled=True), torch.rand(37, 3, 9, 7)
     assert_close(ck.sample_network(program, dtype).logits(x), reference.sample_network(program, x, dtype), dtype)
 
 
@@ -166,14 +168,48 @@ def test_float32_bits_depend_neither_on_the_kind_nor_on_the_instruction_set() ->
     results = []
     for isa in ISAS:
         _C.set_isa(isa)
-        results += [ck.sample_network(of_kind(program, dense), torch.float32).logits(x) for dense in (False, True)]
+        results += [ck.sample_network(of_kind(program, e), torch.float32).logits(x) for e in ("sparse", "dense")]
     _C.set_isa("auto")
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+def test_float32_bits_of_winograd_do_not_depend_on_the_instruction_set() -> None:
+    program, x = built("residual", "winograd"), torch.rand(20, 3, 9, 7)
+    results = []
+    for isa in ISAS:
+        _C.set_isa(isa)
+        results.append(ck.sample_network(program, torch.float32).logits(x))
+    _C.set_isa("auto")
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert not torch.equal(results[0], ck.sample_network(of_kind(program, "dense"), torch.float32).logits(x))
+
+
+@DTYPES
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("size", [(3, 3), (4, 11), (8, 8), (33, 2)], ids=str)
+def test_winograd_covers_every_output(
+    isa: str, size: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """One block or many, whole or cut off; channels and filters that fill no register tile, dead ones among them."""
+    if size[1] + 2 * padding[1] < 3:
+        return
+    for channels, filters in ((1, 1), (5, 9), (40, 24)):
+        weight = torch.randn(filters, channels, 3, 3) / (3 * channels**0.5)
+        weight[filters // 2 + 1 :: 3] = 0
+        weight[:, channels // 2 + 1 :: 4] = 0
+        x, images = Value(channels, *size), torch.rand(35, channels, *size)
+        out = Value(filters, *(s + 2 * p - 2 for s, p in zip(size, padding, strict=True)))
+        step = Step(x, out, weight=ck.compress(weight), bias=torch.randn(filters), kernel=(3, 3), padding=padding)
+        head = convolution(flattened(out), 5)
+        program = of_kind(Program(x, head.out, [step, head]), "winograd", dtype)
+        assert step.engine == "winograd"
+        found = ck.sample_network(program, dtype).logits(images)
+        assert_close(found, reference.sample_network(program, images, dtype), dtype)
+
+
 @DTYPES
 @KINDS
-def test_what_is_not_finite_spreads_as_in_the_reference(isa: str, dense: bool, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_spreads_as_in_the_reference(isa: str, engine: str, dtype: torch.dtype) -> None:
     """Through full weights and maxima; every value of the last step is a logit."""
     x = torch.rand(20, 3, 9, 7)
     x[3, 1, 4, 4], x[5, 0, 0, 0], x[6, 2, 8, 6] = math.nan, math.inf, -math.inf
@@ -181,14 +217,14 @@ def test_what_is_not_finite_spreads_as_in_the_reference(isa: str, dense: bool, d
     steps = [first, maximum(first.out, (3, 3), (4, 3), stride=(2, 2), padding=(1, 1))]
     every = flattened(steps[-1].out)
     steps.append(Step(every, Value(48, 1, 1), weight=ck.compress(torch.eye(48)[:, :, None, None])))
-    program = of_kind(Program(first.input, steps[-1].out, steps), dense)
+    program = of_kind(Program(first.input, steps[-1].out, steps), engine)
     found = ck.sample_network(program, dtype).logits(x)
     images = x.to(dtype).float().permute(1, 2, 3, 0)
     taken = reference.sample_conv2d(images, *first.weight, first.bias, None, [2, 2], [1, 1], [0, 0], [1, 1], False)
     wanted = F.max_pool2d(taken.permute(3, 0, 1, 2), 3, 2, 1).flatten(1)
     assert bool(wanted[5].isinf().any())
     assert 0 < int(wanted[3].isnan().sum()) < 48
-    if dense:  # which multiplies the zeros too
+    if engine != "sparse":  # which multiplies the zeros too
         wanted = wanted @ torch.eye(48)
     assert torch.equal(found.isnan(), wanted.isnan())
     assert torch.equal(found[wanted.isinf()], wanted[wanted.isinf()])
@@ -343,12 +379,13 @@ def test_a_long_chain_takes_the_memory_of_two_values() -> None:
 def test_what_becomes_of_the_program_does_not_reach_the_network() -> None:
     program = built("residual")
     made = ck.sample_network(program, torch.float32)
-    costs, fingerprint = made.costs(), made.fingerprint
+    x, fingerprint = torch.rand(5, 3, 9, 7), made.fingerprint
+    wanted = made.logits(x)
     for step in program.steps:
-        step.dense, step.low = True, 0.0
+        step.engine, step.low = "dense", 0.0
     del program.steps[1:]
-    assert made.costs() == costs
-    assert len(made.times(1)) == len(costs) == 4
+    assert torch.equal(made.logits(x), wanted)
+    assert len(made.times(1)) == 4
     assert made.fingerprint == fingerprint
 
 
@@ -363,11 +400,13 @@ def test_copies_vote_alike(copied: Any) -> None:
 def test_costs_fall_with_the_weights_and_times_are_measured() -> None:
     few, many = (network(lambda x, d=d: [convolution(x, 32, (3, 3), d)], image=(16, 9, 9)) for d in (0.1, 0.6))
     for dtype in (torch.float32, torch.bfloat16):
-        made = [ck.sample_network(p, dtype) for p in (few, many, of_kind(copy.deepcopy(few), True))]
-        assert 0 < made[0].costs()[0] < made[1].costs()[0]
-        assert made[0].costs()[0] < made[2].costs()[0]
-        assert all(t > 0 for t in made[0].times(2))
-        assert made[0].memory > 0
+        programs = (few, many, *(of_kind(copy.deepcopy(few), engine) for engine in ("winograd", "dense")))
+        costs = [step_costs(p, dtype)[0] for p in programs]
+        assert 0 < costs[0] < costs[1]
+        assert costs[0] < min(costs[2:])
+        made = ck.sample_network(few, dtype)
+        assert all(t > 0 for t in made.times(2))
+        assert made.memory > 0
 
 
 # Fingerprint
@@ -378,7 +417,8 @@ CHANGES: dict[str, Callable[[Program], object]] = {
     "rows": lambda p: p.steps[0].weight[2][1:-1].add_(1),
     "bias": lambda p: p.steps[1].bias.add_(1e-6),
     "no bias": lambda p: setattr(p.steps[1], "bias", None),
-    "dense": lambda p: setattr(p.steps[1], "dense", True),
+    "engine": lambda p: setattr(p.steps[1], "engine", "dense"),
+    "winograd": lambda p: setattr(p.steps[1], "engine", "winograd"),
     "bounds": lambda p: setattr(p.steps[1], "high", 9.0),
     "window": lambda p: setattr(p.steps[0], "dilation", (1, 2)),
     "other": lambda p: setattr(p.steps[2], "other", None),

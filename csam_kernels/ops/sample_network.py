@@ -14,6 +14,7 @@ from csam_kernels import backend, checks
 from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_noise
 
+ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 _MOST = 2**31 - 1  # numbers of a value
 _MOST_TAPS = 2**20  # of a window
@@ -74,8 +75,10 @@ class Step:
         weight: (values, taps, rows) as `compress` gives them; None for the maximum.
         bias: float32 [channels of out], or None.
         kernel, stride, padding, dilation: along height and width.
-        dense: filters share what they load, with the zeros between channels and filters that are alive at all; faster
-            than each by its own taps from a density of about 0.4 on.
+        engine: how a convolution multiplies. "sparse": each filter its own taps. "dense": filters share what they load,
+            with the zeros between channels and filters that are alive at all; faster from a density of about 0.4 on.
+            "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)) and
+            about twice the rounding; for a kernel of 3x3, stride 1, no dilation, and not in int8.
         name: for messages.
         integers: in a program of int8 and no other.
     """
@@ -91,7 +94,7 @@ class Step:
     dilation: tuple[int, int] = (1, 1)
     low: float = -math.inf
     high: float = math.inf
-    dense: bool = False
+    engine: str = "sparse"
     name: str = ""
     integers: Integers | None = None
 
@@ -196,13 +199,6 @@ class SampleNetwork:
         self._native.votes(x.data_ptr(), sigma, seed % 2**64, stream, first_sample, n, out.data_ptr())
         return out
 
-    def costs(self) -> list[float]:
-        """What each step should cost a sample, in multiply-adds of one vector: what `times` is proportional to, with
-        one factor for dense steps and one for the others."""
-        out = torch.empty(len(self.program.steps), dtype=torch.float64)
-        self._native.costs(out.data_ptr())
-        return [float(cost) for cost in out]
-
     def times(self, rounds: int = 5) -> list[float]:
         """The least milliseconds of processor time a sample that each step took in so many rounds, on one thread."""
         rounds = checks.integer("rounds", rounds, low=1)
@@ -229,7 +225,7 @@ class SampleNetwork:
         add((program.mean, program.std))
         for step in program.steps:
             pairs = map(tuple, (step.kernel, step.stride, step.padding, step.dilation))
-            window = (*pairs, float(step.low), float(step.high), bool(step.dense))
+            window = (*pairs, float(step.low), float(step.high), step.engine)
             digest.update(f"{[at(v) for v in (step.input, step.other, step.out)]} {window}".encode())
             add((*(step.weight or (None,)), step.bias))
             if step.integers is not None:
@@ -237,6 +233,17 @@ class SampleNetwork:
                 digest.update(f"{numbers}".encode())
                 add((step.integers.scales,))
         return digest.hexdigest()[:16]
+
+
+def step_costs(program: Program, dtype: torch.dtype) -> list[float]:
+    """What each step of a program should cost a sample, in multiply-adds of one vector: what `SampleNetwork.times` is
+    proportional to, with one factor for sparse steps and one for the others. Errors as in `sample_network`."""
+    _checked(program, dtype)
+    places, arena = program.places()
+    draft = backend.serve("sample_network", torch.device("cpu"))(program, dtype, places, arena, draft=True)
+    out = torch.empty(len(program.steps), dtype=torch.float64)
+    draft.costs(out.data_ptr())
+    return [float(cost) for cost in out]
 
 
 def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
@@ -250,6 +257,11 @@ def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
         TypeError, ValueError: a step whose shapes do not go together, or that reads what no step before it gave; by
             its name.
     """
+    _checked(program, dtype)
+    return SampleNetwork(program, dtype)
+
+
+def _checked(program: Program, dtype: torch.dtype) -> None:
     checks.choice("dtype", dtype, (*DTYPES, torch.int8))
     image, logits = program.image, program.logits
     _placed("program.image", image)
@@ -273,6 +285,9 @@ def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
             raise ValueError(f"{name}: out must not lie in program.image")
         if (step.integers is not None) != (integers and step.weight is not None):
             raise ValueError(f"{name}: integers must be given for a convolution in torch.int8 and for no other step")
+        checks.choice(f"{name}: engine", step.engine, ENGINES)
+        if step.engine == "winograd" and not transformable(step, dtype):
+            raise ValueError(f"{name}: engine winograd needs a 3x3 kernel of stride and dilation 1, and not torch.int8")
         real = step.integers is not None and step.integers.real
         if integers and (real != (step.out is logits) or (step.out.root is logits.root) != real):
             raise ValueError(f"{name}: out must be real where it is program.logits, which is no part, and there alone")
@@ -281,7 +296,12 @@ def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
         _give(given, step.out)
     if logits.root is image.root or not _is_given(given, logits):
         raise ValueError("program.logits must be given by the steps")
-    return SampleNetwork(program, dtype)
+
+
+def transformable(step: Step, dtype: torch.dtype) -> bool:
+    """Whether the step may have engine "winograd"."""
+    plain = (step.kernel, step.stride, step.dilation) == ((3, 3), (1, 1), (1, 1))
+    return step.weight is not None and plain and dtype is not torch.int8
 
 
 def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

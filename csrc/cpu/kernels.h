@@ -66,6 +66,10 @@ struct SemanticArgs {
   float* out;
 };
 
+// How a convolution multiplies: each filter its own weights, in time proportional to them; filters sharing what they
+// load, zeros between live ones included; or that after Winograd's transform.
+enum Engine : int { kSparse = 0, kDense = 1, kWinograd = 2 };
+
 struct SampleConvArgs {
   const void* x;  // [channels, height, width, samples]
   int dtype;      // of x, other and out
@@ -77,7 +81,7 @@ struct SampleConvArgs {
   const void* other;  // or null
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   float low, high;  // bounds of the result
-  bool dense;       // whether filters share what they load, zeros between the live ones included
+  int engine;
   // Of integers: out = clamp(sum * scales[filter] + other * other_scale + shift), low >= 0 and high <= 255, or a float
   // where `real`; outside the image lies `zero`.
   const float* scales;
@@ -103,6 +107,7 @@ struct SampleNetworkArgs {
   const SampleStep* steps;
   int64_t count;
   int64_t arena, in, out, classes;  // values of one sample; places of the image and of the logits
+  bool draft;                       // no weight is laid out: only the costs may be asked for
 };
 
 class SampleNetwork {  // readied for one instruction set; its methods may run on several threads at once

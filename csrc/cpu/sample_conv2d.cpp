@@ -8,11 +8,12 @@ template <class Format>
 static void convolve(const SampleConvArgs& a, int threads) {
   using Element = typename Format::Element;
   const int64_t places = tiles(a.out_height, 8) * tiles(a.out_width, 8) * tiles(a.samples, Format::kLanes);
-  const Convolution<Format> c(a, tiles(threads, places ? places : 1));
+  Convolution<Format> c(a, tiles(threads, places ? places : 1));
+  c.lay();
   const Element *in = static_cast<const Element*>(a.x), *other = static_cast<const Element*>(a.other);
   Element* out = static_cast<Element*>(a.out);
-  typename Convolution<Format>::Sizes sizes;
-  sizes.meet(c);
+  Sizes sizes;
+  c.claim(sizes);
 #pragma omp parallel num_threads(threads)
   {
     const auto scratch = sizes.make();

@@ -15,13 +15,14 @@
 namespace csam {
 namespace CSAM_ISA {
 
-constexpr int64_t kBlockBytes = 20 << 10;  // of a packed block: a first-level cache, less what else is read
-constexpr int64_t kNearBytes = 4 << 20;    // of input that needs no prefetch
-constexpr int64_t kSumBytes = 512 << 10;   // of sums that a job keeps: half of a second-level cache
-constexpr int64_t kMostLines = 1 << 20;    // of a channel under a tile of more than one pixel
-constexpr double kPackCost = 3;            // of one packed vector, in fused multiply-adds
-constexpr double kTurnCost = 20;           // of one filter's turn over a block
-constexpr double kSumCost = 2;             // of one sum put down and taken up again
+constexpr int64_t kBlockBytes[] = {20 << 10,
+                                   40 << 10};  // of a packed block, sparse and dense: about a first-level cache
+constexpr int64_t kNearBytes = 1 << 20;        // of input that needs no prefetch
+constexpr int64_t kSumBytes = 512 << 10;       // of sums that a job keeps: half of a second-level cache
+constexpr int64_t kMostLines = 1 << 20;        // of a channel under a tile of more than one pixel
+constexpr double kPackCost = 3;                // of one packed vector, in fused multiply-adds
+constexpr double kTurnCost = 20;               // of one filter's turn over a block
+constexpr double kSumCost = 2;                 // of one sum put down and taken up again
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -77,6 +78,7 @@ struct Block {  // some channels of the input under one tile, and what the filte
   const float* packed;
   int64_t pitch;          // floats from row to row
   int64_t rows, columns;  // of the tile
+  int64_t pixels;         // from one filter's sums to the next's
   const Tap* taps;
   const int32_t* cuts;  // sparse: where the taps of each filter begin, `stride` apart; they end at the cut after it
   int64_t stride;
@@ -93,6 +95,9 @@ CSAM_INLINE void fetch(const Block& b, int64_t from, int64_t to) {
 }
 
 CSAM_INLINE vf finished(vf sum, float low, float high) {  // NaN stays NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)sum));
+#endif
   sum = sum < splat(low) ? splat(low) : sum;
   return sum > splat(high) ? splat(high) : sum;
 }
@@ -141,7 +146,7 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
 // F filters at a time, C pixels side by side.
 template <class V, int F, int C>
 static void add_rows(const Block& b, int64_t filters, float* sums) {
-  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
   for (int64_t o = 0; o < filters; o += F, sums += F * pixels * W) {
     fetch(b, o / F * share, (o / F + 1) * share);
     const uint32_t* weights = b.weights + o * b.units * b.area;
@@ -207,6 +212,8 @@ struct Float32 {
   static uint32_t unit_weight(const float* w) { return float_bits(w[0]); }
   static vf pack(const float* in) { return load<vf>(in); }
   static void pack_unit(const float* const* in, float* out) { store(out, load<vf>(in[0])); }
+  static void unpack(const float* in, vf* out) { *out = load<vf>(in); }
+  static void pack_sums(const vf* in, float* out) { store(out, in[0]); }
   static void finish(const float* sums, const float* other, const Ending& e, float* out) {
     const vf sum = load<vf>(sums);
     store(out, finished(other ? sum + load<vf>(other) : sum, e.low, e.high));
@@ -230,6 +237,8 @@ struct Bfloat16 {  // widened when it is packed
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint16_t* in) { return from_bf16(load<vh>(in)); }
   static void pack_unit(const uint16_t* const* in, float* out) { store(out, pack(in[0])); }
+  static void unpack(const uint16_t* in, vf* out) { *out = pack(in); }
+  static void pack_sums(const vf* in, float* out) { store(out, rounded(in[0])); }
   static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
     const vf sum = load<vf>(sums);
     store(out, to_bf16(finished(other ? sum + from_bf16(load<vh>(other)) : sum, e.low, e.high)));
@@ -294,7 +303,7 @@ CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
 // F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
 template <int F, int C>
 CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
-  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
   for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
     fetch(b, o / F * share, (o / F + 1) * share);
     const uint32_t* weights = b.weights + o * b.units * b.area;
@@ -330,6 +339,14 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
   }
 }
 
+// a and, behind it, b as bfloat16: to nearest even, subnormals to 0. As assembly, since an intrinsic would ask every
+// caller to be compiled for AVX512-BF16.
+CSAM_INLINE __m512i rounded(vf a, vf b) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(b), "v"(a));
+  return both;
+}
+
 struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' order, and packing undoes it
   using Element = uint16_t;
   static constexpr const char* kName = "bfloat16 pairs";
@@ -350,6 +367,19 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
     _mm512_store_si512(out, _mm512_unpacklo_epi16(x, y));
     _mm512_store_si512(out + W, _mm512_unpackhi_epi16(x, y));
   }
+  static void unpack(const uint16_t* in, vf* out) {
+    __m512i x = _mm512_loadu_si512(in);
+    asm("" : "+v"(x));  // in a register: as an operand in memory it would be loaded twice
+    const __m512i zero = _mm512_setzero_si512();
+    out[0] = (vf)_mm512_unpacklo_epi16(zero, x);
+    out[1] = (vf)_mm512_unpackhi_epi16(zero, x);
+  }
+  static void pack_sums(const vf* in, float* out) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = csam::CSAM_ISA::rounded(in[0], in[1]);
+    _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+  }
   static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
     vf first = load<vf>(sums), second = load<vf>(sums + W);
     if (other) {
@@ -357,8 +387,10 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
       first += (vf)_mm512_unpacklo_epi16(zero, o);
       second += (vf)_mm512_unpackhi_epi16(zero, o);
     }
-    const vu a = bf16_bits(finished(first, e.low, e.high)), b = bf16_bits(finished(second, e.low, e.high));
-    _mm512_storeu_si512(out, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+    const __m512i both = csam::CSAM_ISA::rounded(finished(first, e.low, e.high), finished(second, e.low, e.high));
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                                        8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
   }
   static float widen(Element v) { return csam::from_bf16(v); }
   static Element narrow(float v) { return csam::to_bf16(v); }
@@ -483,7 +515,7 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
 // F filters at a time at one pixel; four channels lie interleaved.
 template <int F>
 CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
-  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.rows * b.columns;
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
   for (int64_t o = 0; o < filters; o += F, sums += 4 * F * pixels * W) {
     fetch(b, o / F * share, (o / F + 1) * share);
     const uint32_t* weights = b.weights + o * b.units * b.area;
@@ -567,56 +599,140 @@ struct Shape {  // of a tile of output pixels, and the register tile that fills 
   Micro micro;
 };
 
-// A convolution readied: its weight laid out for the tile that leaves the least to do.
+// What of a layer is alive, and how its results are stored.
 template <class Format>
-struct Convolution {
+struct Layer {
   using Element = typename Format::Element;
   SampleConvArgs a;
   bool dense;
   int64_t channels = 0, slots = 0, live = 0;  // channels that are read; filters, the live ones of a dense layer first
+  int64_t area, padded;                       // taps; live filters, filled up to whole turns of a dense loop
   Array<int32_t> channel, filter;             // which they are
-  Shape tile;
-  double cost = 0;  // of kLanes samples
-  int64_t area, lines, across_lines, unit, together, blocks, down, across, group;
-  Array<int64_t> row_source, column_source;
-  Array<Tap> taps;
-  Array<int32_t> cuts, offsets;
-  Array<uint32_t> weights;
+  Array<int32_t> place;                       // of each channel among those that are read
   Array<float> bias, scales;
   Array<Element> border;  // what lies outside the image
 
-  struct Scratch {  // of one thread; serves every convolution that it was made large enough for
-    Array<float> packed, sums;
-    Array<const void*> lines;
-    Array<int64_t> columns;
-  };
-  struct Sizes {
-    int64_t packed = 0, sums = 0, lines = 0, columns = 0;
-    static void raise(int64_t& size, int64_t to) { size = size < to ? to : size; }
-    int64_t bytes() const { return 4 * (packed + sums) + 8 * (lines + columns); }
-    void meet(const Convolution& c) {
-      raise(packed, c.together / c.step() * c.unit);
-      raise(sums, c.group * c.tile.rows * c.tile.columns * Format::kSums * W);
-      raise(lines, c.together * c.lines);
-      raise(columns, c.across_lines);
-    }
-    Scratch make() const {
-      return {Array<float>(packed), Array<float>(sums), Array<const void*>(lines), Array<int64_t>(columns)};
-    }
-  };
-
-  int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
-
-  explicit Convolution(const SampleConvArgs& args, int64_t shares = 1)
-      : a(args), dense(args.dense), channel(args.channels + 1), filter(args.filters + Format::kFilters) {
-    area = a.kernel[0] * a.kernel[1];
-    Array<int32_t> place(a.channels);
+  explicit Layer(const SampleConvArgs& args)
+      : a(args),
+        dense(args.engine != kSparse),
+        area(a.kernel[0] * a.kernel[1]),
+        channel(a.channels + 1),
+        filter(a.filters + Format::kFilters),
+        place(a.channels),
+        border(Format::kLanes) {
     for (int64_t k = 0; k < a.rows[a.filters]; ++k) place[a.taps[k] / area] = 1;
     for (int64_t c = 0; c < a.channels; ++c)
       if (place[c]) channel[channels] = int32_t(c), place[c] = int32_t(channels++);
     for (int pass = 0; pass < 2; ++pass)
       for (int64_t o = 0; o < a.filters; ++o)
         if ((dense && a.rows[o] == a.rows[o + 1]) == bool(pass)) filter[slots++] = int32_t(o), live += !pass;
+    padded = tiles(live, Format::kFilters) * Format::kFilters;
+    bias = Array<float>(slots + Format::kFilters);
+    for (int64_t s = 0; a.bias && s < slots; ++s) bias[s] = a.bias[filter[s]];
+    scales = Array<float>(slots);
+    for (int64_t s = 0; s < slots; ++s) scales[s] = a.scales ? a.scales[filter[s]] : 1;
+    for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
+  }
+
+  // The weight with its zeros: [padded, channels of whole units, area].
+  Array<float> full() const {
+    const int64_t inner = tiles(channels, Format::kTogether) * Format::kTogether * area;
+    Array<float> out(padded * inner);
+    for (int64_t s = 0; s < live; ++s)
+      for (int64_t o = filter[s], k = a.rows[o]; k < a.rows[o + 1]; ++k)
+        out[s * inner + place[a.taps[k] / area] * area + a.taps[k] % area] = a.values[k];
+    return out;
+  }
+
+  // For a dense loop over `units` units from unit `from` on: [padded / kFilters][units][taps][kFilters], of w [padded,
+  // channels, taps].
+  uint32_t* lay_units(const float* w, int64_t taps, int64_t from, int64_t units, uint32_t* out) const {
+    const int64_t inner = tiles(channels, Format::kTogether) * Format::kTogether * taps;
+    for (int64_t s = 0; s < padded; s += Format::kFilters)
+      for (int64_t u = from; u < from + units; ++u)
+        for (int64_t k = 0; k < taps; ++k)
+          for (int64_t f = 0; f < Format::kFilters; ++f) {
+            float unit[Format::kTogether];
+            for (int64_t i = 0; i < Format::kTogether; ++i)
+              unit[i] = w[(s + f) * inner + (u * Format::kTogether + i) * taps + k];
+            *out++ = Format::unit_weight(unit);
+          }
+    return out;
+  }
+
+  // Sums [rows, columns] of one filter, `pitch` floats apart, to the outputs from (top, left) on that are inside.
+  void write(int64_t slot, int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
+             const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples) const {
+    const Ending ending = {a.low, a.high, scales[slot], a.shift, a.other_scale, a.real};
+    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
+    const int64_t ahead = 2 * a.out_height * a.out_width * samples;      // the filter after the next one's
+    for (int64_t r = 0; r < rows && top + r < a.out_height; ++r)
+      for (int64_t c = 0; c < columns && left + c < a.out_width; ++c) {
+        const int64_t i = ((filter[slot] * a.out_height + top + r) * a.out_width + left + c) * samples + sample;
+        const float* sum = sums + (r * columns + c) * pitch;
+        const Element* added = other ? other + i : nullptr;
+        if (n >= Format::kLanes) {
+          if (added) __builtin_prefetch(added + ahead);
+          Format::finish(sum, added, ending, out + width * i);
+          continue;
+        }
+        Element some[Format::kLanes * 4] = {};
+        if (added) memcpy(some, added, n * sizeof *some);
+        Format::finish(sum, added ? some : nullptr, ending, some);
+        memcpy(out + width * i, some, n * width * sizeof *some);
+      }
+  }
+
+  // The filters without a weight, over the same outputs.
+  void write_dead(int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
+                  const Element* other, Element* out, int64_t samples) const {
+    for (int64_t o = live; o < slots; ++o) {
+      vf constant[Format::kSums];
+      for (vf& v : constant) v = Format::start(bias[o]);
+      write(o, top, left, rows, columns, sample, n, reinterpret_cast<float*>(constant), 0, other, out, samples);
+    }
+  }
+};
+
+struct Scratch {  // of one thread; serves every layer that it was made large enough for
+  Array<float> packed, sums;
+  Array<const void*> lines;
+  Array<int64_t> columns;
+};
+struct Sizes {
+  int64_t packed = 0, sums = 0, lines = 0, columns = 0;
+  static void raise(int64_t& size, int64_t to) { size = size < to ? to : size; }
+  int64_t bytes() const { return 4 * (packed + sums) + 8 * (lines + columns); }
+  Scratch make() const {
+    return {Array<float>(packed), Array<float>(sums), Array<const void*>(lines), Array<int64_t>(columns)};
+  }
+};
+
+// A convolution readied: its weight laid out for the tile that leaves the least to do.
+template <class Format>
+struct Convolution : Layer<Format> {
+  using Base = Layer<Format>;
+  using Base::a, Base::area, Base::bias, Base::border, Base::channel, Base::channels, Base::dense, Base::filter;
+  using Base::live, Base::padded, Base::place, Base::slots;
+  using typename Base::Element;
+  Shape tile;
+  double cost = 0;  // of kLanes samples
+  int64_t lines, across_lines, unit, together, blocks, down, across, group;
+  Array<int64_t> row_source, column_source;
+  Array<Tap> taps;
+  Array<int32_t> cuts, offsets;
+  Array<uint32_t> weights;
+
+  void claim(Sizes& sizes) const {
+    Sizes::raise(sizes.packed, together / step() * unit);
+    Sizes::raise(sizes.sums, group * tile.rows * tile.columns * Format::kSums * W);
+    Sizes::raise(sizes.lines, together * lines);
+    Sizes::raise(sizes.columns, across_lines);
+  }
+
+  int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
+
+  explicit Convolution(const SampleConvArgs& args, int64_t shares = 1) : Base(args) {
     tile = choose();
     const Axis y(a.kernel[0], a.stride[0], a.dilation[0], tile.rows);
     const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
@@ -625,7 +741,7 @@ struct Convolution {
     unit = lines * W * (dense ? Format::kSums : 1);
     row_source = copied(y.source.data, y.lines);
     column_source = copied(x.source.data, x.lines);
-    const int64_t fitting = kBlockBytes / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
+    const int64_t fitting = kBlockBytes[dense] / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
     blocks = channels ? tiles(channels, most) : 1;
     together = tiles(tiles(channels, blocks), step()) * step();
     down = tiles(a.out_height, tile.rows);
@@ -634,14 +750,13 @@ struct Convolution {
     const int64_t fit = kSumBytes / sums, parts = tiles(live, fit < Format::kFilters ? Format::kFilters : fit);
     group = tiles(tiles(live, parts > shares ? parts : shares), Format::kFilters) * Format::kFilters;
     if (group < Format::kFilters) group = Format::kFilters;
-    bias = Array<float>(slots + Format::kFilters);
-    for (int64_t s = 0; a.bias && s < slots; ++s) bias[s] = a.bias[filter[s]];
-    scales = Array<float>(slots);
-    for (int64_t s = 0; s < slots; ++s) scales[s] = a.scales ? a.scales[filter[s]] : 1;
-    border = Array<Element>(Format::kLanes);
-    for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
-    if (dense) lay_dense(place, x, y);
-    else lay_sparse(place, x, y);
+  }
+
+  void lay() {
+    const Axis y(a.kernel[0], a.stride[0], a.dilation[0], tile.rows);
+    const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
+    if (dense) lay_dense(x, y);
+    else lay_sparse(x, y);
   }
 
   // The tile that leaves the least to do, in multiply-adds of a vector: those of pixels past the edge included, packed
@@ -656,7 +771,7 @@ struct Convolution {
       const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
       if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
       const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
-      const int64_t fitting = kBlockBytes / each, turns = tiles(channels, fitting < step() ? step() : fitting);
+      const int64_t fitting = kBlockBytes[dense] / each, turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
       const double narrow = dense && m.columns == 1 ? 1.5 : 1;
       const double work = products * pixels * narrow + kPackCost * channels * y.lines * x.lines +
@@ -684,7 +799,7 @@ struct Convolution {
     return int32_t(y.first[tap / a.kernel[1]] * x.lines + x.first[tap % a.kernel[1]]);
   }
 
-  void lay_sparse(const Array<int32_t>& place, const Axis& x, const Axis& y) {
+  void lay_sparse(const Axis& x, const Axis& y) {
     taps = Array<Tap>(a.rows[a.filters]);
     cuts = Array<int32_t>(live * (blocks + 1));
     for (int64_t o = 0; o < live; ++o) {
@@ -700,26 +815,14 @@ struct Convolution {
     }
   }
 
-  void lay_dense(const Array<int32_t>& place, const Axis& x, const Axis& y) {
+  void lay_dense(const Axis& x, const Axis& y) {
     offsets = Array<int32_t>(area);
     for (int64_t k = 0; k < area; ++k) offsets[k] = offset(x, y, k) * W * Format::kSums;
-    const int64_t padded = tiles(live, Format::kFilters) * Format::kFilters, inner = padded_channels() * area;
-    Array<float> full(padded * inner);
-    for (int64_t s = 0; s < live; ++s)
-      for (int64_t o = filter[s], k = a.rows[o]; k < a.rows[o + 1]; ++k)
-        full[s * inner + place[a.taps[k] / area] * area + a.taps[k] % area] = a.values[k];
-    weights = Array<uint32_t>(padded * inner / Format::kTogether);
+    const Array<float> full = Base::full();
+    weights = Array<uint32_t>(padded * padded_channels() * area / Format::kTogether);
     uint32_t* out = weights.data;
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t s = 0; s < padded; s += Format::kFilters)
-        for (int64_t u = 0; u < units(b); ++u)
-          for (int64_t k = 0; k < area; ++k)
-            for (int64_t f = 0; f < Format::kFilters; ++f) {
-              float w[Format::kTogether];
-              for (int64_t i = 0; i < Format::kTogether; ++i)
-                w[i] = full[(s + f) * inner + (b * together + u * Format::kTogether + i) * area + k];
-              *out++ = Format::unit_weight(w);
-            }
+      out = Base::lay_units(full.data, area, b * together / Format::kTogether, units(b), out);
   }
 
   int64_t padded_channels() const { return tiles(channels, step()) * step(); }
@@ -759,12 +862,12 @@ struct Convolution {
       return found;
     };
     int64_t count = find(0);
-    const int64_t padded = tiles(live, Format::kFilters) * Format::kFilters;
     for (int64_t b = 0; b < blocks && mine > 0; ++b) {
       pack(s, count, n);
       const int64_t packed_units = units(b);
       count = find(b + 1);
-      Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns};
+      Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns,
+                     tile.rows * tile.columns};
       block.bias = b ? nullptr : bias.data + first;
       block.ahead = s.lines.data;
       block.fetches = far ? count : 0;
@@ -784,13 +887,10 @@ struct Convolution {
     const int64_t pixels = tile.rows * tile.columns;
     for (int64_t o = 0; o < mine; ++o) {
       const float* sums = s.sums.data + o * pixels * Format::kSums * W;
-      write(first + o, top, left, sample, n, sums, Format::kSums * W, other, out, samples);
+      Base::write(first + o, top, left, tile.rows, tile.columns, sample, n, sums, Format::kSums * W, other, out,
+                  samples);
     }
-    for (int64_t o = live; o < slots && part == 0; ++o) {
-      vf constant[Format::kSums];
-      for (vf& v : constant) v = Format::start(bias[o]);
-      write(o, top, left, sample, n, reinterpret_cast<float*>(constant), 0, other, out, samples);
-    }
+    if (!part) Base::write_dead(top, left, tile.rows, tile.columns, sample, n, other, out, samples);
   }
 
   // The first n samples of what the lines point to, the lanes past them 0.
@@ -808,26 +908,6 @@ struct Convolution {
         if (dense) Format::pack_unit(in, out);
         else store(out, Format::pack(in[0]));
         out += W * (dense ? Format::kSums : 1);
-      }
-  }
-
-  void write(int64_t slot, int64_t top, int64_t left, int64_t sample, int64_t n, const float* sums, int64_t pitch,
-             const Element* other, Element* out, int64_t samples) const {
-    const Ending ending = {a.low, a.high, scales[slot], a.shift, a.other_scale, a.real};
-    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
-    for (int64_t r = 0; r < tile.rows && top + r < a.out_height; ++r)
-      for (int64_t c = 0; c < tile.columns && left + c < a.out_width; ++c) {
-        const int64_t i = ((filter[slot] * a.out_height + top + r) * a.out_width + left + c) * samples + sample;
-        const float* sum = sums + (r * tile.columns + c) * pitch;
-        const Element* added = other ? other + i : nullptr;
-        if (n >= Format::kLanes) {
-          Format::finish(sum, added, ending, out + width * i);
-          continue;
-        }
-        Element some[Format::kLanes * 4] = {};
-        if (added) memcpy(some, added, n * sizeof *some);
-        Format::finish(sum, added ? some : nullptr, ending, some);
-        memcpy(out + width * i, some, n * width * sizeof *some);
       }
   }
 };

@@ -4,7 +4,7 @@
 #include <time.h>
 
 #include "random.h"
-#include "sample_conv2d.h"
+#include "sample_winograd.h"
 
 namespace csam {
 namespace CSAM_ISA {
@@ -15,6 +15,7 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
+  static constexpr bool kTransforms = sizeof(Element) > 1;  // integers would leave their range
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -23,12 +24,22 @@ class Network final : public SampleNetwork {
       spread[c] = a.std ? a.std[c] : 1;
     }
     for (int64_t i = 0; i < a.count; ++i) {
-      steps[i] = {a.steps[i], a.steps[i].pools ? nullptr : new Convolution<Format>(a.steps[i].conv)};
-      if (steps[i].convolution) sizes.meet(*steps[i].convolution);
+      steps[i] = {a.steps[i], nullptr, nullptr};
+      const SampleConvArgs& layer = a.steps[i].conv;
+      if (a.steps[i].pools) continue;
+      if constexpr (kTransforms)
+        if (layer.engine == kWinograd) {
+          steps[i].winograd = ready(new Winograd<Format>(layer));
+          continue;
+        }
+      steps[i].convolution = ready(new Convolution<Format>(layer));
     }
   }
   ~Network() override {
-    for (int64_t i = 0; i < a.count; ++i) delete steps[i].convolution;
+    for (int64_t i = 0; i < a.count; ++i) {
+      delete steps[i].convolution;
+      if constexpr (kTransforms) delete steps[i].winograd;
+    }
   }
 
   const char* format() const override { return Format::kName; }
@@ -74,6 +85,8 @@ class Network final : public SampleNetwork {
       const SampleConvArgs& p = steps[i].what.conv;
       const double compared = double(p.channels * p.out_height * p.out_width * p.kernel[0] * p.kernel[1]);
       vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
+      if constexpr (kTransforms)
+        if (steps[i].winograd) vectors[i] = steps[i].winograd->cost / S;
     }
   }
 
@@ -91,6 +104,13 @@ class Network final : public SampleNetwork {
   }
 
  private:
+  template <class Kind>
+  Kind* ready(Kind* layer) {
+    layer->claim(sizes);
+    if (!a.draft) layer->lay();
+    return layer;
+  }
+
   static double now() {
     timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
@@ -100,11 +120,12 @@ class Network final : public SampleNetwork {
   struct Step {
     SampleStep what;
     Convolution<Format>* convolution;
+    Winograd<Format>* winograd;
   };
   struct Arena {  // of one thread
     Element* memory;
     int64_t bytes;
-    typename Convolution<Format>::Scratch scratch;
+    Scratch scratch;
     explicit Arena(const Network& n)
         : memory(nullptr), bytes(n.a.arena * S * sizeof(Element)), scratch(n.sizes.make()) {
       memory = static_cast<Element*>(take_block(bytes));
@@ -117,7 +138,7 @@ class Network final : public SampleNetwork {
   SampleNetworkArgs a;
   Array<float> mean, spread;
   Array<Step> steps;
-  typename Convolution<Format>::Sizes sizes;
+  Sizes sizes;
 
   // x + sigma * eps, rounded, then normalised and rounded again.
   void draw(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, Element* out) const {
@@ -150,8 +171,13 @@ class Network final : public SampleNetwork {
     const Element* in = arena.at(step.what.in);
     Element* out = arena.at(step.what.out);
     if (step.what.pools) return pool(step.what.conv, in, out);
-    const Convolution<Format>& c = *step.convolution;
     const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
+    if constexpr (kTransforms)
+      if (const Winograd<Format>* w = step.winograd) {
+        for (int64_t job = 0; job < w->jobs(); ++job) w->run(job, in, other, out, arena.scratch);
+        return;
+      }
+    const Convolution<Format>& c = *step.convolution;
     for (int64_t job = 0; job < c.jobs(S); ++job) c.run(job, in, other, out, S, arena.scratch);
   }
 

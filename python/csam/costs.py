@@ -21,11 +21,12 @@ from csam.data import cache as folders
 from csam.inference import FusedConv2d, onednn
 from csam.quantization import quantize
 from csam.runs import processor
-from csam_kernels import compress, sample_network
-from csam_kernels.ops.sample_network import Program, SampleNetwork, Step, Value
+from csam_kernels import backend, compress, sample_network
+from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
 _CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.1  # of what is measured: a layer in the middle of a ResNet
 _ROUNDS = 7
+_RATED = ("sparse", "dense")  # Winograd's costs are in units of the dense loop
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Rates:
 @cache
 def rates(dtype: torch.dtype) -> Rates:
     """The machine's rates, measured in some 0.3 s; kept as by `kept`."""
-    about = (str(dtype), _layer(False, dtype).fingerprint)
+    about = (str(dtype), [step_costs(_layer(engine, dtype), dtype) for engine in _RATED])
     names = {field.name for field in fields(Rates)}
 
     def valid(found: dict[str, float]) -> bool:
@@ -65,10 +66,10 @@ def kept(
     no such folder, or none that can be written, every process measures for itself.
 
     Args:
-        about: what the times depend on besides processor and torch; by its repr.
+        about: what the times depend on besides processor, torch and our kernels; by its repr.
         valid: whether what a file holds is what `measure` would give.
     """
-    key = repr((processor(), torch.__version__, about))
+    key = repr((processor(), torch.__version__, backend.cpu_build(), about))
     file = folders.folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     found = _read(file, valid)
     if found is not None:
@@ -100,24 +101,24 @@ def _read(file: os.PathLike[str], valid: Callable[[dict[str, float]], bool]) -> 
     return found if all(value >= 0 and math.isfinite(value) for value in found.values()) and valid(found) else None
 
 
-def _layer(dense: bool, dtype: torch.dtype) -> SampleNetwork:
+def _layer(engine: str, dtype: torch.dtype) -> Program:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_CHANNELS, _CHANNELS, 3, 3, generator=generator)
-    if not dense:
+    if engine == "sparse":
         weight *= torch.rand(weight.shape, generator=generator) < _DENSITY
     image, out, logits = Value(_CHANNELS, _SIZE, _SIZE), Value(_CHANNELS, _SIZE, _SIZE), Value(1, 1, 1)
     one = compress(torch.ones(1, 1, 1, 1))
     corner = Step(out, logits, weight=(one[0], one[1], one[2]), stride=(_SIZE, _SIZE))
-    layer = Step(image, out, weight=compress(weight), kernel=(3, 3), padding=(1, 1), dense=dense)
+    layer = Step(image, out, weight=compress(weight), kernel=(3, 3), padding=(1, 1), engine=engine)
     program = Program(image, logits, [layer, corner])
     if dtype is torch.int8:
         program = quantize(program, torch.rand(1, _CHANNELS, _SIZE, _SIZE, generator=generator))
-    return sample_network(program, dtype)
+    return program
 
 
 def _measured(dtype: torch.dtype) -> Rates:
-    made = [_layer(dense, dtype) for dense in (False, True)]
-    sparse, dense = (1e6 * n.times(_ROUNDS)[0] / n.costs()[0] for n in made)
+    layers = [_layer(engine, dtype) for engine in _RATED]
+    sparse, dense = (1e6 * sample_network(p, dtype).times(_ROUNDS)[0] / step_costs(p, dtype)[0] for p in layers)
     if dtype is torch.int8:
         return Rates(sparse, dense, 0.0, 0.0)
     wide, few = (_convolution_ns(channels, size, dtype) for channels, size in ((_CHANNELS, _SIZE), (_FEW, 2 * _SIZE)))

@@ -1,9 +1,10 @@
 """The sampling engine: which network runs on samples that lie innermost, and which way each of its layers.
 
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
-cost model (`csam.costs`) says is faster: dense, filters sharing what they load, or sparse, in time proportional to the
-surviving weights. Where torch's own convolutions are predicted to be faster still, as with AMX tiles and few zeros, the
-network is left to them. Where torch.fx cannot trace a network, or traces what has no steps, torch.export is asked.
+cost model (`csam.costs`) says is fastest: sparse, in time proportional to the surviving weights; dense, filters sharing
+what they load; or dense after Winograd's transform, with 16 multiplications in place of 36. Where torch's own
+convolutions are predicted to be faster still, the network is left to them. Where torch.fx cannot trace a network, or
+traces what has no steps, torch.export is asked.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from csam.costs import kept, least_ms, rates
 from csam.inference import moved_by
 from csam_kernels import sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
-from csam_kernels.ops.sample_network import Program, SampleNetwork
+from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Step, step_costs, transformable
 
-ENGINES = ("dense", "sparse")
 Choices = Mapping[str, str] | str
 _ROUNDS = 3
 
@@ -40,7 +40,8 @@ def ready(
     Args:
         network: folded, in its own dtype.
         probe: images [B, C, H, W]; wanted: the network's logits on them.
-        choices: "auto", by predicted times; "module" for torch's own; "dense", "sparse" or layer -> one of these.
+        choices: "auto", by predicted times; "module" for torch's own; "sparse", "dense", "winograd" (dense where that
+            is not offered), or layer -> one of these.
         rival: makes a call by which torch labels a tile of noise, and says how many images that are. Where torch is
             predicted to be faster, both are measured, once a machine and architecture.
         quantized: gives the program in int8; for dtype torch.int8, which torch is not asked for.
@@ -58,11 +59,12 @@ def ready(
     choose(program, dtype, choices)
     made = sample_network(program, dtype)
     layers = [step for step in program.steps if step.weight is not None]
-    sparse = sum(not step.dense for step in layers)
-    step = f"samples innermost: {sparse} of {len(layers)} layers sparse, {gone} dead values of a sample removed"
+    kinds = [step.engine for step in layers]
+    split = ", ".join(f"{kinds.count(engine)} {engine}" for engine in ENGINES if engine in kinds)
+    step = f"samples innermost: layers {split}; {gone} dead values of a sample removed"
     if choices != "auto" or dtype is torch.int8:
         return made, step
-    ours, torchs, how = sum(milliseconds(program, made)), module_ms(network, probe, dtype), "predicted"
+    ours, torchs, how = sum(milliseconds(program, dtype)), module_ms(network, probe, dtype), "predicted"
     if torchs < ours and rival is not None:
         ours, torchs, how = *_raced(made, probe[0], rival), "measured"
     if ours <= torchs:
@@ -106,8 +108,9 @@ def _raced(
         ours = least_ms(lambda: network.votes(pixels, 1.0, tile, seed=0), _ROUNDS) / tile
         return {"ours": ours, "torch": least_ms(call, _ROUNDS) / images}
 
-    steps = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride, s.dense) for s in network.program.steps]
-    about = (str(network.dtype), network.shape, steps, [round(cost) for cost in network.costs()])
+    steps = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride, s.engine) for s in network.program.steps]
+    costs = [round(cost) for cost in step_costs(network.program, network.dtype)]
+    about = (str(network.dtype), network.shape, steps, costs)
     found = kept("race", about, measure, lambda times: times.keys() == {"ours", "torch"})
     return found["ours"], found["torch"]
 
@@ -120,32 +123,40 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
     """
     layers = [step for step in program.steps if step.weight is not None]
     if choices == "auto":
-        times = []
-        for kind in (True, False):
+        times = {}
+        for engine in ENGINES:
             for step in layers:
-                step.dense = kind
-            times.append(milliseconds(program, sample_network(program, dtype)))
-        for step, dense, sparse in zip(program.steps, *times, strict=True):
-            step.dense = step.weight is not None and dense < sparse
+                step.engine = _nearest(engine, step, dtype)
+            times[engine] = dict(zip(program.steps, milliseconds(program, dtype), strict=True))
+        for step in layers:
+            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step, dtype)
         return
     if isinstance(choices, str):
-        choices = {step.name: choices for step in layers}
+        choices = {step.name: _nearest(choices, step, dtype) for step in layers}
     if not isinstance(choices, Mapping):
-        raise TypeError(f"choices must be a name or layer -> dense or sparse, got {type(choices).__name__}")
-    names = {step.name for step in layers}
-    wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if name not in names or kind not in ENGINES)
-    wrong += [f"no {name}" for name in sorted(names - choices.keys())]
+        raise TypeError(f"choices must be a name or layer -> {', '.join(ENGINES)}, got {type(choices).__name__}")
+    offered = {step.name: {_nearest(engine, step, dtype) for engine in ENGINES} for step in layers}
+    wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if kind not in offered.get(name, ()))
+    wrong += [f"no {name}" for name in sorted(offered.keys() - choices.keys())]
     if wrong:
-        raise ValueError(f"choices must give dense or sparse for every layer of the plan, got {', '.join(wrong)}")
+        raise ValueError(
+            f"choices must give one of {', '.join(ENGINES)} for every layer of the plan that it is offered for, got "
+            f"{', '.join(wrong)}"
+        )
     for step in layers:
-        step.dense = choices[step.name] == "dense"
+        step.engine = choices[step.name]
 
 
-def milliseconds(program: Program, network: SampleNetwork) -> list[float]:
+def _nearest(engine: str, step: Step, dtype: torch.dtype) -> str:
+    """The engine, or dense where Winograd's is not offered."""
+    return "dense" if engine == "winograd" and not transformable(step, dtype) else engine
+
+
+def milliseconds(program: Program, dtype: torch.dtype) -> list[float]:
     """Predicted times a sample of the steps, on one thread."""
-    rate = rates(network.dtype)
-    each = (rate.dense if step.dense else rate.sparse for step in program.steps)
-    return [1e-6 * ns * cost for ns, cost in zip(each, network.costs(), strict=True)]
+    rate = rates(dtype)
+    each = (rate.sparse if step.engine == "sparse" else rate.dense for step in program.steps)
+    return [1e-6 * ns * cost for ns, cost in zip(each, step_costs(program, dtype), strict=True)]
 
 
 def module_ms(network: nn.Module, probe: Tensor, dtype: torch.dtype) -> float:

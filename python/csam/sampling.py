@@ -37,7 +37,7 @@ class Layer:
         density: share of that which is not zero.
         gflop: operations a sample on the surviving weights, a multiplication and an addition each one, / 1e9.
         predicted: milliseconds a sample on one thread, by the cost model.
-        engine: "dense" or "sparse".
+        engine: "dense", "sparse" or "winograd", of `csam_kernels.ops.sample_network.Step`.
     """
 
     name: str
@@ -199,7 +199,7 @@ def _layers(prepared: Prepared) -> list[Layer]:
         return []
     program = prepared.sampler.program
     layers = []
-    for step, ms in zip(program.steps, engine.milliseconds(program, prepared.sampler), strict=True):
+    for step, ms in zip(program.steps, engine.milliseconds(program, prepared.sampler.dtype), strict=True):
         if step.weight is None:
             continue
         values, taps, rows = step.weight
@@ -208,7 +208,7 @@ def _layers(prepared: Prepared) -> list[Layer]:
         density = len(values) / max(1, shape[0] * shape[1] * area)
         image = (step.input.channels, step.input.height, step.input.width)
         gflop = 2e-9 * len(values) * step.out.height * step.out.width
-        layers.append(Layer(step.name, shape, image, density, gflop, ms, "dense" if step.dense else "sparse"))
+        layers.append(Layer(step.name, shape, image, density, gflop, ms, step.engine))
     return layers
 
 

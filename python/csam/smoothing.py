@@ -223,7 +223,7 @@ class Smooth:
         """
         sampler = self.prepare(x).sampler
         steps = sampler.program.steps if sampler else []
-        kinds = {step.name: "dense" if step.dense else "sparse" for step in steps if step.weight is not None}
+        kinds = {step.name: step.engine for step in steps if step.weight is not None}
         return {**self.settings, "choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
 
     def _ends(self, x: Tensor, skip: int) -> tuple[int, int]:
