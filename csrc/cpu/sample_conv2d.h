@@ -9,6 +9,7 @@
 #include <new>
 
 #include "../common/dtype.h"
+#include "amx.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -22,6 +23,12 @@ constexpr int64_t kMostLines = 1 << 20;    // of a channel under a tile of more 
 constexpr double kPackCost = 3;            // of one packed vector, in fused multiply-adds
 constexpr double kTurnCost = 20;           // of one filter's turn over a block
 constexpr double kSumCost = 2;             // of one sum put down and taken up again
+
+// The same where AMX multiplies, 256 of these in 16 cycles: counted on paper, not tried on such a processor.
+constexpr int64_t kTileBlockBytes = 272 << 10;  // of a packed block: in a second-level cache, beside the sums
+constexpr int64_t kTileTaps = 144;  // of a block: 32 filters and what they read at a pixel, 128 bytes a tap each
+constexpr double kTileCost = 250;   // of configuring and releasing the tiles for a block
+constexpr double kEndCost = 6;      // of storing one vector of results
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -80,9 +87,10 @@ struct Block {  // some channels of the input under one tile, and what the filte
   const Tap* taps;
   const int32_t* cuts;  // sparse: where the taps of each filter begin, `stride` apart; they end at the cut after it
   int64_t stride;
-  const uint32_t* weights;    // dense: [filters / kFilters][units][area][kFilters]
+  const uint32_t* weights;    // dense: [filters / kFilters][units / deep][area][kFilters][deep]
   const int32_t* offsets;     // dense: of each tap in a unit, in floats
   int64_t units, unit, area;  // dense: channels or pairs of them, floats of each, taps of each
+  int64_t deep;               // dense: units that one product sums over
   const float* bias;          // what the sums start from; null after the first block
   const void* const* ahead;   // input of the block after it, to fetch meanwhile
   int64_t fetches;
@@ -189,6 +197,7 @@ struct Float32 {
   using Element = float;
   static constexpr const char* kName = "float32";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
+  static constexpr int kDeep = 1, kGap = 0;                   // units of a product; floats between units
 #if defined(__AVX512F__)
   static constexpr int kFilters = 4;
   static constexpr Micro kSparse[] = {{4, 4, add_taps<vf, 4, 4>}, {2, 8, add_taps<vf, 2, 8>},
@@ -221,7 +230,7 @@ struct Float32 {
 struct Bfloat16 {  // widened when it is packed
   using Element = uint16_t;
   static constexpr const char* kName = "bfloat16";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters, kDeep = 1, kGap = 0;
   static constexpr auto& kSparse = Float32::kSparse;
   static constexpr auto& kDense = Float32::kDense;
   using Image = uint16_t;
@@ -333,7 +342,7 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
 struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' order, and packing undoes it
   using Element = uint16_t;
   static constexpr const char* kName = "bfloat16 pairs";
-  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4;
+  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4, kDeep = 1, kGap = 0;
   static constexpr Micro kSparse[] = {{2, 4, add_pairs<2, 4>},
                                       {1, 8, add_pairs<1, 8>},
                                       {1, 7, add_pairs<1, 7>},
@@ -389,7 +398,7 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters, kDeep = 1, kGap = 0;
 #if defined(__AVX512F__)
   static constexpr Micro kSparse[] = {
       {4, 4, add_taps<vi, 4, 4>}, {1, 4, add_taps<vi, 1, 4>}, {1, 1, add_taps<vi, 1, 1>}};
@@ -525,7 +534,7 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";  // integers: the same bits as without it
-  static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4;
+  static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4, kDeep = 1, kGap = 0;
   static constexpr Micro kSparse[] = {{2, 2, add_quads<2, 2>}, {1, 4, add_quads<1, 4>}, {1, 1, add_quads<1, 1>}};
   static constexpr Micro kDense[] = {{1, 1, add_row_quads<4>}};
   static uint32_t weight(float w) { return Int8::weight(w); }
@@ -560,6 +569,100 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   static vf start(float bias) { return Int8::start(bias); }
   static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
+
+// The sums of 16 or 32 filters and of 2 or 4 vectors side by side, over a whole block: what is packed is B as it lies,
+// a row a unit. ResNet-18 in bfloat16, on paper: products take 36 M cycles a 32 samples (16 each, beside 8 of loads
+// from the first-level cache and 330 bytes from the second), C 6 M, packing and storing 10 M: two thirds of the
+// processor's peak.
+template <class Format, int Strips, int Vectors>
+static void add_tile(const Block& b, const uint32_t* weights, const float* bias, const float* packed, float* sums) {
+  const int64_t pitch = b.rows * b.columns * Format::kSums * W, deep = b.deep, unit = b.unit, area = b.area;
+  const int64_t strip = 16 * b.units * area, row = 4 * pitch;
+  for (int f = 0; bias && f < 16 * Strips; ++f)
+    for (int v = 0; v < Vectors; ++v) store(sums + f * pitch + v * W, Format::start(bias[f]));
+  float* next = Strips == 2 ? sums + 16 * pitch : sums + 2 * W;
+  tile_load<0>(sums, row);
+  tile_load<1>(sums + W, row);
+  if (Strips * Vectors == 4) {
+    tile_load<2>(next, row);
+    tile_load<3>(next + W, row);
+  }
+  for (int64_t u = 0; u < b.units; u += deep, packed += deep * unit)
+    for (int64_t k = 0; k < area; ++k, weights += 16 * deep) {
+      const float* in = packed + b.offsets[k];
+      tile_load<4>(weights, 4 * deep);
+      tile_load<6>(in, 4 * unit);
+      Format::template product<0, 4, 6>();
+      tile_load<7>(in + W, 4 * unit);
+      Format::template product<1, 4, 7>();
+      if (Strips == 2) {
+        tile_load<5>(weights + strip, 4 * deep);
+        Format::template product<2, 5, 6>();
+        Format::template product<3, 5, 7>();
+      } else if (Vectors == 4) {
+        tile_load<6>(in + 2 * W, 4 * unit);
+        Format::template product<2, 4, 6>();
+        tile_load<7>(in + 3 * W, 4 * unit);
+        Format::template product<3, 4, 7>();
+      }
+    }
+  tile_store<0>(sums, row);
+  tile_store<1>(sums + W, row);
+  if (Strips * Vectors == 4) {
+    tile_store<2>(next, row);
+    tile_store<3>(next + W, row);
+  }
+}
+
+template <class Format>
+static void add_tiles(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, tiles(filters, 32) * b.rows), vectors = b.columns * Format::kSums;
+  int64_t fetched = 0;
+  TileShapes shapes;
+  for (int t = 0; t < 8; ++t) {  // 0 .. 3: C, 4 and 5: A, 6 and 7: B
+    shapes.rows[t] = uint8_t(t < 6 ? 16 : b.deep);
+    shapes.row_bytes[t] = uint16_t(t == 4 || t == 5 ? 4 * b.deep : 64);
+  }
+  tile_configure(shapes);
+  for (int64_t o = 0; o < filters; o += 32) {
+    const uint32_t* weights = b.weights + o * b.units * b.area;
+    const float* bias = b.bias ? b.bias + o : nullptr;
+    float* sum = sums + o * b.rows * vectors * W;
+    for (int64_t row = 0; row < b.rows; ++row, fetched += share) {
+      fetch(b, fetched, fetched + share);
+      const float* packed = b.packed + row * b.pitch;
+      for (int64_t left = vectors, step; left > 0; left -= step, packed += step * W, sum += step * W) {
+        step = filters - o > 16 || left < 4 ? 2 : 4;
+        const auto add = filters - o > 16 ? add_tile<Format, 2, 2>
+                         : step == 4      ? add_tile<Format, 1, 4>
+                                          : add_tile<Format, 1, 2>;
+        add(b, weights, bias, packed, sum);
+      }
+    }
+  }
+  tile_release();
+}
+
+template <class Pairs>
+struct Tiled : Pairs {
+  static constexpr int kFilters = 16, kDeep = 16;
+  static constexpr int kGap = W;  // an odd number of cache lines from row to row of B: they share no set
+};
+struct Bfloat16Tiles : Tiled<Bfloat16Pairs> {  // for AMX-BF16: sums in another order
+  static constexpr const char* kName = "bfloat16 tiles";
+  static constexpr Micro kDense[] = {{1, 1, add_tiles<Bfloat16Tiles>}};
+  template <int C, int A, int B>
+  static void product() {
+    tile_product_bf16<C, A, B>();
+  }
+};
+struct Int8Tiles : Tiled<Int8Quads> {  // for AMX-INT8: the same bits
+  static constexpr Micro kDense[] = {{1, 1, add_tiles<Int8Tiles>}};
+  template <int C, int A, int B>
+  static void product() {
+    tile_product_int8<C, A, B>();
+  }
+};
 #endif
 
 struct Shape {  // of a tile of output pixels, and the register tile that fills it
@@ -577,7 +680,7 @@ struct Convolution {
   Array<int32_t> channel, filter;             // which they are
   Shape tile;
   double cost = 0;  // of kLanes samples
-  int64_t area, lines, across_lines, unit, together, blocks, down, across, group;
+  int64_t area, lines, across_lines, unit, deep, together, blocks, down, across, group;
   Array<int64_t> row_source, column_source;
   Array<Tap> taps;
   Array<int32_t> cuts, offsets;
@@ -606,6 +709,12 @@ struct Convolution {
   };
 
   int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
+  bool tiled() const { return dense && Format::kDeep > 1; }       // by AMX
+  int64_t budget(int64_t bytes) const {                           // of a block whose units take so many
+    if (!tiled()) return kBlockBytes;
+    const int64_t near = kTileTaps > Format::kDeep * area ? kTileTaps / area : Format::kDeep;
+    return near * bytes < kTileBlockBytes ? near * bytes : kTileBlockBytes;
+  }
 
   explicit Convolution(const SampleConvArgs& args, int64_t shares = 1)
       : a(args), dense(args.dense), channel(args.channels + 1), filter(args.filters + Format::kFilters) {
@@ -622,12 +731,15 @@ struct Convolution {
     const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
     across_lines = x.lines;
     lines = y.lines * x.lines;
-    unit = lines * W * (dense ? Format::kSums : 1);
+    unit = dense ? lines * W * Format::kSums + Format::kGap : lines * W;
     row_source = copied(y.source.data, y.lines);
     column_source = copied(x.source.data, x.lines);
-    const int64_t fitting = kBlockBytes / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
+    const int64_t fitting = budget(4 * unit) / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
     blocks = channels ? tiles(channels, most) : 1;
-    together = tiles(tiles(channels, blocks), step()) * step();
+    const int64_t each = tiles(tiles(channels, blocks), step()), products = tiles(each, dense ? Format::kDeep : 1);
+    deep = channels ? tiles(each, products) : 1;
+    together = products * deep * step();
+    blocks = channels ? tiles(channels, together) : 1;
     down = tiles(a.out_height, tile.rows);
     across = tiles(a.out_width, tile.columns);
     const int64_t sums = 4 * W * Format::kSums * tile.rows * tile.columns;
@@ -649,18 +761,22 @@ struct Convolution {
   Shape choose() {
     Shape best = {};
     const int64_t filters = dense ? Format::kFilters : 1, rows = tiles(live, filters);
-    const double products = dense ? double(rows * filters * channels * area) : double(a.rows[a.filters]);
+    const int64_t depth = step() * (dense ? Format::kDeep : 1), sums = dense ? Format::kSums : 1;
+    const double products =
+        dense ? double(rows * filters * tiles(channels, depth) * sums * area) : double(a.rows[a.filters]);
     const auto consider = [&](const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
       const Axis y(a.kernel[0], a.stride[0], a.dilation[0], s.rows);
       const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
       if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
       const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
-      const int64_t fitting = kBlockBytes / each, turns = tiles(channels, fitting < step() ? step() : fitting);
+      const int64_t fitting = budget(each * step()) / each;
+      const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
-      const double narrow = dense && m.columns == 1 ? 1.5 : 1;
+      const double narrow = dense && m.columns == 1 && !tiled() ? 1.5 : 1;
       const double work = products * pixels * narrow + kPackCost * channels * y.lines * x.lines +
-                          turns * rows * (micros * kTurnCost + filters * pixels * kSumCost);
+                          turns * rows * (micros * kTurnCost + filters * pixels * kSumCost) +
+                          (tiled() ? turns * kTileCost + rows * filters * pixels * sums * kEndCost : 0);
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
       if (!best.rows || total < cost) best = s, cost = total;
     };
@@ -712,17 +828,19 @@ struct Convolution {
     uint32_t* out = weights.data;
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t s = 0; s < padded; s += Format::kFilters)
-        for (int64_t u = 0; u < units(b); ++u)
+        for (int64_t u = 0; u < units(b); u += deep)
           for (int64_t k = 0; k < area; ++k)
-            for (int64_t f = 0; f < Format::kFilters; ++f) {
+            for (int64_t f = 0; f < Format::kFilters * deep; ++f) {
               float w[Format::kTogether];
-              for (int64_t i = 0; i < Format::kTogether; ++i)
-                w[i] = full[(s + f) * inner + (b * together + u * Format::kTogether + i) * area + k];
+              for (int64_t i = 0; i < Format::kTogether; ++i) {
+                const int64_t c = b * together + (u + f % deep) * Format::kTogether + i;
+                w[i] = full[(s + f / deep) * inner + c * area + k];
+              }
               *out++ = Format::unit_weight(w);
             }
   }
 
-  int64_t padded_channels() const { return tiles(channels, step()) * step(); }
+  int64_t padded_channels() const { return tiles(channels, step() * deep) * step() * deep; }
   int64_t units(int64_t b) const {
     const int64_t left = padded_channels() - b * together;
     return (left < together ? left : together) / step();
@@ -774,6 +892,7 @@ struct Convolution {
         block.units = packed_units;
         block.unit = unit;
         block.area = area;
+        block.deep = deep;
       } else {
         block.taps = taps.data;
         block.cuts = cuts.data + first * (blocks + 1) + b;
@@ -798,7 +917,7 @@ struct Convolution {
     const int64_t together = step();
     float* out = s.packed.data;
     Element some[Format::kTogether][Format::kLanes] = {};
-    for (int64_t first = 0; first < count; first += together * lines)
+    for (int64_t first = 0; first < count; first += together * lines, out += dense ? Format::kGap : 0)
       for (int64_t i = first; i < first + lines; ++i) {
         const Element* in[Format::kTogether];
         for (int64_t j = 0; j < together; ++j) {

@@ -202,5 +202,13 @@ SampleNetwork* sample_network(const SampleNetworkArgs& a) {
   return new Network<Bfloat16>(a);
 }
 
+#if defined(__AVX512F__)
+SampleNetwork* sample_network_tiles(const SampleNetworkArgs& a) {
+  if (a.dtype == kF32) return new Network<Float32>(a);
+  if (a.dtype == kInt8) return new Network<Int8Tiles>(a);
+  return new Network<Bfloat16Tiles>(a);
+}
+#endif
+
 }  // namespace CSAM_ISA
 }  // namespace csam

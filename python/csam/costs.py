@@ -47,7 +47,7 @@ class Rates:
 @cache
 def rates(dtype: torch.dtype) -> Rates:
     """The machine's rates, measured in some 0.3 s; kept as by `kept`."""
-    about = (str(dtype), _layer(False, dtype).fingerprint)
+    about = (str(dtype), *((n.fingerprint, n.costs()) for n in (_layer(False, dtype), _layer(True, dtype))))
     names = {field.name for field in fields(Rates)}
 
     def valid(found: dict[str, float]) -> bool:
