@@ -1,4 +1,4 @@
-"""csam_kernels._C with AMX tiles in C++ (CSAM_EMULATE_AMX): AVX-512 stands in for the narrower kernels, left out here."""
+"""csam_kernels._C with AMX tiles in C++ (CSAM_EMULATE_AMX); AVX-512 stands in for the narrower kernels, left out."""
 
 from __future__ import annotations
 

@@ -570,10 +570,9 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
 
-// The sums of 16 or 32 filters and of 2 or 4 vectors side by side, over a whole block: what is packed is B as it lies,
-// a row a unit. ResNet-18 in bfloat16, on paper: products take 36 M cycles a 32 samples (16 each, beside 8 of loads
-// from the first-level cache and 330 bytes from the second), C 6 M, packing and storing 10 M: two thirds of the
-// processor's peak.
+// The sums of 16 or 32 filters and of 2 or 4 vectors side by side over a block: what is packed is B as it lies, a row a
+// unit. On paper ResNet-18 in bfloat16 takes 36 M cycles of products a 32 samples (16 each, beside 8 of loads, of which
+// the second-level cache gives 330 bytes), 6 M for C, 10 M for packing and storing: two thirds of the peak.
 template <class Format, int Strips, int Vectors>
 static void add_tile(const Block& b, const uint32_t* weights, const float* bias, const float* packed, float* sums) {
   const int64_t pitch = b.rows * b.columns * Format::kSums * W, deep = b.deep, unit = b.unit, area = b.area;
