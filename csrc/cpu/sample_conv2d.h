@@ -90,7 +90,7 @@ struct Block {  // some channels of the input under one tile, and what the filte
   const uint32_t* weights;    // dense: [filters / kFilters][units / deep][area][kFilters][deep]
   const int32_t* offsets;     // dense: of each tap in a unit, in floats
   int64_t units, unit, area;  // dense: channels or pairs of them, floats of each, taps of each
-  int64_t deep;               // dense: units that one product sums over
+  int64_t deep = 1;           // dense: units that one product sums over
   const float* bias;          // what the sums start from; null after the first block
   const void* const* ahead;   // input of the block after it, to fetch meanwhile
   int64_t fetches;
