@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Torch-free CPU kernels of csam_kernels.";
   m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in force.");
   m.def("isa_supported", [](const std::string& n) { return std::string(csam::isa_supported(n.c_str())); });
-  m.def("set_isa", [](const std::string& n) { csam::set_isa(n.c_str()); }, "auto, generic, avx2 or avx512.");
+  m.def("set_isa", [](const std::string& n) { csam::set_isa(n.c_str()); }, "auto, generic, avx2, avx512 or amx.");
   m.def("philox4x32", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
     const csam::Words w = csam::philox4x32({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
     return std::array<uint32_t, 4>{w.v[0], w.v[1], w.v[2], w.v[3]};
@@ -198,7 +198,8 @@ PYBIND11_MODULE(_C, m) {
                                 threads);
       },
       Nogil());
-  py::class_<csam::SampleNetwork>(m, "SampleNetwork", "A network on samples that lie innermost; copies its weights.")
+  py::class_<csam::SampleNetwork>(m, "SampleNetwork", py::module_local(),
+                                  "A network on samples that lie innermost; copies its weights.")
       .def(py::init(&sample_network))
       .def_property_readonly("format", &csam::SampleNetwork::format)
       .def_property_readonly("lanes", &csam::SampleNetwork::lanes)
@@ -220,7 +221,7 @@ PYBIND11_MODULE(_C, m) {
             s.logits(at<void>(x), n, at<float>(out));
           },
           Nogil());
-  py::class_<Block>(m, "Block", py::buffer_protocol(),
+  py::class_<Block>(m, "Block", py::buffer_protocol(), py::module_local(),
                     "Memory of a large result; torch.frombuffer makes a tensor of it.")
       .def(py::init<int64_t>())
       .def_buffer([](Block& b) { return py::buffer_info(static_cast<uint8_t*>(b.memory), b.bytes); });

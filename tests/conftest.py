@@ -24,7 +24,7 @@ TOLERANCE = {
     torch.bfloat16: (1.6e-2, 1e-2),
     torch.float16: (2e-3, 2e-3),
 }
-ISAS = [name for name in ("generic", "avx2", "avx512") if not _C.isa_supported(name)]
+ISAS = [name for name in ("generic", "avx2", "avx512", "amx") if not _C.isa_supported(name)]
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 

@@ -141,11 +141,11 @@ struct Kernels {
   SampleNetwork* (*sample_network)(const SampleNetworkArgs&);
 };
 
-extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels, amx_kernels;
 
 const Kernels& kernels();                // the table in force
 const char* isa_supported(const char*);  // "" or why not
-void set_isa(const char* name);          // "auto", "generic", "avx2", "avx512"
+void set_isa(const char* name);          // "auto", "generic", "avx2", "avx512", "amx"
 
 // ISA-independent operations, built on the table.
 void binarize(const void* const* scores, const int64_t* sizes, int64_t count, int dtype, int64_t keep,

@@ -30,5 +30,12 @@ void sample_conv2d(const SampleConvArgs& a, int threads) {
   convolve<Bfloat16>(a, threads);
 }
 
+#if defined(__AVX512F__)
+void sample_conv2d_tiles(const SampleConvArgs& a, int threads) {
+  if (a.dtype == kF32) return convolve<Float32>(a, threads);
+  convolve<Bfloat16Tiles>(a, threads);
+}
+#endif
+
 }  // namespace CSAM_ISA
 }  // namespace csam

@@ -15,7 +15,8 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
-  static constexpr bool kTransforms = sizeof(Element) > 1;  // integers would leave their range
+  // Winograd's: integers would leave their range, and AMX multiplies faster as it is.
+  static constexpr bool kTransforms = sizeof(Element) > 1 && Format::kDeep == 1;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -227,6 +228,14 @@ SampleNetwork* sample_network(const SampleNetworkArgs& a) {
   if (a.dtype == kInt8) return new Network<Int8>(a);
   return new Network<Bfloat16>(a);
 }
+
+#if defined(__AVX512F__)
+SampleNetwork* sample_network_tiles(const SampleNetworkArgs& a) {
+  if (a.dtype == kF32) return new Network<Float32>(a);
+  if (a.dtype == kInt8) return new Network<Int8Tiles>(a);
+  return new Network<Bfloat16Tiles>(a);
+}
+#endif
 
 }  // namespace CSAM_ISA
 }  // namespace csam
