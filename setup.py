@@ -127,7 +127,7 @@ extensions = [
     Pybind11Extension(
         "csam_kernels._C",
         ["csrc/bindings.cpp", *(f"{CPU}/{name}.cpp" for name in COMMON)],
-        depends=[str(p) for p in Path("csrc").rglob("*.h")],
+        depends=[str(p) for p in Path("csrc").rglob("*.*")],
         define_macros=[("CSAM_X86", "1")] if X86 else [],
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp"],

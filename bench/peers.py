@@ -55,7 +55,7 @@ from matplotlib import pyplot
 
 CLASSES, LABELLED, TUNED = 10, 400, 400
 DTYPES = ("int8", "bfloat16", "float32")  # of the sampling engine
-WEIGHTS, FILTERS = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99), (0.5, 0.75)
+WEIGHTS, FILTERS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99), (0.5, 0.75)
 EAGER, COMPILED, OPENVINO = (50, 64, 100, 128, 200, 400), (50, 100, 200), (8, 16, 50, 100, 200)  # batch sizes
 PEERS = (
     ("Cohen's loop", "float32"),
@@ -190,8 +190,8 @@ def planned(model: nn.Module, x: Tensor, dtype: str) -> Candidate:
         with torch.inference_mode():
             return prepared.module(images.to(prepared.dtype, memory_format=prepared.memory_format)).argmax(1)
 
-    sparse = sum(layer.engine == "sparse" for layer in plan.layers)
-    setting = f"{sparse} of {len(plan.layers)} layers sparse" if plan.layers else "run by torch"
+    engines = [layer.engine for layer in plan.layers]
+    setting = ", ".join(f"{engines.count(name)} {name}" for name in sorted(set(engines))) or "run by torch"
     return Candidate("csam", dtype, lambda n: plan.votes(x, SIGMA, n), labels, setting)
 
 

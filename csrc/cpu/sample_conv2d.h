@@ -20,16 +20,19 @@ namespace CSAM_ISA {
 constexpr int64_t kBlockBytes[] = {20 << 10, 40 << 10};
 constexpr int64_t kNearBytes = 1 << 20;   // of input that needs no prefetch
 constexpr int64_t kSumBytes = 512 << 10;  // of sums that a job keeps: half of a second-level cache
-constexpr int64_t kMostLines = 1 << 20;   // of a channel under a tile of more than one pixel
-constexpr double kPackCost = 3;           // of one packed vector, in fused multiply-adds
-constexpr double kTurnCost = 20;          // of one filter's turn over a block
-constexpr double kSumCost = 2;            // of one sum put down and taken up again
+constexpr int64_t kTurn = 8;  // filters, with AMX groups of them, whose results are stored while their sums are near
+constexpr int64_t kMostLines = 1 << 20;  // of a channel under a tile of more than one pixel
+constexpr double kPackCost = 3;          // of one packed vector, in fused multiply-adds
+constexpr double kTurnCost = 20;         // of one filter's turn over a block
+constexpr double kSumCost = 2;           // of one sum put down and taken up again
+constexpr double kEndCost = 6;           // of storing one vector of results
+constexpr double kRunCost = 20;          // of a row of one filter's results, wherever it goes
+constexpr double kJobCost = 100;         // of a tile, whatever it holds
 
 // The same where AMX multiplies, 256 of these in 16 cycles: counted on paper, not tried on such a processor.
 constexpr int64_t kTileBlockBytes = 272 << 10;  // of a packed block: in a second-level cache, beside the sums
 constexpr int64_t kTileTaps = 144;  // of a block: 32 filters and what they read at a pixel, 128 bytes a tap each
 constexpr double kTileCost = 250;   // of configuring and releasing the tiles for a block
-constexpr double kEndCost = 6;      // of storing one vector of results
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -778,6 +781,7 @@ struct Layer {
         const Element* added = other ? other + i : nullptr;
         if (n >= Format::kLanes) {
           if (added) __builtin_prefetch(added + ahead);
+          __builtin_prefetch(out + width * i + ahead, 1);
           Format::finish(sum, added, ending, out + width * i);
           continue;
         }
@@ -893,7 +897,8 @@ struct Convolution : Layer<Format> {
       const double narrow = dense && m.columns == 1 && !tiled() ? 1.5 : 1;
       const double work = products * pixels * narrow + kPackCost * channels * y.lines * x.lines +
                           turns * rows * (micros * kTurnCost + filters * pixels * kSumCost) +
-                          (tiled() ? turns * kTileCost + rows * filters * pixels * sums * kEndCost : 0);
+                          live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost +
+                          (tiled() ? turns * kTileCost : 0);
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
       if (!best.rows || total < cost) best = s, cost = total;
     };
@@ -984,30 +989,33 @@ struct Convolution : Layer<Format> {
       pack(s, count, n);
       const int64_t packed_units = units(b);
       count = find(b + 1);
-      Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns,
-                     tile.rows * tile.columns};
-      block.bias = b ? nullptr : bias.data + first;
-      block.ahead = s.lines.data;
-      block.fetches = far ? count : 0;
-      if (dense) {
-        block.weights = weights.data + (b * together / Format::kTogether * padded + first * packed_units) * area;
-        block.offsets = offsets.data;
-        block.units = packed_units;
-        block.unit = unit;
-        block.area = area;
-        block.deep = deep;
-      } else {
-        block.taps = taps.data;
-        block.cuts = cuts.data + first * (blocks + 1) + b;
-        block.stride = blocks + 1;
+      // Filters end in the last block, some at a time while their sums are near.
+      const bool last = b + 1 == blocks;
+      const int64_t turn = last ? kTurn * (tiled() ? Format::kFilters : 1) : mine, pixels = tile.rows * tile.columns;
+      for (int64_t o = 0; o < mine; o += turn) {
+        const int64_t here = mine - o < turn ? mine - o : turn, slot = first + o;
+        float* sums = s.sums.data + (blocks > 1 ? o : 0) * pixels * Format::kSums * W;
+        Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns, pixels};
+        block.bias = b ? nullptr : bias.data + slot;
+        block.ahead = s.lines.data;
+        block.fetches = far ? count : 0;
+        if (dense) {
+          block.weights = weights.data + (b * together / Format::kTogether * padded + slot * packed_units) * area;
+          block.offsets = offsets.data;
+          block.units = packed_units;
+          block.unit = unit;
+          block.area = area;
+          block.deep = deep;
+        } else {
+          block.taps = taps.data;
+          block.cuts = cuts.data + slot * (blocks + 1) + b;
+          block.stride = blocks + 1;
+        }
+        tile.micro.add(block, here, sums);
+        for (int64_t i = 0; i < here && last; ++i)
+          Base::write(slot + i, top, left, tile.rows, tile.columns, sample, n, sums + i * pixels * Format::kSums * W,
+                      Format::kSums * W, other, out, samples);
       }
-      tile.micro.add(block, mine, s.sums.data);
-    }
-    const int64_t pixels = tile.rows * tile.columns;
-    for (int64_t o = 0; o < mine; ++o) {
-      const float* sums = s.sums.data + o * pixels * Format::kSums * W;
-      Base::write(first + o, top, left, tile.rows, tile.columns, sample, n, sums, Format::kSums * W, other, out,
-                  samples);
     }
     if (!part) Base::write_dead(top, left, tile.rows, tile.columns, sample, n, other, out, samples);
   }

@@ -3,6 +3,8 @@
 // packed vector holds: one thread takes it through all steps.
 #include <time.h>
 
+#include <type_traits>
+
 #include "random.h"
 #include "sample_winograd.h"
 
@@ -27,7 +29,10 @@ class Network final : public SampleNetwork {
     for (int64_t i = 0; i < a.count; ++i) {
       steps[i] = {a.steps[i], nullptr, nullptr};
       const SampleConvArgs& layer = a.steps[i].conv;
-      if (a.steps[i].pools) continue;
+      if (a.steps[i].pools) {
+        Sizes::raise(sizes.packed, layer.width * S * int64_t(sizeof(Element)) / 4);
+        continue;
+      }
       if constexpr (kTransforms)
         if (layer.engine == kWinograd) {
           steps[i].winograd = ready(new Winograd<Format>(layer));
@@ -84,7 +89,7 @@ class Network final : public SampleNetwork {
   void costs(double* vectors) const override {
     for (int64_t i = 0; i < a.count; ++i) {
       const SampleConvArgs& p = steps[i].what.conv;
-      const double compared = double(p.channels * p.out_height * p.out_width * p.kernel[0] * p.kernel[1]);
+      const double compared = double(p.channels * p.out_height * (p.width * p.kernel[0] + p.out_width * p.kernel[1]));
       vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
       if constexpr (kTransforms)
         if (steps[i].winograd) vectors[i] = steps[i].winograd->cost / S;
@@ -141,6 +146,24 @@ class Network final : public SampleNetwork {
   Array<Step> steps;
   Sizes sizes;
 
+  // Values as integers of the same order, NaN above all.
+  using Lane =
+      std::conditional_t<sizeof(Element) == 1, uint8_t, std::conditional_t<sizeof(Element) == 2, int16_t, int32_t>>;
+  typedef Lane Keys __attribute__((vector_size(S * sizeof(Lane))));
+  static constexpr int kBits = 8 * sizeof(Lane);
+  static constexpr Lane kSize = Lane(~(uint64_t(1) << (kBits - 1))), kInfinity = kBits == 16 ? 0x7F80 : 0x7F800000;
+  static constexpr Lane kLowest = kBits == 8 ? 0 : Lane(~kInfinity);
+
+  static Keys swapped(Keys v) {  // bits and key
+    return kBits == 8 ? v : v ^ ((v >> (kBits - 1)) & kSize);
+  }
+  static Keys keyed(Keys v) {
+    if (kBits == 8) return v;
+    const Keys most = Keys{} + kSize;
+    return (v & kSize) > kInfinity ? most : swapped(v);
+  }
+  static Keys greater(Keys a, Keys b) { return a > b ? a : b; }
+
   // x + sigma * eps, rounded, then normalised and rounded again.
   void draw(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, Element* out) const {
     const int64_t pixels = a.height * a.width, elements = a.channels * pixels;
@@ -171,7 +194,7 @@ class Network final : public SampleNetwork {
   void run(const Arena& arena, const Step& step) const {
     const Element* in = arena.at(step.what.in);
     Element* out = arena.at(step.what.out);
-    if (step.what.pools) return pool(step.what.conv, in, out);
+    if (step.what.pools) return pool(step.what.conv, in, out, reinterpret_cast<Keys*>(arena.scratch.packed.data));
     const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
     if constexpr (kTransforms)
       if (const Winograd<Format>* w = step.winograd) {
@@ -182,26 +205,35 @@ class Network final : public SampleNetwork {
     for (int64_t job = 0; job < c.jobs(S); ++job) c.run(job, in, other, out, S, arena.scratch);
   }
 
-  static void pool(const SampleConvArgs& p, const Element* in, Element* out) {
+  // Along columns, then along rows of what that gives: `between` holds an output row of it, as wide as the input.
+  static void pool(const SampleConvArgs& p, const Element* in, Element* out, Keys* between) {
     for (int64_t c = 0; c < p.channels; ++c, in += p.height * p.width * S)
-      for (int64_t y = 0; y < p.out_height; ++y)
-        for (int64_t x = 0; x < p.out_width; ++x, out += S) {
-          float most[S];
-          for (float& m : most) m = -INFINITY;
-          for (int64_t i = 0; i < p.kernel[0]; ++i)
-            for (int64_t j = 0; j < p.kernel[1]; ++j) {
-              const int64_t row = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
-              const int64_t column = x * p.stride[1] - p.padding[1] + j * p.dilation[1];
-              if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
-              const Element* from = in + (row * p.width + column) * S;
-              for (int64_t s = 0; s < S; ++s) {
-                const float v = Format::widen(from[s]);
-                most[s] = v > most[s] || v != v ? v : most[s];
-              }
-            }
-          for (int64_t s = 0; s < S; ++s) out[s] = Format::narrow(most[s]);
+      for (int64_t y = 0; y < p.out_height; ++y) {
+        const Inside rows(p, 0, y, p.height);
+        for (int64_t x = 0; x < p.width; ++x) {
+          Keys most = Keys{} + kLowest;
+          for (int64_t i = 0; i < rows.count; ++i)
+            most = greater(most, keyed(load<Keys>(in + ((rows.first + i * p.dilation[0]) * p.width + x) * S)));
+          between[x] = most;
         }
+        for (int64_t x = 0; x < p.out_width; ++x, out += S) {
+          const Inside columns(p, 1, x, p.width);
+          Keys most = Keys{} + kLowest;
+          for (int64_t i = 0; i < columns.count; ++i) most = greater(most, between[columns.first + i * p.dilation[1]]);
+          store(out, swapped(most));
+        }
+      }
   }
+
+  struct Inside {  // the taps of a window that lie inside the image
+    int64_t first, count = 0;
+    Inside(const SampleConvArgs& p, int axis, int64_t at, int64_t size) {
+      first = at * p.stride[axis] - p.padding[axis];
+      int64_t left = p.kernel[axis];
+      for (; left > 0 && first < 0; --left) first += p.dilation[axis];
+      for (; count < left && first + count * p.dilation[axis] < size;) ++count;
+    }
+  };
 
   void count(const Element* place, int64_t n, int64_t* out) const {
     const auto* logits = reinterpret_cast<const typename Format::Logit*>(place);
