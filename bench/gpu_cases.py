@@ -170,6 +170,7 @@ def convolution_cases(device: torch.device) -> Iterator[Case]:
         return dx, dw * m, dw * w
 
     layers = (
+        ("3->64 3x3 32x32", 3, 64, 3, 1, 32, 1),
         ("64->64 3x3 32x32", 64, 64, 3, 1, 32, 1),
         ("128->128 3x3 16x16", 128, 128, 3, 1, 16, 1),
         ("256->512 3x3/2 8x8", 256, 512, 3, 2, 8, 1),
@@ -199,11 +200,11 @@ def convolution_cases(device: torch.device) -> Iterator[Case]:
     yield from _fed_by_noise(device)
     yield from _few_channels(device, backward)
     yield from _other_layouts(device, convolution, backward)
-    x, weight = torch.randn(256, 512, device=device).to(torch.bfloat16), torch.randn(1000, 512, device=device)
+    x, weight = torch.randn(128, 512, device=device).to(torch.bfloat16), torch.randn(1000, 512, device=device)
     mask = _rand(1000, 512, device=device) < 0.3
     yield Case(
         "masked_linear",
-        "256x512->1000 bf16",
+        "128x512->1000 bf16",
         (x, weight, mask, None, 0),
         lambda x, w, m, *_: F.linear(x, (w * m).to(x.dtype)),
         "half",

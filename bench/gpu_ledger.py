@@ -45,7 +45,7 @@ MORE_THAN_LEAST = 1.05  # bytes a call over each input once + each output once
 
 
 class Card(NamedTuple):
-    """One accelerator of each class; figures from NVIDIA's data sheets (A100 80GB SXM, H100 SXM, B200), dense."""
+    """An accelerator; figures from NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM, B200), dense."""
 
     name: str
     bandwidth: float  # bytes/s
@@ -62,6 +62,7 @@ CARDS = {
     90: Card("H100", 3.35e12, {"float32": 67e12, "tf32": 494.7e12, "half": 989.4e12}, 228 << 10),
     100: Card("B200", 8.0e12, {"float32": 80e12, "tf32": 1100e12, "half": 2250e12}, 228 << 10),
 }
+H200 = CARDS[90]._replace(name="H200", bandwidth=4.8e12)
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 WARPS, REGISTERS, BLOCKS = 64, 65536, 32  # a multiprocessor's limits, the same for the three classes
 
@@ -145,6 +146,23 @@ def called(case: Case) -> list[Launch]:
     with record() as launches:
         getattr(provider, case.op)(*case.arguments)
     return launches
+
+
+def compile_ahead(launches: list[Launch], arch: int) -> int:
+    """Compile what was recorded, on all cores, for Triton's cache, where a launch finds it; how many do not compile."""
+    jobs = {specialization(*job): job for job in (source_of(launch, arch) for launch in launches)}
+    _jobs[:] = jobs.values()  # reach the workers by fork: kernels do not pickle
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compiles, range(len(jobs)))).count(False)
+
+
+def _compiles(index: int) -> bool:
+    source, target, options = _jobs[index]
+    try:
+        triton.compile(source, target=target, options=options)
+    except Exception:
+        return False
+    return True
 
 
 def triton_rows() -> Iterator[dict[str, Any]]:

@@ -422,9 +422,7 @@ def masked_conv2d_inference(
     return (out.relu() if relu else out).to(x.dtype)
 
 
-def live_tiles(
-    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int, noise: bool
-) -> Tensor | None:
+def live_tiles(weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int) -> Tensor | None:
     return None
 
 

@@ -44,8 +44,8 @@ def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def philox_words(elements: int, samples: Tensor, *, seed: int, stream: int, domain: int = 0) -> Tensor:
     """int64 words [len(samples), elements]: word e of sample i comes from counter (e//4, i low, i high, stream)."""
-    quads = torch.arange((elements + 3) // 4)
-    counter = torch.empty(len(samples), len(quads), 4, dtype=torch.int64)
+    quads = torch.arange((elements + 3) // 4, device=samples.device)
+    counter = torch.empty(len(samples), len(quads), 4, dtype=torch.int64, device=samples.device)
     counter[..., 0] = quads
     counter[..., 1] = (samples & _WORD)[:, None]
     counter[..., 2] = ((samples >> 32) & _WORD)[:, None]
@@ -78,10 +78,10 @@ def smoothing_noise(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    samples = torch.arange(n) + first_sample
+    samples = torch.arange(n, device=x.device) + first_sample
     elements = x.numel()
     words = philox_words(4 * ((elements + 3) // 4), samples, seed=seed, stream=stream)
-    noise = normal_deviates(words)[:, :elements].float().reshape(n, *x.shape).to(x.device)
+    noise = normal_deviates(words)[:, :elements].float().reshape(n, *x.shape)
     return (x.float() + sigma * noise).to(dtype).contiguous(memory_format=memory_format)
 
 
@@ -105,10 +105,12 @@ def perturb_masks(
 
 
 def _uniform_noise(m: Tensor, radius: float, seed: int, step: int, layer: int) -> Tensor:
-    words = philox_words(m.numel(), torch.tensor([step]), seed=seed, stream=layer, domain=PERTURB_DOMAIN)[0]
+    words = philox_words(
+        m.numel(), torch.tensor([step], device=m.device), seed=seed, stream=layer, domain=PERTURB_DOMAIN
+    )[0]
     signed = torch.where(words >= 2**31, words - 2**32, words)
     scale = torch.tensor(radius, dtype=m.dtype) * 2.0**-31
-    return (signed.to(m.dtype) * scale).reshape(m.shape).to(m.device)
+    return (signed.to(m.dtype) * scale).reshape(m.shape)
 
 
 def effective_weights(
@@ -212,7 +214,7 @@ def _semantic_one(x: Tensor, row: Tensor) -> Tensor:
 def _affine(x: Tensor, angle: float, tx: float, ty: float, scale: float) -> Tensor:
     """One bilinear resampling about the image centre: output pixel p reads input R(angle) (p - t) / scale."""
     _, h, w = x.shape
-    v, u = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing="ij")
+    v, u = torch.meshgrid(*(torch.arange(n, device=x.device).double() for n in (h, w)), indexing="ij")
     dx, dy = u - (w - 1) / 2 - tx * w, v - (h - 1) / 2 - ty * h
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     sx = cos * dx - sin * dy + (w - 1) / 2
@@ -232,7 +234,7 @@ def _affine(x: Tensor, angle: float, tx: float, ty: float, scale: float) -> Tens
 def _gaussian_blur(y: Tensor, sigma: float) -> Tensor:
     """Separable Gaussian of radius ceil(3*sigma), edges replicated."""
     radius = math.ceil(3 * sigma)
-    t = torch.arange(-radius, radius + 1).double()
+    t = torch.arange(-radius, radius + 1, device=y.device).double()
     kernel = torch.exp(-0.5 * (t / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(y.dtype)
     y = y[:, None]
@@ -388,9 +390,7 @@ def masked_conv2d_inference(
     return (out.relu() if relu else out).to(x.dtype)
 
 
-def live_tiles(
-    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int, noise: bool
-) -> Tensor | None:
+def live_tiles(weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int, block_size: int) -> Tensor | None:
     return None
 
 

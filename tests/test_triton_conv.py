@@ -339,7 +339,7 @@ def test_recorded_on_meta() -> None:
     with record() as forward:
         out = launchers.masked_conv2d(x, w, m, None, *options)
     assert [launch.kernel.fn.__name__ for launch in forward] == [
-        "tile_flags_kernel",
+        "pack_tiles_kernel",
         "tile_list_kernel",
         "masked_conv2d_kernel",
     ]

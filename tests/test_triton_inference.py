@@ -55,7 +55,8 @@ def test_a_table_serves_any_batch_in_any_layout(
 ) -> None:
     w = (T(40, channels, 3, 3) / 8).to(memory_format=memory_format)
     w[8:] = 0
-    tiles, everything = launchers.live_tiles(w, w, dtype), torch.ones(1, 1, 1, 1)
+    everything = torch.ones(1, 1, 1, 1)
+    tiles = launchers.live_tiles(w, everything, dtype)
     assert tiles is not None
     for batch in (1, 3):
         for layout in (NCHW, NHWC):
@@ -65,20 +66,20 @@ def test_a_table_serves_any_batch_in_any_layout(
 
 
 def test_a_table_of_dead_tiles_is_believed() -> None:
-    """NaN where the table says that nothing lives leaves no trace; a table of another dtype is refused."""
+    """The weights are those of the table: NaN in the others leaves no trace; a table of another dtype is refused."""
     w = T(40, 32, 3, 3).to(memory_format=NHWC)
     w[:, 16:] = 0
     poisoned, everything, x = w.clone(), torch.ones(1, 1, 1, 1), T(1, 32, 4, 4).to(memory_format=NHWC)
     poisoned[:, 16:] = torch.nan
     arguments = (x, poisoned, everything, None, None, None, False, *WINDOW)
     assert launchers.masked_conv2d_inference(*arguments).isnan().any()
-    out = launchers.masked_conv2d_inference(*arguments, tiles=launchers.live_tiles(w, w, F32))
+    out = launchers.masked_conv2d_inference(*arguments, tiles=launchers.live_tiles(w, everything, F32))
     assert_close(out, F.conv2d(x, w, padding=1))
-    noise, tiles = (x[0], 2, 0.1, 0, 0, 0), launchers.live_tiles(w, w, F32, noise=True)
+    noise, tiles = (x[0], 2, 0.1, 0, 0, 0), launchers.live_tiles(w, everything, F32)
     out = launchers.smoothing_conv2d(*noise, poisoned, everything, None, *WINDOW, tiles=tiles)
     assert_close(out, F.conv2d(cpu.smoothing_noise(*noise, F32, NCHW), w, padding=1))
     with pytest.raises(ValueError, match=r"tiles must be the table that live_tiles gives for this weight and dtype"):
-        launchers.masked_conv2d_inference(*arguments, tiles=launchers.live_tiles(w, w, BF16))
+        launchers.masked_conv2d_inference(*arguments, tiles=launchers.live_tiles(w, everything, BF16))
 
 
 @pytest.mark.usefixtures("fma")
@@ -106,7 +107,7 @@ def test_smoothing_conv2d(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     results = []
     for provider in ("triton", "reference"):
         monkeypatch.setenv("CSAM_BACKEND", provider)
-        tiles = ck.live_tiles(w, mask, dtype=dtype, groups=2, noise=True)
+        tiles = ck.live_tiles(w, mask, dtype=dtype, groups=2)
         assert (tiles is None) == (provider == "reference")
         results.append(ck.smoothing_conv2d(x, 4, 0.5, w, mask, T(6) * 0 + 1, **call, **given, tiles=tiles))
     assert_close(*results)

@@ -123,24 +123,6 @@ def test_split_of_the_samples_changes_nothing(small: None) -> None:
 
 
 @triton.jit
-def deviates_at(element_ptr, sample_ptr, out_ptr, n, seed: tl.uint64, stream: tl.uint32, BLOCK: tl.constexpr):
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low, high = philox.split_word(tl.load(sample_ptr + lane, lane < n, 0))
-    k0, k1 = philox.split_word(seed)
-    noise = philox.noise_at(tl.load(element_ptr + lane, lane < n, 0), low, high, stream, k0, k1)
-    tl.store(out_ptr + lane, noise, lane < n)
-
-
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["i32", "i64"])
-def test_noise_at_any_element_and_sample(fma: None, index: torch.dtype) -> None:
-    whole = cpu.smoothing_noise(torch.zeros(1, 1, 500), 6, 1.0, SEED, FIRST, STREAM, F32, NCHW).flatten(1)
-    element, sample = torch.randint(500, (300,)), torch.randint(6, (300,))
-    out = torch.empty(300)
-    deviates_at[(5,)](element.to(index), FIRST + sample, out, 300, SEED, STREAM, 64)
-    assert torch.equal(out, whole[sample, element])
-
-
-@triton.jit
 def narrowed(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + lane, lane < n, 0.0)

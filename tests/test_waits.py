@@ -66,7 +66,7 @@ def test_one_wait_a_smoothing_certificate(prepared: Prepared, where: str) -> Non
         assert len(watch.waits) == 1, watch.waits
         assert all(watch.sent)  # the image, if at all, out of pinned memory and not waited for
     assert answer == (1, certified_radius(980, 1000, 0.5, 0.001))
-    assert kernels(launches) == ["masked_conv2d_kernel", "count_votes"] * (13 + 126)
+    assert kernels(launches) == ["smoothing_noise", "masked_conv2d_kernel", "count_votes"] * (13 + 126)
 
 
 def test_an_image_with_nan_is_refused_after_the_wait(prepared: Prepared) -> None:

@@ -39,7 +39,7 @@ def masked_conv2d_inference(
         weight, mask, bias, stride, ..., block_size: as in `masked_conv2d`.
         scale, shift: [O], such as those of a batch norm; both or none.
         other: as the result: a residual.
-        tiles: what `live_tiles` gave for this weight, mask and x's dtype, so that no call looks for dead tiles.
+        tiles: what `live_tiles` gave for this weight, mask and x's dtype, so that no call makes it again.
 
     Returns:
         [B, O, H', W'] in x's dtype.
@@ -75,7 +75,7 @@ def checked_scaling(
 
 def checked_tiles(tiles: Tensor | None) -> None:
     """That it may be a table; the provider knows which size it must have."""
-    if tiles is not None and not checks.tensor("tiles", tiles, dtypes=(torch.int32,), ndim=2).is_contiguous():
+    if tiles is not None and not checks.tensor("tiles", tiles, dtypes=(torch.int32,), ndim=1).is_contiguous():
         raise ValueError(f"tiles must be contiguous, as live_tiles gives it, got strides {tiles.stride()}")
 
 
@@ -86,18 +86,16 @@ def live_tiles(
     dtype: torch.dtype,
     groups: int = 1,
     block_size: int | None = None,
-    noise: bool = False,
 ) -> Tensor | None:
-    """The table by which a GPU skips the tiles of a mask that are all zero; None where nothing reads one (a CPU,
-    depthwise layers). It may be made from a weight that has its zeros already: live_tiles(weight, weight, ...).
+    """weight * mask as a GPU's kernels read it, and which of its tiles are not all zero, to be skipped; None where
+    nothing reads such a table (a CPU, depthwise layers).
 
     Args:
         weight, mask, groups, block_size: of the convolution.
         dtype: of its images.
-        noise: for `smoothing_conv2d` instead of `masked_conv2d_inference`.
 
     Returns:
-        int32; it is right as long as no weight outside of the live tiles is set.
+        int32 [*]; it is right as long as weight and mask keep their values.
 
     Raises:
         TypeError, ValueError: a mask that does not lie over the weight, another dtype, groups that do not fit.
@@ -110,7 +108,7 @@ def live_tiles(
     block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
     checks.mask_for("mask", mask, weight, block)
     where = checks.same_device(weight=weight, mask=mask)
-    table: Tensor | None = backend.serve("live_tiles", where)(weight, mask, dtype, groups, block, noise)
+    table: Tensor | None = backend.serve("live_tiles", where)(weight, mask, dtype, groups, block)
     return table
 
 

@@ -1,4 +1,4 @@
-"""A masked convolution of noisy copies of one image, which are never in memory."""
+"""A masked convolution of noisy copies of one image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def smoothing_conv2d(
     block_size: int | None = None,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """masked_conv2d_inference of smoothing_noise(x, n, sigma) * input_scale + input_shift, in one kernel on a GPU.
+    """masked_conv2d_inference of smoothing_noise(x, n, sigma) * input_scale + input_shift.
 
     The deviates are those of `smoothing_noise`, bit for bit; the normalisation, one factor and one summand a channel,
     is done in float32, and its result rounded once to `dtype`. The convolution's padding is zeros after it.
@@ -46,7 +46,7 @@ def smoothing_conv2d(
         weight, mask, bias, stride, ..., block_size: as in `masked_conv2d`.
         input_scale, input_shift: [C], such as 1 / std and -mean / std; both or none.
         scale, shift, relu: as in `masked_conv2d_inference`.
-        tiles: what `live_tiles(..., noise=True)` gave for this weight, mask and dtype.
+        tiles: what `live_tiles` gave for this weight, mask and dtype.
 
     Returns:
         [n, O, H', W'] in `dtype`.

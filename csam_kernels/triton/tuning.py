@@ -1,6 +1,7 @@
 """Tuning tables: block sizes, warps and stages by device class and shape, apart from the kernels they tune.
 
-None of these numbers was measured on a GPU: they come from occupancy and tile arithmetic (bench/gpu_ledger.csv).
+The tiles of half arithmetic were measured on an H200 (bench/gpu_tune.py), which stands for the other classes too; the
+other numbers come from occupancy and tile arithmetic (bench/gpu_ledger.csv).
 """
 
 from __future__ import annotations
@@ -53,29 +54,41 @@ class ConvTile(NamedTuple):
     maxnreg: int = 255
 
 
-# masked_conv2d and masked_linear by (kernel, arithmetic): at most as many rows as the first tile has, and the rest.
-# Weight and mask are in float32 on their way, which bounds the inner dimension. The bound on registers is the
-# hardware's: without any, ptxas trades a few spills for occupancy. Noise and the weight's gradient have tighter ones
-# that spill nothing; "flat" is FLAT in kernels/masked_conv2d.py, whose addresses take more.
-_CONV: dict[tuple[str, str], tuple[ConvTile, ConvTile]] = {
-    ("forward", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 128, 32, 8, 3)),
+# masked_conv2d and masked_linear by (kernel, arithmetic), narrow tiles first, then those with few columns: see `tile`.
+# Of the stages of a kernel that reads a list of tiles, two bring a number and its tile. The bound on registers is
+# the hardware's: without any, ptxas trades a few spills for occupancy. The weight's gradient has a tighter one in
+# float32 that spills nothing; "flat" is FLAT in kernels/masked_conv2d.py, whose addresses take more.
+_CONV: dict[tuple[str, str], tuple[ConvTile, ...]] = {
+    ("forward", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 64, 32, 4, 7), ConvTile(64, 128, 32, 4, 7)),
     ("forward", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
-    ("noise", "half"): (ConvTile(64, 64, 16, 8, 2, 128), ConvTile(128, 64, 16, 8, 2, 128)),
-    ("noise", "float32"): (ConvTile(64, 64, 16, 4, 2, 128), ConvTile(128, 64, 16, 8, 2, 128)),
-    ("input_gradient", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 128, 32, 8, 3)),
+    ("input_gradient", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 64, 32, 4, 7), ConvTile(64, 128, 32, 4, 7)),
     ("input_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
-    ("weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 32, 8, 3, 80)),
-    ("weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2, 80)),
+    ("weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 64, 8, 3)),
+    ("weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
     ("flat_weight_gradient", "half"): (ConvTile(32, 64, 32, 4, 3), ConvTile(64, 64, 32, 8, 3, 128)),
     ("flat_weight_gradient", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),
 }
 MASKED_CONV2D = dict.fromkeys(CLASSES.values(), _CONV)
 # Depthwise kernels: channels x pixels, for pixels (NCHW) or channels (channels_last) next to each other in memory.
 DEPTHWISE: dict[bool, ConvTile] = {False: ConvTile(1, 512, 1, 4, 2), True: ConvTile(64, 16, 1, 4, 2)}
+MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148}
 LISTED_FROM = 4  # blocks of pixels that share a weight tile from which looking for dead tiles first pays
 SPLIT_PIXELS = 256  # pixels a part of a split reduction should have at least
-PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296}  # two for each multiprocessor: how far a reduction is split
+PROGRAMS = {name: 2 * n for name, n in MULTIPROCESSORS.items()}  # how far a reduction is split
 SPLIT_REGISTERS = 128  # a thread of a split reduction may use at least: two programs of eight warps are resident
+
+
+def tile(where: str, kernel: str, arithmetic: str, rows: int, columns: int) -> ConvTile:
+    """The last of the narrowest tiles that hold so many rows, or of the widest, that gives every multiprocessor a
+    program; if none does, the first of them."""
+    tiles = MASKED_CONV2D[where][kernel, arithmetic]
+    height = min((t.rows for t in tiles if t.rows >= rows), default=max(t.rows for t in tiles))
+    fitting = [t for t in tiles if t.rows == height]
+    for t in reversed(fitting):
+        if -(-rows // t.rows) * -(-columns // t.columns) >= MULTIPROCESSORS[where]:
+            return t
+    return fitting[0]
+
 
 # programs: enough to fill the card for several waves; samples: at most so many share one reading of the image.
 SMOOTHING_NOISE = {

@@ -245,8 +245,8 @@ class KernelConv2d(nn.Conv2d):
         return self.stride, self.padding, self.dilation, self.groups
 
     def pack(self) -> None:
-        """Find the tiles of the weight, as it is now, that are not all zero."""
-        self.tiles = csam_kernels.live_tiles(self.weight, self.weight, dtype=self.weight.dtype, groups=self.groups)
+        """Lay out the weight, as it is now, for the kernels."""
+        self.tiles = csam_kernels.live_tiles(self.weight, self.everything, dtype=self.weight.dtype, groups=self.groups)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         epilogue = (self.bias, self.scale, self.shift, self.activation == "relu")
@@ -255,8 +255,42 @@ class KernelConv2d(nn.Conv2d):
         return out
 
 
+class Replayed:
+    """A network on a GPU for batches of one shape, its kernels launched as one CUDA graph from the second batch on.
+
+    Python takes some 100 us a layer to launch them, on a fast GPU several times what a small network's kernels run
+    for. A network that cannot be captured, such as one that waits for a value, goes on as it is. The graph keeps the
+    memory of one batch's activations; calls must be made on one stream, in order.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.calls = network, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch, self.logits = torch.empty(0), torch.empty(0)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            self._capture(batch)
+        if self.graph is None:
+            return self.network(batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.logits.clone()
+
+    def _capture(self, batch: Tensor) -> None:
+        graph, own = torch.cuda.CUDAGraph(), torch.empty_like(batch)
+        try:
+            with torch.cuda.graph(graph):
+                logits = self.network(own)
+        except RuntimeError:  # what was not to be captured, and memory that is not there
+            torch.cuda.synchronize()
+            return
+        self.graph, self.batch, self.logits = graph, own, logits
+
+
 class NoiseHead(nn.Module):
-    """A network's first convolution, fed by the noise that it draws itself, and the rest of the network.
+    """The noise, a network's first convolution, and the rest of the network.
 
     Called, it maps (x, n, sigma, seed, first_sample, stream) to what `rest` takes of the n noisy copies: see
     `csam_kernels.smoothing_conv2d`. `normalization`, a factor and a summand [C], is what was between the images and the
@@ -274,7 +308,7 @@ class NoiseHead(nn.Module):
     def pack(self) -> None:
         layer = self.first
         self.tiles = csam_kernels.live_tiles(
-            layer.weight, layer.weight, dtype=layer.weight.dtype, groups=layer.groups, noise=True
+            layer.weight, layer.everything, dtype=layer.weight.dtype, groups=layer.groups
         )
 
     def forward(self, x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int) -> Tensor:

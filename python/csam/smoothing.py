@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -410,6 +410,7 @@ class Prepared:
     head: inference.NoiseHead | None = None
     sampler: SampleNetwork | None = None
     threads: int | None = None
+    _graphs: dict[Any, inference.Replayed] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -427,7 +428,8 @@ class Prepared:
     ) -> None:
         """Label samples first .. first + count - 1 in canonical tiles.
 
-        On a GPU everything is launched from the calling thread, on its current stream, and nothing is waited for.
+        On a GPU everything is launched from the calling thread, on its current stream, and nothing is waited for; the
+        network's kernels as one CUDA graph once a second tile is labelled.
 
         Args:
             draw: maps a sample index, a multiple of `tile`, to the `tile` inputs that start there, in
@@ -449,6 +451,9 @@ class Prepared:
         if self.device.type == "cpu":
             run_tiles(evaluate, tiles, math.ceil(batch_size / self.tile))
             return
+        if torch.cuda.is_available():
+            key = (label, threading.get_ident(), torch.cuda.current_stream(self.device))
+            label = self._graphs.setdefault(key, inference.Replayed(label))
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             for start in tiles:
                 evaluate(start)

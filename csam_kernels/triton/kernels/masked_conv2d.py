@@ -1,9 +1,13 @@
-"""Masked convolution as implicit GEMM: weight * mask is formed in registers and never stored.
+"""Masked convolution as implicit GEMM.
 
 All products put channels in rows and pixels in columns. A K-tile is a piece of the inner dimension: of the forward
 pass BLOCK_K input channels at one tap (taps of one channel block follow one another), or, when FLAT, BLOCK_K
-consecutive weights (c, kh, kw) of a filter; of the input's gradient BLOCK_K filters at one tap. With LISTED the K-tiles
-whose mask is not all zero come from a table, one row of it for each block of rows.
+consecutive weights (c, kh, kw) of a filter; of the input's gradient BLOCK_K filters at one tap.
+
+With LISTED a first kernel rounds weight * mask once, tile by tile in the order and dtype that the tensor cores want,
+and says which tiles are not all zero; the convolution reads only those. Programs that shared a weight tile had each
+gathered it from the weight's own order, a sector of memory a value: that took 3 to 6 times the rest (H200). Where few
+programs share a tile, weight * mask is formed in registers.
 
 Strides are in elements: x_b, x_c, x_h, x_w of x, and so on. The mask is addressed as a weight-shaped view (m_o, m_c,
 m_h, m_w, zeros where it is broadcast) or, when BLOCKED, as [O, ceil(cols/block)] with strides m_o, m_c.
@@ -12,7 +16,6 @@ m_h, m_w, zeros where it is broadcast) or, when BLOCKED, as [O, ceil(cols/block)
 import triton
 import triton.language as tl
 
-from csam_kernels.triton.kernels.philox import noise_at, split_word
 from csam_kernels.triton.kernels.rounding import INTERPRETED, narrow
 
 
@@ -53,6 +56,13 @@ def _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE: tl.constexp
 
 
 @triton.jit
+def _packed(packed_ptr, row, tile, tiles, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """weight * mask of a tile, as pack_tiles_kernel left it."""
+    at = (row.to(tl.int64) * tiles + tile) * (BLOCK_R * BLOCK_K)
+    return tl.load(packed_ptr + at + tl.arange(0, BLOCK_R)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
+
+
+@triton.jit
 def _epilogue(
     acc,
     bias_ptr,
@@ -82,11 +92,17 @@ def _epilogue(
 
 
 @triton.jit
-def tile_flags_kernel(
+def pack_tiles_kernel(
+    weight_ptr,
     mask_ptr,
+    packed_ptr,
     flags_ptr,
     channels,
     filters,
+    w_o,
+    w_c,
+    w_h,
+    w_w,
     m_o,
     m_c,
     m_h,
@@ -108,33 +124,53 @@ def tile_flags_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """flags[row block, tile] = does the tile hold a live weight; a program a tile.
+    """packed[row block, tile] = weight * mask [BLOCK_R, BLOCK_K] and flags[row block, tile] = is any of it alive; a
+    program takes a block of the inner dimension at all taps of one kernel row: they share sectors of memory, and more
+    taps would follow one another for longer than other programs run.
 
-    Rows are filters and the inner dimension channels; TRANSPOSED the other way round, and then one row block for each
-    residue of the pixel modulo the stride, for which only the taps that reach an output pixel count. `channels` and
-    `filters` are those of one group.
+    Rows are filters and the inner dimension channels; TRANSPOSED the other way round, and then there is a row of flags
+    for each residue of the pixel modulo the stride, for which only the taps that reach an output pixel count.
+    `channels` and `filters` are those of one group.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    tile = tl.program_id(0) % tiles
-    row = tl.program_id(0) // tiles
-    rows = row % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    outer = row // row_blocks
-    inner, tap = _columns(tile, TAPS, FLAT, BLOCK_K)
-    if TRANSPOSED:
-        group = outer // (STRIDE_H * STRIDE_W)
-        residue = outer % (STRIDE_H * STRIDE_W)
-        away_h = residue // STRIDE_W + PAD_H - tap // KERNEL_W * DILATION_H
-        away_w = residue % STRIDE_W + PAD_W - tap % KERNEL_W * DILATION_W
-        reached = (away_h % STRIDE_H == 0) & (away_w % STRIDE_W == 0)
-        column = _mask_at(rows, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
-        at = column[:, None] + ((group * filters + inner) * m_o)[None, :]
-        valid = (rows < channels)[:, None] & ((inner < filters) & reached)[None, :]
-    else:
-        column = _mask_at(inner, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
-        at = ((outer * filters + rows) * m_o)[:, None] + column[None, :]
-        valid = (rows < filters)[:, None] & (inner < channels)[None, :]
-    live = tl.load(mask_ptr + at, valid, 0) != 0
-    tl.store(flags_ptr + tl.program_id(0), tl.max(tl.max(live.to(tl.int32), 1), 0))
+    STEPS: tl.constexpr = 1 if FLAT else KERNEL_W
+    DTYPE: tl.constexpr = packed_ptr.dtype.element_ty
+    first = tl.program_id(0) % (tiles // STEPS) * STEPS
+    outer = tl.program_id(0) // (tiles // STEPS)
+    group = outer // row_blocks
+    r = tl.arange(0, BLOCK_R)
+    rows = outer % row_blocks * BLOCK_R + r
+    inside = r[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    for tile in range(first, first + STEPS):
+        inner, tap = _columns(tile, TAPS, FLAT, BLOCK_K)
+        kh = tap // KERNEL_W
+        kw = tap % KERNEL_W
+        if TRANSPOSED:
+            o = (group * filters + inner)[None, :]
+            weight_at = (rows * w_c)[:, None] + o * w_o + (kh * w_h + kw * w_w)[None, :]
+            column = _mask_at(rows, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
+            mask_at = column[:, None] + o * m_o
+            valid = (rows < channels)[:, None] & (inner < filters)[None, :]
+        else:
+            o = (group * filters + rows)[:, None]
+            weight_at = o * w_o + (inner * w_c + kh * w_h + kw * w_w)[None, :]
+            column = _mask_at(inner, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)
+            mask_at = o * m_o + column[None, :]
+            valid = (rows < filters)[:, None] & (inner < channels)[None, :]
+        weight = tl.load(weight_ptr + weight_at, valid, 0.0).to(tl.float32)
+        mask = tl.load(mask_ptr + mask_at, valid, 0)
+        at = (outer.to(tl.int64) * tiles + tile) * (BLOCK_R * BLOCK_K)
+        tl.store(packed_ptr + at + inside, narrow(weight * mask.to(tl.float32), DTYPE))
+        alive = tl.max(((weight != 0) & (mask != 0)).to(tl.int32))
+        if TRANSPOSED:
+            for residue in tl.static_range(STRIDE_H * STRIDE_W):
+                away_h = residue // STRIDE_W + PAD_H - tile % TAPS // KERNEL_W * DILATION_H
+                away_w = residue % STRIDE_W + PAD_W - tile % TAPS % KERNEL_W * DILATION_W
+                reached = (away_h % STRIDE_H == 0) & (away_w % STRIDE_W == 0)
+                row = (group * (STRIDE_H * STRIDE_W) + residue) * row_blocks + outer % row_blocks
+                tl.store(flags_ptr + row * tiles + tile, tl.where(reached, alive, 0))
+        else:
+            tl.store(flags_ptr + outer * tiles + tile, alive)
 
 
 @triton.jit
@@ -150,7 +186,7 @@ def tile_list_kernel(flags_ptr, tiles_ptr, counts_ptr, tiles, CHUNK: tl.constexp
     tl.store(counts_ptr + tl.program_id(0), count)
 
 
-@triton.jit(do_not_specialize=["seed", "first_sample", "stream_word"])
+@triton.jit
 def masked_conv2d_kernel(
     x_ptr,
     weight_ptr,
@@ -160,10 +196,9 @@ def masked_conv2d_kernel(
     shift_ptr,
     other_ptr,
     out_ptr,
+    packed_ptr,
     tiles_ptr,
     counts_ptr,
-    input_scale_ptr,
-    input_shift_ptr,
     pixels,
     channels,
     height,
@@ -191,10 +226,6 @@ def masked_conv2d_kernel(
     row_blocks,
     rows,
     tiles,
-    sigma,
-    seed: tl.uint64,
-    first_sample: tl.uint64,
-    stream_word: tl.uint32,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -210,8 +241,6 @@ def masked_conv2d_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     RELU: tl.constexpr,
-    NOISE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -220,9 +249,7 @@ def masked_conv2d_kernel(
     """out[b, o, oh, ow] = epilogue(sum over (c, kh, kw) of (weight * mask)[o, c, kh, kw] * x[b, c, ih, iw]).
 
     A program: BLOCK_R filters of one group x BLOCK_P output pixels. The epilogue adds the bias, applies y * scale +
-    shift a filter, adds `other`, which lies as out does, and clips at zero, each when asked for. NOISE: x is one image
-    [C, H, W] and x[b] = image + sigma * eps of sample first_sample + b, NORMALIZED to x * input_scale + input_shift a
-    channel, rounded to out's dtype, is computed where it is loaded; the padding stays zero.
+    shift a filter, adds `other`, which lies as out does, and clips at zero, each when asked for.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -235,12 +262,9 @@ def masked_conv2d_kernel(
     ow = p % out_width
     here = p < pixels
     live_rows = o < filters
-    x_base = b * x_b + group * channels * x_c
     o_all = group * filters + o
+    x_base = x_ptr + (b * x_b + group * channels * x_c + (oh * STRIDE_H - PAD_H) * x_h + (ow * STRIDE_W - PAD_W) * x_w)
 
-    if NOISE:
-        k0, k1 = split_word(seed)
-        sample_low, sample_high = split_word(first_sample.to(tl.uint64) + b.to(tl.uint64))
     count = tiles
     if LISTED:
         count = tl.load(counts_ptr + row)
@@ -252,26 +276,18 @@ def masked_conv2d_kernel(
         c, tap = _columns(tile, TAPS, FLAT, BLOCK_K)
         kh = tap // KERNEL_W
         kw = tap % KERNEL_W
-        weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
-        mask_at = (o_all * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
-        valid = live_rows[:, None] & (c < channels)[None, :]
-        weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
+        if LISTED:
+            weight = _packed(packed_ptr, row, tile, tiles, BLOCK_R, BLOCK_K)
+        else:
+            weight_at = (o_all * w_o)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
+            mask_at = (o_all * m_o)[:, None] + _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[None, :]
+            valid = live_rows[:, None] & (c < channels)[None, :]
+            weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
         ih = (oh * STRIDE_H - PAD_H)[None, :] + (kh * DILATION_H)[:, None]
         iw = (ow * STRIDE_W - PAD_W)[None, :] + (kw * DILATION_W)[:, None]
         inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width) & here[None, :] & (c < channels)[:, None]
-        x_at = c[:, None] * x_c + ih * x_h + iw * x_w
-        if NOISE:
-            image = tl.load(x_ptr + group * channels * x_c + x_at, inside, 0.0).to(tl.float32)
-            element = (group * channels + c)[:, None] * (height * width) + ih * width + iw
-            noise = noise_at(element, sample_low[None, :], sample_high[None, :], stream_word, k0, k1)
-            x = tl.fma(noise, sigma, image)
-            if NORMALIZED:
-                input_scale = tl.load(input_scale_ptr + group * channels + c, c < channels, 0.0)
-                input_shift = tl.load(input_shift_ptr + group * channels + c, c < channels, 0.0)
-                x = tl.fma(x, input_scale[:, None], input_shift[:, None])
-            x = narrow(tl.where(inside, x, 0.0), DTYPE)
-        else:
-            x = tl.load(x_ptr + x_base[None, :] + x_at, inside, 0.0)
+        x_at = c * x_c + kh * (DILATION_H * x_h) + kw * (DILATION_W * x_w)
+        x = tl.load(x_base[None, :] + x_at[:, None], inside, 0.0)
         acc = _dot(weight, x, acc, PRECISION)
 
     at = (b * out_b + oh * out_h + ow * out_w)[None, :] + (o_all * out_c)[:, None]
@@ -289,6 +305,7 @@ def masked_conv2d_input_gradient_kernel(
     weight_ptr,
     mask_ptr,
     out_ptr,
+    packed_ptr,
     tiles_ptr,
     counts_ptr,
     batch,
@@ -352,7 +369,7 @@ def masked_conv2d_input_gradient_kernel(
     iw = p % few_w * STRIDE_W + residue % STRIDE_W
     here = (b < batch) & (ih < height) & (iw < width)
     live_rows = c < channels
-    grad_base = b * g_b + group * filters * g_c
+    grad_base = grad_ptr + (b * g_b + group * filters * g_c)
 
     count = tiles
     if LISTED:
@@ -366,10 +383,13 @@ def masked_conv2d_input_gradient_kernel(
         kh = tap // KERNEL_W
         kw = tap % KERNEL_W
         o_all = group * filters + o
-        weight_at = (c * w_c + kh * w_h + kw * w_w)[:, None] + (o_all * w_o)[None, :]
-        mask_at = _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[:, None] + (o_all * m_o)[None, :]
-        valid = live_rows[:, None] & (o < filters)[None, :]
-        weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
+        if LISTED:
+            weight = _packed(packed_ptr, group * row_blocks + row % row_blocks, tile, tiles, BLOCK_R, BLOCK_K)
+        else:
+            weight_at = (c * w_c + kh * w_h + kw * w_w)[:, None] + (o_all * w_o)[None, :]
+            mask_at = _mask_at(c, tap, m_c, m_h, m_w, block, TAPS, KERNEL_W, BLOCKED)[:, None] + (o_all * m_o)[None, :]
+            valid = live_rows[:, None] & (o < filters)[None, :]
+            weight = _product(weight_ptr, weight_at, mask_ptr, mask_at, valid, DTYPE)
         away_h = (ih + PAD_H)[None, :] - (kh * DILATION_H)[:, None]
         away_w = (iw + PAD_W)[None, :] - (kw * DILATION_W)[:, None]
         oh = away_h // STRIDE_H
@@ -378,7 +398,7 @@ def masked_conv2d_input_gradient_kernel(
         if not LISTED:
             inside &= (away_h % STRIDE_H == 0) & (away_w % STRIDE_W == 0)
         inside = inside & here[None, :] & (o < filters)[:, None]
-        grad = tl.load(grad_ptr + grad_base[None, :] + (o[:, None] * g_c + oh * g_h + ow * g_w), inside, 0.0)
+        grad = tl.load(grad_base[None, :] + (o[:, None] * g_c + oh * g_h + ow * g_w), inside, 0.0)
         acc = _dot(weight, grad, acc, PRECISION)
 
     out = out_ptr + (b * out_b + ih * out_h + iw * out_w)[None, :] + ((group * channels + c) * out_c)[:, None]
@@ -504,8 +524,6 @@ def masked_conv2d_weight_gradient_kernel(
     height,
     width,
     filters,
-    out_height,
-    out_width,
     g_b,
     g_c,
     g_h,
@@ -535,6 +553,8 @@ def masked_conv2d_weight_gradient_kernel(
     column_blocks,
     split_pixels,
     groups,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -557,7 +577,8 @@ def masked_conv2d_weight_gradient_kernel(
     """G[o, (c, kh, kw)] = sum over (b, oh, ow) of grad[b, o, oh, ow] * x[b, c, ih, iw], and from it, in registers,
     both gradients as in _finish_gradients; G is not written.
 
-    A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels. SPLIT: parts go through
+    A program: BLOCK_R filters of one group x BLOCK_C weights x one part of the pixels; it divides by the sizes of an
+    image in every step, which are constants for that. SPLIT: parts go through
     partial[tile, part, BLOCK_R, BLOCK_C], and the last program of a tile goes on with their sum. counters: zeros, one
     a block of rows, then, when SPLIT, one a tile. Without the mask's gradient a tile of dead weights costs nothing.
     """
@@ -583,9 +604,9 @@ def masked_conv2d_weight_gradient_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_K):
         p = start + tl.arange(0, BLOCK_K)
-        b = (p // (out_height * out_width)).to(tl.int64)
-        oh = p // out_width % out_height
-        ow = p % out_width
+        b = (p // (OUT_HEIGHT * OUT_WIDTH)).to(tl.int64)
+        oh = p // OUT_WIDTH % OUT_HEIGHT
+        ow = p % OUT_WIDTH
         here = p < last
         grad_at = (b * g_b + oh * g_h + ow * g_w)[None, :] + (o_all * g_c)[:, None]
         grad = tl.load(grad_ptr + grad_at, live_rows[:, None] & here[None, :], 0.0)

@@ -1,7 +1,7 @@
 """Depthwise masked convolution (one input channel a filter), done directly: there is no inner dimension to tile.
 
 Channels lie in rows and pixels in columns, one tap a step; strides and mask addressing as in masked_conv2d.py. Filter
-o reads channel o // multiplier. A dead weight's pixels are not loaded.
+o reads channel o // multiplier. What lies under a dead weight counts as zero.
 """
 
 import triton
@@ -84,8 +84,8 @@ def depthwise_kernel(
         ih = oh * STRIDE_H - PAD_H + kh * DILATION_H
         iw = ow * STRIDE_W - PAD_W + kw * DILATION_W
         inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-        x = tl.load(x_ptr + base + (ih * x_h + iw * x_w)[None, :], here & inside[None, :] & (weight != 0)[:, None], 0.0)
-        acc += weight[:, None] * x.to(tl.float32)
+        x = tl.load(x_ptr + base + (ih * x_h + iw * x_w)[None, :], here & inside[None, :], 0.0)
+        acc += tl.where((weight != 0)[:, None], weight[:, None] * x.to(tl.float32), 0.0)
     acc = _epilogue(acc, bias_ptr, scale_ptr, shift_ptr, o, exists, HAS_BIAS, HAS_SCALE, RELU, DTYPE)
     out = out_ptr + (b * out_b + oh * out_h + ow * out_w)[None, :] + (o * out_c)[:, None]
     tl.store(out, narrow(acc, DTYPE), here)
@@ -161,8 +161,8 @@ def depthwise_input_gradient_kernel(
         inside = (away_h >= 0) & (away_h % STRIDE_H == 0) & (oh < out_height)
         inside &= (away_w >= 0) & (away_w % STRIDE_W == 0) & (ow < out_width)
         grad_at = (b * g_b + oh * g_h + ow * g_w)[None, :] + (o * g_c)[:, None]
-        grad = tl.load(grad_ptr + grad_at, here & inside[None, :] & (weight != 0)[:, None], 0.0)
-        acc += weight[:, None] * grad.to(tl.float32)
+        grad = tl.load(grad_ptr + grad_at, here & inside[None, :], 0.0)
+        acc += tl.where((weight != 0)[:, None], weight[:, None] * grad.to(tl.float32), 0.0)
     out = out_ptr + (b * out_b + ih * out_h + iw * out_w)[None, :] + (c * out_c)[:, None]
     tl.store(out, narrow(acc, DTYPE), here)
 
@@ -184,8 +184,6 @@ def depthwise_weight_gradient_kernel(
     width,
     filters,
     multiplier,
-    out_height,
-    out_width,
     g_b,
     g_c,
     g_h,
@@ -212,6 +210,8 @@ def depthwise_weight_gradient_kernel(
     dm_w,
     block,
     split_pixels,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -245,9 +245,9 @@ def depthwise_weight_gradient_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        b = (p // (out_height * out_width)).to(tl.int64)
-        oh = p // out_width % out_height
-        ow = p % out_width
+        b = (p // (OUT_HEIGHT * OUT_WIDTH)).to(tl.int64)
+        oh = p // OUT_WIDTH % OUT_HEIGHT
+        ow = p % OUT_WIDTH
         ih = oh * STRIDE_H - PAD_H + kh * DILATION_H
         iw = ow * STRIDE_W - PAD_W + kw * DILATION_W
         inside = (p < last) & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)

@@ -89,12 +89,3 @@ def normals(quad, sample_low, sample_high, stream, k0, k1):
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return n0, n1, n2, n3
-
-
-@triton.jit
-def noise_at(e, sample_low, sample_high, stream, k0, k1):
-    """The standard normal deviate of element e of a sample, one quad a lane, for access in any order."""
-    w0, w1, w2, w3 = philox_words(e >> 2, sample_low, sample_high, stream, k0, k1)
-    upper = (e & 2) != 0
-    first, second = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
-    return tl.where((e & 1) != 0, second, first)

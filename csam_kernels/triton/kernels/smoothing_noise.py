@@ -3,6 +3,8 @@
 Noise is drawn in the order of the image, channels outermost. For a channels_last result a tile is a run of pixels in
 all channels, and its values change places on the way out. A channel's run may begin inside a quad, so it takes as many
 quads as it can touch, and what they hold beyond the run is dropped.
+
+NORMALIZED: a factor and a summand a channel follow, before the one rounding.
 """
 
 import triton
@@ -15,10 +17,13 @@ from csam_kernels.triton.kernels.rounding import narrow
 @triton.jit(do_not_specialize=["n", "tile_quads", "tiles", "samples", "first_sample", "seed", "stream_word"])
 def smoothing_noise(
     x_ptr,
+    input_scale_ptr,
+    input_shift_ptr,
     out_ptr,
     n,
     channels,
     pixels,
+    plane,
     tile_pixels,
     tile_quads,
     tiles,
@@ -29,11 +34,12 @@ def smoothing_noise(
     stream_word: tl.uint32,
     QUADS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    NORMALIZED: tl.constexpr,
 ):
     """out[i] = x + sigma * eps_i for one tile and `samples` values of i.
 
-    x: [channels, pixels]; out: [n, channels, pixels], or [n, pixels, channels] where CHANNELS_LAST: a tile is then
-    tile_pixels of all channels, tile_quads quads each, otherwise 4 * QUADS values.
+    x: [channels, pixels], `plane` of them a channel of the image; out: [n, channels, pixels], or [n, pixels, channels]
+    where CHANNELS_LAST: a tile is then tile_pixels of all channels, tile_quads quads each, otherwise 4 * QUADS values.
     """
     tile = tl.program_id(0) % tiles
     begin = tl.program_id(0) // tiles * samples
@@ -53,6 +59,9 @@ def smoothing_noise(
         target = element
         inside = element < elements
     x = tl.load(x_ptr + element, mask=element < elements, other=0.0).to(tl.float32)
+    if NORMALIZED:
+        input_scale = tl.load(input_scale_ptr + element // plane, mask=element < elements, other=0.0)
+        input_shift = tl.load(input_shift_ptr + element // plane, mask=element < elements, other=0.0)
 
     k0, k1 = split_word(seed)
     sample = first_sample.to(tl.uint64) + begin
@@ -61,7 +70,10 @@ def smoothing_noise(
         low, high = split_word(sample)
         n0, n1, n2, n3 = normals(quad, low, high, stream_word, k0, k1)
         noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-        noisy = narrow(tl.fma(noise, sigma, x), out_ptr.dtype.element_ty)
+        noisy = tl.fma(noise, sigma, x)
+        if NORMALIZED:
+            noisy = tl.fma(noisy, input_scale, input_shift)
+        noisy = narrow(noisy, out_ptr.dtype.element_ty)
         if CHANNELS_LAST:
             noisy = tl.gather(noisy, source, 0)
         tl.store(row_ptr, noisy, mask=inside)

@@ -18,12 +18,11 @@ from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import masked_conv2d as kernels
 from csam_kernels.triton.kernels import masked_depthwise as depthwise
 from csam_kernels.triton.launch import LIMIT, launch
+from csam_kernels.triton.launchers.smoothing_noise import smoothing_noise
 
 _Meta = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Pair = tuple[int, int]
-_WORD = 2**64 - 1
 _CHUNK = 1024  # tiles that the list kernel looks at in one step
-_NO_NOISE = {"sigma": 0.0, "seed": 0, "first_sample": 0, "stream_word": 0, "NOISE": False, "NORMALIZED": False}
 
 
 class Geometry(NamedTuple):
@@ -70,7 +69,20 @@ class Plan(NamedTuple):
     arguments: dict[str, Any]
     rows: int
     tiles: int
+    dtype: torch.dtype
     table: dict[str, Any] | None
+
+    @property
+    def packs(self) -> int:
+        """Blocks of rows that have weights of their own: those of the pixels' residues share them."""
+        strides = self.geometry.constants["STRIDE_H"] * self.geometry.constants["STRIDE_W"]
+        return self.rows // strides if self.table and self.table["TRANSPOSED"] else self.rows
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Words in a table: the packed weights, the lists with their lengths, the flags."""
+        a_tile = self.arguments["BLOCK_R"] * self.arguments["BLOCK_K"] * self.dtype.itemsize // 4
+        return self.packs * self.tiles * a_tile, self.rows * (self.tiles + 1), self.rows * self.tiles
 
 
 def _meta(t: Tensor) -> _Meta:
@@ -164,11 +176,12 @@ def _geometry(
     )
 
 
-def _tile(where: str, kernel: str, dtype: torch.dtype, rows: int) -> tuple[dict[str, int], dict[str, int]]:
-    narrow, wide = tuning.MASKED_CONV2D[where][kernel, "float32" if dtype is torch.float32 else "half"]
-    t = narrow if rows <= narrow.rows else wide
-    columns, inner = ("BLOCK_C", "BLOCK_K") if kernel.endswith("weight_gradient") else ("BLOCK_P", "BLOCK_K")
-    return {"BLOCK_R": t.rows, columns: t.columns, inner: t.inner}, _options_of(t)
+def _tile(
+    where: str, kernel: str, dtype: torch.dtype, rows: int, columns: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    t = tuning.tile(where, kernel, "float32" if dtype is torch.float32 else "half", rows, columns)
+    across = "BLOCK_C" if kernel.endswith("weight_gradient") else "BLOCK_P"
+    return {"BLOCK_R": t.rows, across: t.columns, "BLOCK_K": t.inner}, _options_of(t)
 
 
 def _options_of(t: tuning.ConvTile) -> dict[str, int]:
@@ -190,11 +203,18 @@ def _precision(dtype: torch.dtype, convolution: bool) -> str:
 
 
 def _table(
-    g: Geometry, tile: dict[str, int], row_blocks: int, tiles: int, flat: bool, transposed: bool
+    g: Geometry,
+    weight: _Meta,
+    tile: dict[str, int],
+    row_blocks: int,
+    tiles: int,
+    flat: bool,
+    transposed: bool,
 ) -> dict[str, Any]:
     return {
         "channels": g.channels,
         "filters": g.filters,
+        **_strides("w", weight[1], "ochw"),
         **g.mask,
         "row_blocks": row_blocks,
         "tiles": tiles,
@@ -203,6 +223,7 @@ def _table(
         "TRANSPOSED": transposed,
         "BLOCK_R": tile["BLOCK_R"],
         "BLOCK_K": tile["BLOCK_K"],
+        "num_warps": 8,
     }
 
 
@@ -214,10 +235,9 @@ def _forward_plan(
     mask: _Meta,
     dtype: torch.dtype,
     options: Any,
-    direct: bool = True,
     given: bool = False,
 ) -> Plan:
-    """A convolution of images like x; not `direct`: of noise drawn on the way; `given`: by a table of `live_tiles`."""
+    """A convolution of images like x; `given`: by a table of `live_tiles`."""
     g = _geometry(x, weight, mask, *options)
     suggested = _suggested(x, weight, 0 in g.out_shape)
     out = torch.empty(g.out_shape, device="meta", memory_format=suggested)
@@ -235,14 +255,14 @@ def _forward_plan(
         **_strides("out", out.stride()),
         **g.constants,
     }
-    if g.depthwise and direct:
+    if g.depthwise:
         t = tuning.DEPTHWISE[suggested is torch.channels_last]
         filters = g.groups * g.filters
         rows = _blocks(filters, t.rows)
         common |= {"filters": filters, "multiplier": g.filters, "rows": rows, "BLOCK_R": t.rows, "BLOCK_P": t.columns}
         common |= _options_of(t)
-        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
-    tile, launching = _tile(where, "forward" if direct else "noise", dtype, g.filters)
+        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, dtype, None)
+    tile, launching = _tile(where, "forward", dtype, g.filters, pixels)
     flat = _flat(None if given else x, weight)
     row_blocks = _blocks(g.filters, tile["BLOCK_R"])
     rows = g.groups * row_blocks
@@ -252,47 +272,52 @@ def _forward_plan(
     listed = given or columns >= tuning.LISTED_FROM
     common |= {"channels": g.channels, "filters": g.filters, "row_blocks": row_blocks, "rows": rows, "tiles": tiles}
     common |= {"FLAT": flat, "LISTED": listed, **tile, **launching}
-    table = _table(g, tile, row_blocks, tiles, flat, False)
-    return Plan(g, suggested, (rows * columns,), common, rows, tiles, table)
+    table = _table(g, weight, tile, row_blocks, tiles, flat, False)
+    return Plan(g, suggested, (rows * columns,), common, rows, tiles, dtype, table)
 
 
-def _live_tiles(mask: Tensor, plan: Plan) -> Tensor:
-    """The table of `plan`, int32 [rows, 2 * tiles + 1]: in memory the live tiles of each row, then how many each has,
-    then the flags that they come from."""
-    rows, tiles, table = plan.rows, plan.tiles, plan.table
-    size = rows * tiles
-    out = torch.empty((rows, 2 * tiles + 1), dtype=torch.int32, device=mask.device)
-    parts = out.view(-1)
-    flags = parts[size + rows :]
+def _live_tiles(weight: Tensor, mask: Tensor, plan: Plan) -> Tensor:
+    """The table of `plan`, int32 [sum(plan.parts)]: weight * mask tile by tile in the plan's dtype, the live tiles of
+    each row and how many each has, and the flags that they come from."""
+    rows, tiles, (packed, listed, flagged) = plan.rows, plan.tiles, plan.parts
+    out = torch.empty(packed + listed + flagged, dtype=torch.int32, device=mask.device)
+    flags = out[packed + listed :]
+    steps = 1 if plan.arguments.get("FLAT") else plan.geometry.constants["KERNEL_W"]
     launch(
-        kernels.tile_flags_kernel,
-        (size,),
-        reads=[mask],
-        writes=[flags],
+        kernels.pack_tiles_kernel,
+        (plan.packs * (tiles // steps),),
+        reads=[weight, mask],
+        writes=[4 * packed, flags],
+        weight_ptr=weight,
         mask_ptr=mask,
+        packed_ptr=out[:packed].view(plan.dtype),
         flags_ptr=flags,
-        **(table or {}),
+        **(plan.table or {}),
     )
     launch(
         kernels.tile_list_kernel,
         (rows,),
         reads=[flags],
-        writes=[4 * (size + rows)],
+        writes=[4 * listed],
         flags_ptr=flags,
-        tiles_ptr=parts,
-        counts_ptr=parts[size:],
+        tiles_ptr=out[packed:],
+        counts_ptr=out[packed + rows * tiles :],
         tiles=tiles,
         CHUNK=_CHUNK,
     )
     return out
 
 
-def _table_pointers(plan: Plan, tiles: Tensor | None, unused: Tensor) -> tuple[list[int], dict[str, Any]]:
-    """Bytes that reading a table costs, and the pointers to its parts; without one any pointer will do."""
+def _table_pointers(
+    plan: Plan, tiles: Tensor | None, weight: Tensor, mask: Tensor
+) -> tuple[list[Tensor | int], dict[str, Any]]:
+    """What is read for the weights, and the pointers to a table's parts; without one any pointer will do."""
     if tiles is None:
-        return [], {"tiles_ptr": unused, "counts_ptr": unused}
-    size = plan.rows * plan.tiles
-    return [4 * (size + plan.rows)], {"tiles_ptr": tiles, "counts_ptr": tiles.view(-1)[size:]}
+        return [weight, mask], {"packed_ptr": mask, "tiles_ptr": mask, "counts_ptr": mask}
+    packed, listed, _ = plan.parts
+    words = tiles[:packed].view(plan.dtype)
+    counts = tiles[packed + plan.rows * plan.tiles :]
+    return [4 * (packed + listed)], {"packed_ptr": words, "tiles_ptr": tiles[packed:], "counts_ptr": counts}
 
 
 def _options(stride: Any, padding: Any, dilation: Any, groups: int, block_size: int) -> tuple[Any, ...]:
@@ -316,16 +341,11 @@ def _forward(
     relu: bool = False,
     tiles: Tensor | None = None,
     convolution: bool = True,
-    noise: dict[str, Any] | None = None,
-    samples: int = 0,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     _refuse(x=x, weight=weight, mask=mask)
-    dtype, mask = dtype or x.dtype, _raw(mask)
-    x_meta = _meta(x) if noise is None else (torch.Size((samples, *x.shape)), (0, *x.stride()), dtype)
+    dtype, mask = x.dtype, _raw(mask)
     where = tuning.device_class(x.device)
-    given = tiles is not None
-    plan = _forward_plan(where, x_meta, _meta(weight), _meta(mask), dtype, options, noise is None, given)
+    plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, tiles is not None)
     g = plan.geometry
     out = torch.empty(g.out_shape, dtype=dtype, device=x.device, memory_format=plan.memory_format)
     epilogue = {
@@ -337,32 +357,32 @@ def _forward(
         "RELU": relu,
     }
     arguments = {"x_ptr": x, "weight_ptr": weight, "mask_ptr": mask, "out_ptr": out, **epilogue, **plan.arguments}
-    reads = [x, weight, mask, *(t for t in (bias, scale, shift) if t is not None)]
+    reads = [x, *(t for t in (bias, scale, shift) if t is not None)]
     if plan.table is None:
+        reads += [weight, mask]
         launch(depthwise.depthwise_kernel, plan.grid, reads=reads, writes=[out], flops=g.flops, **arguments)
         return out
     if tiles is None:
-        tiles = _live_tiles(mask, plan) if arguments["LISTED"] and all(plan.grid) else None
-    elif tiles.shape != (plan.rows, 2 * plan.tiles + 1):
+        tiles = _live_tiles(weight, mask, plan) if arguments["LISTED"] and all(plan.grid) else None
+    elif tiles.shape != (sum(plan.parts),):
         raise ValueError(
             f"tiles must be the table that live_tiles gives for this weight and dtype, "
-            f"int32 {[plan.rows, 2 * plan.tiles + 1]}, got shape {list(tiles.shape)}"
+            f"int32 {[sum(plan.parts)]}, got shape {list(tiles.shape)}"
         )
     if other is not None:
         other = other.contiguous(memory_format=plan.memory_format)
         reads.append(other)
-    listed, pointers = _table_pointers(plan, tiles, mask)
+    weights, pointers = _table_pointers(plan, tiles, weight, mask)
     launch(
         kernels.masked_conv2d_kernel,
         plan.grid,
-        reads=[*reads, *listed],
+        reads=[*reads, *weights],
         writes=[out],
         flops=g.flops,
         **pointers,
         PRECISION=_precision(dtype, convolution),
         other_ptr=out if other is None else other,
         HAS_OTHER=other is not None,
-        **({**_NO_NOISE, "input_scale_ptr": x, "input_shift_ptr": x} if noise is None else noise),
         **arguments,
     )
     return out
@@ -409,16 +429,14 @@ def masked_conv2d_inference(
     return _forward(x, weight, mask, bias, options, scale=scale, shift=shift, other=other, relu=relu, tiles=tiles)
 
 
-def live_tiles(
-    weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int = 1, block_size: int = 0, noise: bool = False
-) -> Tensor | None:
+def live_tiles(weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int = 1, block_size: int = 0) -> Tensor | None:
     options = _options((1, 1), (0, 0), (1, 1), groups, block_size)
     mask, (channels, *kernel) = _raw(mask), weight.shape[1:]
     x = torch.empty((1, channels * groups, *kernel), dtype=dtype, device="meta")
     _refuse(x=x, weight=weight, mask=mask)
     where = tuning.device_class(weight.device)
-    plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, not noise, True)
-    return None if plan.table is None else _live_tiles(mask, plan)
+    plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, True)
+    return None if plan.table is None else _live_tiles(weight, mask, plan)
 
 
 def smoothing_conv2d(
@@ -444,33 +462,12 @@ def smoothing_conv2d(
     dtype: torch.dtype | None = None,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """Each program draws the noise of the pixels that it loads, so a sample's deviates are drawn once for every tap and
-    block of filters: memory is saved, not arithmetic."""
-    noise = {
-        "sigma": sigma,
-        "seed": seed & _WORD,
-        "first_sample": first_sample,
-        "stream_word": stream,
-        "input_scale_ptr": x if input_scale is None else input_scale,
-        "input_shift_ptr": x if input_shift is None else input_shift,
-        "NOISE": True,
-        "NORMALIZED": input_scale is not None,
-    }
-    options = _options(stride, padding, dilation, groups, block_size)
-    return _forward(
-        x,
-        weight,
-        mask,
-        bias,
-        options,
-        scale=scale,
-        shift=shift,
-        relu=relu,
-        tiles=tiles,
-        noise=noise,
-        samples=n,
-        dtype=dtype or x.dtype,
-    )
+    """Two kernels: the batch between them, a few bytes a pixel, stays in the L2 cache. Drawn in the convolution's load
+    path, a deviate was drawn again for every tap that reads it, which took twice as long in all (H200)."""
+    options, normalization = (stride, padding, dilation, groups, block_size), (input_scale, input_shift)
+    noise = (n, sigma, seed, first_sample, stream, dtype or x.dtype, memory_format(weight), *normalization)
+    batch = smoothing_noise(x, *noise)
+    return masked_conv2d_inference(batch, weight, mask, bias, scale, shift, relu, *options, None, tiles)
 
 
 @lru_cache(4096)
@@ -497,16 +494,17 @@ def _input_plan(where: str, grad: _Meta, x: _Meta, weight: _Meta, mask: _Meta, o
         rows = _blocks(g.groups, t.rows)
         common |= {"pixels": pixels, "channels": g.groups, "multiplier": g.filters, "rows": rows}
         common |= {"BLOCK_R": t.rows, "BLOCK_P": t.columns, **_options_of(t)}
-        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, None)
-    tile, launching = _tile(where, "input_gradient", grad[2], g.channels)
+        return Plan(g, suggested, (rows * _blocks(pixels, t.columns),), common, rows, 0, grad[2], None)
+    pixels = g.batch * _blocks(g.height, stride_h) * _blocks(g.width, stride_w)
+    tile, launching = _tile(where, "input_gradient", grad[2], g.channels, pixels * stride_h * stride_w)
     row_blocks = _blocks(g.channels, tile["BLOCK_R"])
     rows = g.groups * stride_h * stride_w * row_blocks
     tiles = g.taps * _blocks(g.filters, tile["BLOCK_K"])
-    pixels = g.batch * _blocks(g.height, stride_h) * _blocks(g.width, stride_w)
     columns = _blocks(pixels, tile["BLOCK_P"])
     common |= {"batch": g.batch, "channels": g.channels, "filters": g.filters, "row_blocks": row_blocks, "rows": rows}
     common |= {"tiles": tiles, "LISTED": columns >= tuning.LISTED_FROM, **tile, **launching}
-    return Plan(g, suggested, (rows * columns,), common, rows, tiles, _table(g, tile, row_blocks, tiles, False, True))
+    table = _table(g, weight, tile, row_blocks, tiles, False, True)
+    return Plan(g, suggested, (rows * columns,), common, rows, tiles, grad[2], table)
 
 
 def _input_gradient(
@@ -518,17 +516,17 @@ def _input_gradient(
         return torch.empty_like(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=plan.memory_format)
     arguments = {"grad_ptr": grad, "weight_ptr": weight, "mask_ptr": mask, "out_ptr": out, **plan.arguments}
-    reads, flops = [grad, weight, mask], plan.geometry.flops
+    flops = plan.geometry.flops
     if plan.geometry.depthwise:
         kernel = depthwise.depthwise_input_gradient_kernel
-        launch(kernel, plan.grid, reads=reads, writes=[out], flops=flops, **arguments)
+        launch(kernel, plan.grid, reads=[grad, weight, mask], writes=[out], flops=flops, **arguments)
         return out
-    tiles = _live_tiles(mask, plan) if arguments["LISTED"] and all(plan.grid) else None
-    listed, pointers = _table_pointers(plan, tiles, mask)
+    tiles = _live_tiles(weight, mask, plan) if arguments["LISTED"] and all(plan.grid) else None
+    weights, pointers = _table_pointers(plan, tiles, weight, mask)
     launch(
         kernels.masked_conv2d_input_gradient_kernel,
         plan.grid,
-        reads=[*reads, *listed],
+        reads=[grad, *weights],
         writes=[out],
         flops=flops,
         **pointers,
@@ -578,8 +576,8 @@ def _weight_plan(
         "pixels": pixels,
         "height": g.height,
         "width": g.width,
-        "out_height": g.out_height,
-        "out_width": g.out_width,
+        "OUT_HEIGHT": g.out_height,
+        "OUT_WIDTH": g.out_width,
         **_strides("g", grad[1]),
         **_strides("x", x[1]),
         **_strides("w", weight[1], "ochw"),
@@ -598,7 +596,8 @@ def _weight_plan(
         common |= _options_of(t)
     else:
         flat = g.taps > 1 and (g.channels < 16 or x[1][1] != 1)
-        tile, launching = _tile(where, "flat_weight_gradient" if flat else "weight_gradient", x[2], g.filters)
+        kernel = "flat_weight_gradient" if flat else "weight_gradient"
+        tile, launching = _tile(where, kernel, x[2], g.filters, g.cols)
         row_blocks, step, block_c = _blocks(g.filters, tile["BLOCK_R"]), tile["BLOCK_K"], tile["BLOCK_C"]
         columns = _blocks(g.cols, block_c) if flat else g.taps * _blocks(g.channels, block_c)
         rows, numbers = g.groups * row_blocks, tile["BLOCK_R"] * block_c

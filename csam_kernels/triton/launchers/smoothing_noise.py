@@ -23,6 +23,8 @@ def smoothing_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    input_scale: Tensor | None = None,
+    input_shift: Tensor | None = None,
 ) -> Tensor:
     channels, height, width = x.shape
     pixels, elements = height * width, x.numel()
@@ -50,10 +52,13 @@ def smoothing_noise(
         flops=_FLOPS * out.numel(),
         num_warps=row["num_warps"],
         x_ptr=x.contiguous(),
+        input_scale_ptr=x if input_scale is None else input_scale.float(),
+        input_shift_ptr=x if input_shift is None else input_shift.float(),
         out_ptr=out,
         n=n,
         channels=channels,
         pixels=pixels,
+        plane=height * width,
         tile_pixels=tile_pixels,
         tile_quads=tile_quads,
         tiles=tiles,
@@ -64,5 +69,6 @@ def smoothing_noise(
         stream_word=stream,
         QUADS=quads,
         CHANNELS_LAST=channels_last,
+        NORMALIZED=input_scale is not None,
     )
     return out
