@@ -219,3 +219,66 @@ def _gradient_pass(layers: list[_Layer], where: torch.device) -> Tensor:
     norm = torch.empty((), dtype=torch.float64, device=where)
     _run(_CUDA.mask_gradients, where, table, partial.data_ptr(), norm.data_ptr())
     return norm
+
+
+def _effective(weight: Tensor, mask: Tensor, dtype: torch.dtype, block_size: int) -> Tensor:
+    return effective_weights([weight], [mask], "plain", 0.0, 0.0, [], "global", 0, 0, dtype, block_size)[0]
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+) -> Tensor:
+    """weight * mask by this provider's kernel, then cuDNN, which Triton's fused kernels do not beat in training."""
+    w = _effective(weight, mask, x.dtype, block_size)
+    return torch.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+
+
+def masked_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    block_size: int,
+    need: list[bool],
+) -> list[Tensor]:
+    need_x, need_weight, need_mask = need
+    effective = _effective(weight, mask, x.dtype, block_size)
+    args = (stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight or need_mask, False])
+    dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, effective, None, *args)
+    return ([dx] if need_x else []) + _chain(dw, weight, mask, block_size, need_weight, need_mask)
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, block_size: int) -> Tensor:
+    w = _effective(weight, mask, x.dtype, block_size)
+    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def masked_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, block_size: int, need: list[bool]
+) -> list[Tensor]:
+    need_x, need_weight, need_mask = need
+    grads = [grad @ _effective(weight, mask, x.dtype, block_size)] if need_x else []
+    dw = grad.T @ x if need_weight or need_mask else None
+    return grads + _chain(dw, weight, mask, block_size, need_weight, need_mask)
+
+
+def _chain(
+    dw: Tensor | None, weight: Tensor, mask: Tensor, block_size: int, need_weight: bool, need_mask: bool
+) -> list[Tensor]:
+    """dL/dtheta and dL/dM from G in one pass, in the dtypes of theta and M."""
+    if not (need_weight or need_mask) or dw is None:
+        return []
+    dtheta, dmask, _ = mask_gradients([dw], [weight.float()], [mask], block_size, need_weight, need_mask)
+    return [d.to(weight.dtype) for d in dtheta] + [d.to(mask.dtype) for d in dmask]

@@ -23,7 +23,7 @@ from conftest import assert_close
 from csam_kernels import cpu, reference
 from csam_kernels.ops.binarize import kept
 from csam_kernels.ops.semantic_batch import SEMANTIC_NEUTRAL
-from test_masks_ops import GRANULARITIES, layers
+from test_masks_ops import BLOCK, GRANULARITIES, layers, mask_shape
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -359,3 +359,27 @@ def test_wide_accesses_survive_the_compiler(source: str, tmp_path: Path, monkeyp
         named = [body for name, body in bodies.items() if kernel in name]
         assert named
         assert all(access in body for body in named for access in accesses)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolution_and_linear(cuda: Any, granularity: str, dtype: torch.dtype) -> None:
+    """The kernels' part of them; the products are torch's."""
+    w, m = torch.randn(6, 4, 3, 3), torch.rand(mask_shape(granularity, (6, 4, 3, 3)))
+    block = BLOCK if granularity == "block" else 0
+    x, bias, options = torch.randn(2, 8, 9, 9).to(dtype), torch.randn(6), ([2, 1], [1, 1], [1, 1], 2, block)
+    out = cuda.masked_conv2d(x, w, m, bias, *options)
+    assert_close(out, reference.masked_conv2d(x, w, m, bias, *options))
+    grads = cuda.masked_conv2d_backward(out, x, w, m, *options, [True] * 3)
+    for ours, want in zip(grads, reference.masked_conv2d_backward(out, x, w, m, *options, [True] * 3), strict=True):
+        assert ours.dtype == want.dtype
+        assert_close(ours / 64, want / 64)
+
+
+def test_linear(cuda: Any) -> None:
+    x, w, m, bias = torch.randn(5, 32), torch.randn(7, 32), torch.rand(7, 2), torch.randn(7)
+    out = cuda.masked_linear(x, w, m, bias, 16)
+    assert_close(out, reference.masked_linear(x, w, m, bias, 16))
+    grads = cuda.masked_linear_backward(out, x, w, m, 16, [True] * 3)
+    for ours, want in zip(grads, reference.masked_linear_backward(out, x, w, m, 16, [True] * 3), strict=True):
+        assert_close(ours, want)
