@@ -1,4 +1,5 @@
-// What one core can multiply and add at most: GFLOP/s of independent FMA chains in registers, a line an instruction.
+// What one core can multiply and add at most: 1e9 operations a second, a multiplication and an addition each one, of
+// independent chains in registers; a line an instruction.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -16,7 +17,9 @@ constexpr long kRounds = 1'000'000;
 #define ZERO_256(i) __m256 a##i = _mm256_setzero_ps();
 #define FMA_512(i) a##i = _mm512_fmadd_ps(x, x, a##i);
 #define FMA_256(i) a##i = _mm256_fmadd_ps(x, x, a##i);
+#define ZERO_INT(i) __m512i a##i = _mm512_setzero_si512();
 #define DOT_512(i) a##i = _mm512_dpbf16_ps(a##i, x, x);
+#define DOT_INT(i) a##i = _mm512_dpbusd_epi32(a##i, x, x);
 #define TIMED(zero, step)                              \
   EACH(zero)                                           \
   const auto start = std::chrono::steady_clock::now(); \
@@ -37,6 +40,10 @@ __attribute__((target("avx512f,avx512bf16"))) double dot512() {
   const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   TIMED(ZERO_512, DOT_512)
 }
+__attribute__((target("avx512f,avx512vnni"))) double dot_int() {
+  const __m512i x = _mm512_set1_epi8(1);
+  TIMED(ZERO_INT, DOT_INT)
+}
 
 void report(const char* name, double (*run)(), double flops) {
   double best = run();
@@ -50,4 +57,5 @@ int main() {
   if (__builtin_cpu_supports("avx512f")) report("float32", fma512, 32);
   else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) report("float32", fma256, 16);
   if (__builtin_cpu_supports("avx512bf16")) report("bfloat16", dot512, 64);
+  if (__builtin_cpu_supports("avx512vnni")) report("int8", dot_int, 128);
 }
