@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 import csam_kernels
-from csam import evaluation, microbench, models, pipeline, report, runs, sequential, training
+from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
 Command = Callable[..., Any]
@@ -256,12 +256,16 @@ def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Turn what may stop a long job from outside into a line that says how to go on."""
+    """Meet the processes of torchrun, and turn what may stop a long job from outside into a line on how to go on."""
     again = f"what was finished is in {folder}; give the same command again to continue"
     try:
-        yield
+        with processes.joined() as rank:
+            messages.quiet = results.quiet = rank > 0
+            yield
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {again}") from None
+    except processes.Lost as error:
+        raise Failed(f"{error}; {again}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -537,6 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _complain(text: str, code: int) -> int:
     if os.environ.get("CSAM_DEBUG"):
+        messages.quiet = False
         messages.print_exception()
-    print(f"csam: {' '.join(text.split())}", file=sys.stderr)
+    which = f"process {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"csam: {which}{' '.join(text.split())}", file=sys.stderr)
     return code

@@ -9,21 +9,26 @@ goes on.
 Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
 each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
 takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped.
+
+Where torch.distributed is initialised, all its processes draw samples of whichever images are under way, and process 0
+alone reads and writes files and decides: votes add up, whoever counts them, so the rows are those of one process.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -32,15 +37,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csam import smoothing
 from csam.data import to_unit
-from csam.runs import Journal, RunError, differences
-from csam.sequential import Certificate, Certification
-from csam.smoothing import ABSTAIN, Smooth, checked, image, one_intra_op_thread
+from csam.inference import laid_out
+from csam.processes import Team
+from csam.runs import Journal, RunError, agree, differences
+from csam.sequential import Certificate, Certification, Rule
+from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, one_intra_op_thread
 from csam_kernels import checks
-from csam_kernels.ops.sample_network import SampleNetwork
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
 PIECE_SECONDS = 0.03  # of samples that a thread takes at a time
+Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
 
@@ -192,9 +200,14 @@ def certify_dataset(
 ) -> list[Row]:
     """Certify images into a record, a row each in the order of `indices`; images that it holds are not done again.
 
-    Image i uses stream i, so its certificate does not depend on which images were done before it, or when. On a CPU
-    several images are under way at once where the plan's samples lie innermost; `time` is then an image's part of the
-    time that passed.
+    Image i uses stream i, so its certificate does not depend on which images were done before it, or when. Several
+    images are under way at once where samples of one are drawn by threads that do not wait for each other: on a CPU
+    where the plan's samples lie innermost, and in several processes; `time` is then an image's part of the time that
+    passed.
+
+    Where torch.distributed is initialised, all its processes call this with the same arguments and have the same rows;
+    `path`, `on_result` and `on_samples` are process 0's. Choices of layers by measured times may differ from machine
+    to machine: give the `Smooth` of the others process 0's (`recipe`).
 
     Args:
         smooth: the smoothed classifier.
@@ -214,7 +227,9 @@ def certify_dataset(
         OSError: a file cannot be read or written.
         TypeError: a label or an index that is not an integer.
         ValueError: x and y of different length, a negative label, an index out of range, or a record that is
-            malformed or holds another label for an image (it is of another data set).
+            malformed or holds another label for an image (it is of another data set); processes whose networks,
+            settings or images differ.
+        Lost: another process has ended; what was finished is in the record (`csam.processes`).
         RunError: a record that another run is writing, that was begun with other settings or another plan, or whose
             votes are damaged, missing or not those of its rows.
     """
@@ -241,51 +256,95 @@ def certify_dataset(
         **smooth.recipe(pixels(wanted[0])),
         "looks": len(rule.looks),
     }
-    with TsvWriter(path) as record:
-        for row in record.rows:
-            if row.idx >= len(labels) or row.label != labels[row.idx]:
-                has = f"label {labels[row.idx]}" if row.idx < len(labels) else f"only {len(labels)} images"
-                raise ValueError(
-                    f"{record.path} is the record of another data set: image {row.idx} has label {row.label} "
-                    f"there, the data set has {has}"
-                )
-        journal, known = _open_votes(record, recipe)
-        rows = {row.idx: row for row in record.rows}
-        pending = deque(i for i in dict.fromkeys(wanted) if i not in rows)
-        finished: dict[int, Row] = {}
+    prepared = smooth.prepare(pixels(wanted[0]))
+    vote = _voter(smooth, prepared, batch_size)
+    threads = min(torch.get_num_threads(), prepared.threads or math.inf) if prepared.device.type == "cpu" else 1
+    with Team() as team:
+        if team.size > 1:
+            shown = _digest(t for i in wanted for t in (torch.tensor([i, labels[i]]), pixels(i)))
+            agree(team, "network, settings and images", {**recipe, "logits": _logits(prepared, x), "images": shown})
+        hands = team.gathered(int(threads))
+        if team.rank:
+            team.serve(
+                lambda i, n, first: vote(image(pixels(i)), n, first, i),
+                smooth.num_classes,
+                hands[team.rank],
+                one_intra_op_thread,
+            )
+            return team.told([])
 
-        def finish(votes: Mapping[str, Any]) -> None:
-            """Append the row of these votes, and those that waited for it, once it is its turn."""
-            i, predict = votes["idx"], votes["predict"]
-            finished[i] = Row(i, labels[i], predict, votes["radius"], predict == labels[i], votes["time"])
-            while pending and pending[0] in finished:
-                row = finished.pop(pending.popleft())
-                record.append(row)
-                rows[row.idx] = row
-                if on_result is not None:
-                    on_result(row)
+        def of_other(rank: int, hand: int) -> Hand:
+            return lambda one, n, first: team.ask(rank, hand, (one.idx, n, first), smooth.num_classes)
 
-        images = (
-            _Image(i, image(pixels(i)), Certification(rule, recipe["n0"], state=known.get(i)), known.get(i, {}))
-            for i in list(pending)
-            if "reason" not in known.get(i, {})
-        )
-        for i in list(pending):
-            if "reason" in known.get(i, {}):
-                finish(known[i])
-        with closing(_drawn(smooth, images, batch_size, on_samples or (lambda n: None))) as drawn:
-            for one in drawn:
-                if one.certificate is None:
-                    if time.monotonic() - one.saved > SAVE_SECONDS:
-                        journal.append({"idx": one.idx, **one.certification.state, "time": one.seconds})
-                        one.saved = time.monotonic()
-                    continue
-                label, radius, samples, reason = one.certificate
-                votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
-                votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
-                journal.append(votes)
-                finish(votes)
-    return [rows[i] for i in wanted]
+        others = [of_other(rank, hand) for rank in range(1, team.size) for hand in range(hands[rank])]
+        draw = partial(_one_by_one, smooth, prepared, batch_size)
+        if others or prepared.sampler is not None:
+            own: list[Hand] = [lambda one, n, first: vote(one.x, n, first, one.idx)] * hands[0]
+            draw = partial(_together, prepared, own + others)
+        with team.asking(hands), TsvWriter(path) as record:
+            rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        return team.told([rows[i] for i in wanted])
+
+
+def _recorded(
+    record: TsvWriter,
+    labels: Sequence[int],
+    wanted: Sequence[int],
+    pixels: Callable[[int], Tensor],
+    rule: Rule,
+    recipe: dict[str, Any],
+    draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[_Image, None, None]],
+    on_result: Callable[[Row], None] | None,
+    on_samples: Callable[[int], None] | None,
+) -> dict[int, Row]:
+    """The rows of the record by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
+
+    `draw` gives each image whenever ranges of it are complete, the last time with its certificate.
+    """
+    for row in record.rows:
+        if row.idx >= len(labels) or row.label != labels[row.idx]:
+            has = f"label {labels[row.idx]}" if row.idx < len(labels) else f"only {len(labels)} images"
+            raise ValueError(
+                f"{record.path} is the record of another data set: image {row.idx} has label {row.label} "
+                f"there, the data set has {has}"
+            )
+    journal, known = _open_votes(record, recipe)
+    rows = {row.idx: row for row in record.rows}
+    pending = deque(i for i in dict.fromkeys(wanted) if i not in rows)
+    finished: dict[int, Row] = {}
+
+    def finish(votes: Mapping[str, Any]) -> None:
+        """Append the row of these votes, and those that waited for it, once it is its turn."""
+        i, predict = votes["idx"], votes["predict"]
+        finished[i] = Row(i, labels[i], predict, votes["radius"], predict == labels[i], votes["time"])
+        while pending and pending[0] in finished:
+            row = finished.pop(pending.popleft())
+            record.append(row)
+            rows[row.idx] = row
+            if on_result is not None:
+                on_result(row)
+
+    images = (
+        _Image(i, image(pixels(i)), Certification(rule, recipe["n0"], state=known.get(i)), known.get(i, {}))
+        for i in list(pending)
+        if "reason" not in known.get(i, {})
+    )
+    for i in list(pending):
+        if "reason" in known.get(i, {}):
+            finish(known[i])
+    with closing(draw(images, on_samples or (lambda n: None))) as drawn:
+        for one in drawn:
+            if one.certificate is None:
+                if time.monotonic() - one.saved > SAVE_SECONDS:
+                    journal.append({"idx": one.idx, **one.certification.state, "time": one.seconds})
+                    one.saved = time.monotonic()
+                continue
+            label, radius, samples, reason = one.certificate
+            votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
+            votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
+            journal.append(votes)
+            finish(votes)
+    return rows
 
 
 def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dict[int, dict[str, Any]]]:
@@ -340,12 +399,17 @@ class _Image:
         self.votes: list[Tensor] = []
         self.left = 0
 
-    def cut(self, most: int, piece: int, num_classes: int) -> None:
-        """Begin the next ranges, which end at multiples of `most`, in pieces of so many samples."""
+    def cut(self, most: int, piece: int, num_classes: int, aligned: bool) -> None:
+        """Begin the next ranges, which end at multiples of `most`, in pieces of so many samples.
+
+        If they are aligned, they end at multiples of `piece`.
+        """
         self.certification.most = most
         ranges = self.certification.wanted
         for k, (n, first) in enumerate(ranges):
-            self.pieces += [(k, min(piece, first + n - start), start) for start in range(first, first + n, piece)]
+            start = first - first % piece if aligned else first
+            ends = [first, *range(start + piece, first + n, piece), first + n]
+            self.pieces += [(k, end - begin, begin) for begin, end in pairwise(ends)]
         self.votes = [torch.zeros(num_classes, dtype=torch.int64) for _ in ranges]
         self.left = sum(n for n, _ in ranges)
 
@@ -355,18 +419,10 @@ class _Image:
         self.certificate = self.certification.tell([v.tolist() for v in votes])
 
 
-def _drawn(
-    smooth: Smooth, images: Iterator[_Image], batch_size: int, on_samples: Callable[[int], None]
+def _one_by_one(
+    smooth: Smooth, prepared: Prepared, batch_size: int, images: Iterator[_Image], on_samples: Callable[[int], None]
 ) -> Generator[_Image, None, None]:
-    """Each image whenever ranges of it are complete, the last time with its certificate."""
-    first = next(images, None)
-    if first is None:
-        return
-    images = chain([first], images)
-    prepared = smooth.prepare(first.x)
-    if prepared.sampler is not None:
-        yield from _together(smooth, prepared.sampler, images, on_samples)
-        return
+    """Each image whenever ranges of it are complete; the threads share the tiles of one image."""
     most = 20 * prepared.tile
     for one in images:
         while one.certificate is None:
@@ -383,37 +439,40 @@ def _drawn(
 
 
 def _together(
-    smooth: Smooth, sampler: SampleNetwork, images: Iterator[_Image], on_samples: Callable[[int], None]
+    prepared: Prepared, hands: Sequence[Hand], images: Iterator[_Image], on_samples: Callable[[int], None]
 ) -> Generator[_Image, None, None]:
-    """`_drawn` where each thread takes pieces of whichever image has some, the one that was begun first before others.
+    """The same where each hand takes pieces of whichever image has some, the one that was begun first before others.
 
-    An image between two looks has none: the next one is begun, so that no thread waits.
+    An image between two looks has none: the next one is begun, so that no hand waits.
     """
-    prepared, lanes = smooth.prepared, sampler.lanes
-    threads = min(torch.get_num_threads(), (prepared and prepared.threads) or torch.get_num_threads())
+    tile = prepared.sampler.lanes if prepared.sampler else prepared.tile
+    idle: SimpleQueue[Hand] = SimpleQueue()
+    for hand in hands:
+        idle.put(hand)
     done: SimpleQueue[tuple[_Image, int, int, Tensor | BaseException, float]] = SimpleQueue()
     begun: list[_Image] = []
-    piece, most, out = 2 * lanes, 64 * lanes, 0
+    piece, most, out = 2 * tile, 64 * tile, 0
 
     def draw(one: _Image, k: int, n: int, first: int) -> None:
-        start = time.perf_counter()
+        start, hand = time.perf_counter(), idle.get()
         try:
-            found = sampler.votes(one.x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=one.idx)
+            found = hand(one, n, first)
         except BaseException as error:
             done.put((one, k, n, error, 0.0))
         else:
             done.put((one, k, n, found, time.perf_counter() - start))
+        idle.put(hand)
 
-    with ThreadPoolExecutor(threads, "csam-images", initializer=one_intra_op_thread) as pool:
+    with ThreadPoolExecutor(len(hands), "csam-images", initializer=one_intra_op_thread) as pool:
         try:
             while True:
-                while out < 2 * threads:
+                while out < 2 * len(hands):
                     one = next((i for i in begun if i.pieces), None) or next(images, None)
                     if one is None:
                         break
                     if not one.pieces:
                         begun.append(one)
-                        one.cut(most, piece, smooth.num_classes)
+                        one.cut(most, piece, prepared.num_classes, prepared.sampler is None)
                     pool.submit(draw, one, *one.pieces.popleft())
                     out += 1
                 if not out:
@@ -425,18 +484,49 @@ def _together(
                 on_samples(n)
                 one.votes[k] += found
                 one.left -= n
-                one.seconds += seconds / threads
-                piece = 2 * lanes * max(1, int(PIECE_SECONDS * n / seconds / (2 * lanes)))
-                most = lanes * max(1, int(SAVE_SECONDS * threads * n / seconds / lanes))
+                one.seconds += seconds / len(hands)
+                piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
+                most = tile * max(1, int(SAVE_SECONDS * len(hands) * n / seconds / tile))
                 if one.left == 0:
                     one.tell()
                     if one.certificate is None:
-                        one.cut(most, piece, smooth.num_classes)
+                        one.cut(most, piece, prepared.num_classes, prepared.sampler is None)
                     else:
                         begun.remove(one)
                     yield one
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:
+    """Votes int64 [num_classes] of n samples of an image from the first on, in its stream; NaN logits cast none."""
+    sampler, device = prepared.sampler, prepared.device
+    if sampler is not None:
+        return lambda x, n, first, stream: sampler.votes(
+            x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=stream
+        )
+
+    def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first GPU
+            return smoothing.votes(prepared, x, smooth.sigma, n, smooth.seed, first, batch_size, stream).cpu()
+
+    return vote
+
+
+def _logits(prepared: Prepared, x: Tensor) -> str:
+    """A digest of the network's logits of a tile of images like those in x: weights and arithmetic, to the last bit."""
+    found: list[Tensor] = []
+    tile = torch.rand(prepared.tile, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    tile = laid_out(tile.to(prepared.device, prepared.dtype), prepared.memory_format)
+    prepared.run(lambda start: tile, lambda logits, start: found.append(logits), 0, prepared.tile, prepared.tile)
+    return _digest(found)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    total = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        total.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def certified_accuracy(rows: Sequence[Row], radius: float) -> float:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from csam import data, evaluation, masks, models, report, runs, training, transf
 from csam.cc_cert import CCCert
 from csam.engine import Choices
 from csam.nn import convert, fold, masked_layers
+from csam.processes import Team
 from csam.search import MaskSearch
 from csam.settings import CertifySettings, Settings
 from csam.smoothing import Smooth, certified_radius
@@ -90,7 +92,7 @@ class Job:
         return MaskSearch(
             model.train(),
             sparsity,
-            transform=self.transform,
+            transform=training.shared(self.transform),
             dtype=torch.bfloat16 if self.settings.train.precision == "bfloat16" else None,
             seed=derive_seed(self.settings.seed, "search"),
             **asdict(replace(self.settings.search, **changes)),
@@ -138,7 +140,8 @@ class Job:
             "normalization": self.settings.normalization,
             "sigma": self.settings.train.sigma,
         }
-        runs.save_model(self.model_path(name), model, {**common, **description})
+        if self.run.team.first:
+            runs.save_model(self.model_path(name), model, {**common, **description})
 
     def model_path(self, name: str) -> Path:
         return self.run.folder / "models" / f"{name}.safetensors"
@@ -151,7 +154,9 @@ class Job:
 
     def load(self, name: str) -> nn.Module:
         model = self.build()
-        models.load_weights(model, self.model_path(name))
+        if self.run.team.first:
+            models.load_weights(model, self.model_path(name))
+        model.load_state_dict(self.run.team.told(model.state_dict()))
         return model.eval()
 
 
@@ -274,7 +279,7 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     model = job.load(name)
     chosen = evenly_spaced(len(job.dataset.test_x), certify.images)
     path = job.certificates(name)
-    smooth = make_smooth(model, job.dataset, job.settings, begun_choices(path))
+    smooth = begun_smooth(job.run.team, model, job.dataset, job.settings, path)
     rows = smooth_images(smooth, job.dataset, chosen, certify, path, job.progress, f"{name}: smoothing")
     bounds = bound_images(
         make_cc_cert(model, job.dataset, job.settings),
@@ -306,6 +311,15 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
         choices=choices,
         calibration=calibration(dataset, settings),
     )
+
+
+def begun_smooth(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
+    """The smoothed classifier that goes on with the record at `path`, its layers running alike in all processes."""
+    if not team.first:
+        return make_smooth(model, dataset, settings, team.told("auto"))
+    smooth = make_smooth(model, dataset, settings, begun_choices(path))
+    team.told(smooth.recipe(data.to_unit(dataset.test_x[0]))["choices"])
+    return smooth
 
 
 def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
@@ -365,8 +379,8 @@ def smooth_images(
 ) -> list[evaluation.Row]:
     """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
     with progress(title, len(chosen)) as advance:
-        done = len(evaluation.read_tsv(path)) if path.exists() and path.stat().st_size else 0
-        advance(done)
+        with suppress(FileNotFoundError):  # none yet, or of another process
+            advance(len(evaluation.read_tsv(path)) if path.stat().st_size else 0)
         return evaluation.certify_dataset(
             smooth,
             dataset.test_x,
@@ -395,30 +409,45 @@ def bound_images(
 ) -> list[dict[str, Any]]:
     """CC-Cert of the chosen test images into the journal at `path`, which may hold some of them already.
 
-    Image i uses stream i. A record: idx, label, predict, bound, correct, margin, flips, time.
+    Image i uses stream i. A record: idx, label, predict, bound, correct, margin, flips, time. Where torch.distributed
+    is initialised, its processes take an image each at a time, all have the same result, and `path` is process 0's.
+
+    Raises ValueError if the network runs another way in one process than in another.
     """
-    journal = runs.Journal(path)
-    done = {record["idx"]: record for record in journal.records}
-    with progress(title, len(chosen)) as advance:
+
+    def bounded(i: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        result = cert.certify(data.to_unit(dataset.test_x[i]), stream=i)
+        label = int(dataset.test_y[i])
+        return {
+            "idx": i,
+            "label": label,
+            "predict": result.prediction,
+            "bound": result.bound,
+            "correct": result.prediction == label,
+            "margin": result.margin,
+            "flips": result.flips,
+            "time": round(time.perf_counter() - started, 4),
+        }
+
+    with Team() as team, progress(title, len(chosen)) as advance:
+        journal = runs.Journal(path) if team.first else None
+        done: dict[int, dict[str, Any]] = team.told({r["idx"]: r for r in journal.records} if journal else {})
         advance(len(done))
-        for i in chosen:
-            if i in done:
-                continue
-            started = time.perf_counter()
-            result = cert.certify(data.to_unit(dataset.test_x[i]), stream=i)
-            label = int(dataset.test_y[i])
-            done[i] = {
-                "idx": i,
-                "label": label,
-                "predict": result.prediction,
-                "bound": result.bound,
-                "correct": result.prediction == label,
-                "margin": result.margin,
-                "flips": result.flips,
-                "time": round(time.perf_counter() - started, 4),
-            }
-            journal.append(done[i])
-            advance(1)
+        todo = [i for i in chosen if i not in done]
+        for k in range(0, len(todo), team.size):
+            mine = [bounded(i) for i in todo[k + team.rank : k + team.rank + 1]]
+            plan = cert.prepared.sampler.fingerprint if cert.prepared and cert.prepared.sampler else None
+            found = team.gathered((mine, plan))
+            plans = {plan for records, plan in found if records}
+            if len(plans) > 1:
+                shown = " and ".join(sorted(map(str, plans)))
+                raise ValueError(f"all processes must run the network the same way, got the fingerprints {shown}")
+            for record in chain.from_iterable(records for records, _ in found):
+                done[record["idx"]] = record
+                if journal is not None:
+                    journal.append(record)
+                advance(1)
     return [done[i] for i in chosen]
 
 
@@ -511,8 +540,9 @@ def demo(
         rows = [_row(m, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
         details = {name: {**trained[name], **_seconds(certified[name])} for name in trained}
         described = describe(job, details)
-        report.write_summary(run.folder, rows, described)
-        draw(run.folder, settings)
+        if run.team.first:
+            report.write_summary(run.folder, rows, described)
+            draw(run.folder, settings)
         run.log("finished")
     return {"rows": rows, "settings": described}
 
@@ -624,7 +654,7 @@ def certify(
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
         job = Job(settings, dataset, run, progress)
         path = job.certificates("smoothing")
-        smooth = make_smooth(network.eval(), dataset, settings, begun_choices(path))
+        smooth = begun_smooth(run.team, network.eval(), dataset, settings, path)
         rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
         bounds = []
         if cc_cert:

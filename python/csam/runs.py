@@ -13,6 +13,9 @@ A run folder holds
 
 Every file that is replaced is written to a temporary file beside it, flushed to the disk and renamed, so a reader
 never meets half a file; a line cut short at the end of an append-only file is dropped on the next start.
+
+Of several processes (`csam.processes`) the first alone reads and writes a run folder, and tells the others what is
+there.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+
+from csam.processes import Team
 
 FORMAT = 1
 _TEMPORARY = ".csam-tmp-"
@@ -295,7 +300,9 @@ class Run:
     """One job's folder, locked while open; use as a context manager.
 
     `config` (JSON values) says what is asked for. A folder made with another config is refused, never overwritten.
-    Raises RunError if another process holds the folder, if it holds something else, or if its config differs.
+    All processes of torch.distributed open it together; the first of the `team` alone reads and writes.
+    Raises RunError if another run holds the folder, if it holds something else, or if its config differs; ValueError
+    if the processes name different folders or configs.
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -306,17 +313,24 @@ class Run:
         self._metrics: Journal
 
     def __enter__(self) -> Run:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RunError(f"run folder {self.folder} is a file; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_foreign()
+        self.team = Team()
         try:
-            self._take_lock()
-            self._open()
+            agree(self.team, "run folder, settings and data", {"folder": str(self.folder), **self.config})
+            if self.team.first:
+                self._begin()
+            self.team.told(None)  # the folder is there
         except BaseException:
             self.close()
             raise
         return self
+
+    def _begin(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"run folder {self.folder} is a file; choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_foreign()
+        self._take_lock()
+        self._open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -328,7 +342,8 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and part from the team."""
+        self.team.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -341,6 +356,8 @@ class Run:
 
     def log(self, message: str) -> None:
         """Append one line with the time to log.txt."""
+        if not self.team.first:
+            return
         stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"{stamp} {message}\n")
@@ -351,7 +368,7 @@ class Run:
 
     def _record(self, stage: str, epoch: int, values: Mapping[str, Any]) -> None:
         # An epoch repeated after a kill gives the same values again; it must not be counted twice.
-        if (stage, epoch) in self._recorded:
+        if not self.team.first or (stage, epoch) in self._recorded:
             return
         self._metrics.append({"stage": stage, "epoch": epoch, **values})
         self._recorded.add((stage, epoch))
@@ -371,7 +388,6 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 32).decode(errors="replace").strip()
-            self.close()
             raise RunError(
                 f"run folder {self.folder} is in use by process {holder or '?'}; wait for it or choose another folder"
             ) from None
@@ -423,11 +439,13 @@ class Stage:
 
     def save(self, state: Any) -> None:
         """Replace this stage's checkpoint (see `flatten` for what a state may hold)."""
-        save_state(self.checkpoint, state)
+        if self.run.team.first:
+            save_state(self.checkpoint, state)
 
     def load(self) -> Any | None:
         """The last checkpoint, or None before the first."""
-        return load_state(self.checkpoint) if self.checkpoint.exists() else None
+        team = self.run.team
+        return team.told(load_state(self.checkpoint) if team.first and self.checkpoint.exists() else None)
 
     def record(self, epoch: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, once for each epoch of this stage."""
@@ -435,17 +453,31 @@ class Stage:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Store the stage's JSON result; its checkpoint has served its purpose and is removed."""
-        write_json(self.run.folder / "results" / f"{self.name}.json", dict(result))
+        if self.run.team.first:
+            write_json(self.run.folder / "results" / f"{self.name}.json", dict(result))
         self.discard()
 
     def discard(self) -> None:
         """Remove the checkpoint, once something later makes it superfluous."""
-        self.checkpoint.unlink(missing_ok=True)
+        if self.run.team.first:
+            self.checkpoint.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
         """The stored result, or None while the stage is unfinished."""
-        path = self.run.folder / "results" / f"{self.name}.json"
-        return dict(read_json(path)) if path.exists() else None
+        team, path = self.run.team, self.run.folder / "results" / f"{self.name}.json"
+        return team.told(dict(read_json(path)) if team.first and path.exists() else None)
+
+
+def agree(team: Team, about: str, value: Mapping[str, Any]) -> None:
+    """Refuse to go on, in every process, if one has another value than process 0: ValueError names both."""
+    first, *others = team.gathered(dict(value))
+    for rank, other in enumerate(others, start=1):
+        different = differences(first, other)
+        if different:
+            shown = "; ".join(
+                f"{key}: {old!r:.60} in process 0, {new!r:.60} in process {rank}" for key, old, new in different[:4]
+            )
+            raise ValueError(f"all processes must have the same {about}, got {shown}")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

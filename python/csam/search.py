@@ -35,6 +35,7 @@ from torch.func import functional_call
 
 from csam.masks import initial_scores, require_masked, select
 from csam.nn import MaskedLayer
+from csam.processes import average
 from csam_kernels import checks, effective_weights, mask_gradients, perturb_masks
 
 Transform = Callable[..., Tensor]
@@ -257,9 +258,9 @@ class MaskSearch:
         if passes.soft is not None:
             terms["accuracy"] = (passes.soft.logits.argmax(1) == y).double().mean()
         values = torch.tensor([float(term.detach()) for term in terms.values()], dtype=torch.float64, device=x.device)
-        score_grads = [_averaged(g) for g in score_grads]
-        weight_grads = {name: _averaged(g) for name, g in weight_grads.items()}
-        logged = dict(zip(terms, _averaged(values).tolist(), strict=True))
+        score_grads = _averaged(score_grads)
+        weight_grads = dict(zip(weight_grads, _averaged(list(weight_grads.values())), strict=True))
+        logged = dict(zip(terms, _averaged([values])[0].tolist(), strict=True))
         logged["mask_mean"] = mean = self._mask_mean()
         if self.lambdas["budget"]:
             logged["budget"], slope = self._budget(mean)
@@ -384,7 +385,7 @@ class MaskSearch:
         """g = dCE/dC at the clean masks."""
         loss = _cross_entropy(clean.logits, y)
         grads = torch.autograd.grad(loss, clean.leaves, retain_graph=keep_graph, allow_unused=True)
-        return [_averaged(g) for g in self._chain(grads, clean)[1]]
+        return _averaged(self._chain(grads, clean)[1])
 
     def _terms(self, passes: _Passes, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The differentiable terms of non-zero weight."""
@@ -564,13 +565,14 @@ def _norm(tensors: list[Tensor]) -> float:
     return float(torch.stack(torch._foreach_norm(tensors)).double().norm()) if tensors else 0.0
 
 
-def _averaged(value: Tensor) -> Tensor:
-    """The mean over the processes of torch.distributed; the value itself without them."""
+def _averaged(values: list[Tensor]) -> list[Tensor]:
+    """The means over the processes of torch.distributed; the values themselves without them."""
     if not (dist.is_available() and dist.is_initialized()):
-        return value
-    mean = value.clone()  # autograd may give two parameters one gradient tensor
-    dist.all_reduce(mean)
-    return mean.div_(dist.get_world_size())
+        return values
+    means = [value.clone() for value in values]  # autograd may give two parameters one gradient tensor
+    for dtype in {m.dtype for m in means}:
+        average([m for m in means if m.dtype == dtype])
+    return means
 
 
 def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:

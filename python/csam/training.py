@@ -2,6 +2,10 @@
 
 Everything random is drawn from generators seeded by (seed, purpose, epoch), so an epoch repeats bit for bit wherever
 the run starts again, and training noise never meets the noise of certification (a Philox stream of its own).
+
+Where torch.distributed is initialised, its processes share every batch: gradients, logged values and the statistics of
+batch norm are those of the whole batch, so the network is that of one process up to rounding. After every epoch all
+processes must hold the same weights and masks, to the last bit.
 """
 
 from __future__ import annotations
@@ -12,14 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csam.runs import RunError, Stage
+from csam.processes import Team, average
+from csam.runs import RunError, Stage, agree
 
 PRECISIONS = ("float32", "bfloat16")
 CHECKPOINT_SECONDS = 5.0
@@ -42,6 +49,8 @@ class TrainingDiverged(RuntimeError):
 
 class Stepper(Protocol):
     """One optimisation step and the state that makes it resumable; `Sgd` and `csam.MaskSearch` are steppers."""
+
+    model: nn.Module
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, float]: ...
 
@@ -122,21 +131,37 @@ def augment(x: Tensor, padding: int, flip: bool, generator: torch.Generator) -> 
     ]
 
 
-def batches(images: Tensor, labels: Tensor, feed: Feed, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    images: Tensor, labels: Tensor, feed: Feed, epoch: int, *, rank: int = 0, size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch: float32 [B, C, H, W] pixels in [0,1] plus noise, int64 [B]; the same for every method.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N].
+    images: uint8 [N, C, H, W]; labels: int64 [N]; rank, size: whose share of each batch, the rank-th part of `size`.
     """
     order = torch.randperm(len(images), generator=generator(feed.seed, "order", epoch))
     draws = generator(feed.seed, "augment", epoch)
     noise = generator(feed.seed, "noise", epoch)
     for step, chosen in enumerate(order[: feed.steps_per_epoch(len(images)) * feed.batch_size].split(feed.batch_size)):
-        x = augment(images[chosen], feed.padding, feed.flip, draws).float().div_(255)
+        share = len(chosen) // size
+        mine = slice(rank * share, (rank + 1) * share)
+        x = augment(images[chosen], feed.padding, feed.flip, draws)[mine].float().div_(255)
         if feed.transform is not None:
-            x = feed.transform(x, seed=derive_seed(feed.seed, "transform", epoch), first_sample=step * feed.batch_size)
+            first = step * feed.batch_size + mine.start
+            x = feed.transform(x, seed=derive_seed(feed.seed, "transform", epoch), first_sample=first)
         if feed.sigma > 0:
-            x.add_(torch.randn(x.shape, generator=noise), alpha=feed.sigma)
-        yield x, labels[chosen]
+            whole = torch.randn(len(chosen), *x.shape[1:], generator=noise)
+            x.add_(whole[mine], alpha=feed.sigma)
+        yield x, labels[chosen[mine]]
+
+
+def shared(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The transform where every process of torch.distributed has its share of a batch, and its rows of the draws."""
+
+    def transformed(x: Tensor, *, seed: int) -> Tensor:
+        together = dist.is_available() and dist.is_initialized()
+        return transform(x, seed=seed, first_sample=dist.get_rank() * len(x) if together else 0)
+
+    return transformed
 
 
 @dataclass(frozen=True)
@@ -190,10 +215,11 @@ class Sgd:
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
+        values = torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
+        average([*(p.grad for p in self._parameters() if p.grad is not None), values])
         self._optimizer.step()
         self.done += 1
-        correct = (logits.detach().argmax(1) == y).float().mean()
-        return {"loss": loss.item(), "accuracy": correct.item()}
+        return {"loss": float(values[0]), "accuracy": float(values[1])}
 
     def state_dict(self) -> dict[str, Any]:
         momentum = [self._optimizer.state[p].get("momentum_buffer") for p in self._parameters()]
@@ -224,7 +250,8 @@ def run_epochs(
 
     With a `stage` the run resumes at the last checkpoint, bit for bit on the same thread count, and each epoch's mean
     values go to metrics.jsonl. Checkpoints are written at the ends of epochs, at least CHECKPOINT_SECONDS apart.
-    `on_step(k)` tells a progress bar that k more steps are done. Raises TrainingDiverged.
+    `on_step(k)` tells a progress bar that k more steps are done. Raises TrainingDiverged; ValueError for a batch that
+    several processes cannot share evenly, or weights or masks that came out differently in them.
     """
     _check_images(images, labels)
     steps = feed.steps_per_epoch(len(images))
@@ -235,9 +262,14 @@ def run_epochs(
         if on_step:
             on_step(first * steps)
     saved = started = time.monotonic()
-    with threads(feed.threads):
+    with Team() as team, threads(feed.threads), _shared_statistics(stepper, team):
+        batch = min(feed.batch_size, len(images))
+        if batch % team.size:
+            raise ValueError(f"batch_size must be a multiple of the number of processes, {team.size}, got {batch}")
+        _check_alike(stepper, team, "before training")
         for epoch in range(first, feed.epochs):
-            means = _run_epoch(stepper, images, labels, feed, feed.start + epoch, on_step)
+            means = _run_epoch(stepper, images, labels, feed, feed.start + epoch, on_step, team)
+            _check_alike(stepper, team, f"after epoch {feed.start + epoch + 1}")
             elapsed = seconds + time.monotonic() - started
             if stage is None:
                 continue
@@ -255,10 +287,11 @@ def _run_epoch(
     feed: Feed,
     epoch: int,
     on_step: Callable[[int], None] | None,
+    team: Team,
 ) -> dict[str, float]:
     """One epoch; returns the mean of each value the steps report."""
     sums: dict[str, float] = {}
-    for x, y in batches(images, labels, feed, epoch):
+    for x, y in batches(images, labels, feed, epoch, rank=team.rank, size=team.size):
         for key, value in stepper.step(x, y).items():
             sums[key] = sums.get(key, 0.0) + value
         if on_step:
@@ -268,6 +301,85 @@ def _run_epoch(
         if not math.isfinite(value):
             raise TrainingDiverged(f"{key} is {value} in epoch {epoch + 1}; a lower learning rate may help")
     return means
+
+
+def _check_alike(stepper: Stepper, team: Team, when: str) -> None:
+    """Refuse processes whose parameters, masks' scores included, differ in the sum of their bits as integers."""
+    if team.size > 1:
+        bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+        named = [(name, p.detach()) for name, p in stepper.model.named_parameters()]
+        sums = {name: int(p.view(bits[p.element_size()]).sum(dtype=torch.int64)) for name, p in named}
+        agree(team, f"weights and masks {when}", sums)
+
+
+class _Normalized(torch.autograd.Function):
+    """Batch norm of x [B, C, ...] with mean and variance over the batches of all processes.
+
+    The gradient is the sum over the processes of those of their losses, which the average of all gradients divides by
+    their number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        axes, dtype = [d for d in range(x.dim()) if d != 1], torch.promote_types(x.dtype, torch.float32)
+        var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
+        moments = torch.stack([mean, var + mean * mean]).double()
+        average([moments])
+        mean, var = moments[0].to(dtype), (moments[1] - moments[0] ** 2).clamp_(min=0).to(dtype)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+        ctx.axes = axes
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+
+        def wide(t: Tensor) -> Tensor:
+            return t.view(1, -1, *[1] * (x.dim() - 2))
+
+        centred, upper = (x.to(mean.dtype) - wide(mean)) * wide(scale), grad.to(mean.dtype)
+        dbias, dweight = upper.sum(ctx.axes), (upper * centred).sum(ctx.axes)
+        sums = torch.stack([dbias, dweight]) * (x.shape[1] / x.numel())
+        average([sums])
+        dx = (upper - wide(sums[0]) - centred * wide(sums[1])) * wide(scale * weight)
+        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), None
+
+
+def _normalize(norm: Any, x: Tensor) -> Tensor:
+    """`norm(x)` with the statistics of all processes, in training."""
+    out: Tensor
+    if not norm.training:
+        out = type(norm).forward(norm, x)
+        return out
+    ones = torch.ones_like(norm.running_mean)
+    weight, bias = (ones, 0 * ones) if norm.weight is None else (norm.weight, norm.bias)
+    out, mean, var = _Normalized.apply(x, weight, bias, norm.eps)
+    with torch.no_grad():
+        n = dist.get_world_size() * x.numel() // x.shape[1]
+        norm.num_batches_tracked.add_(1)
+        rate = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), rate)
+        norm.running_var.lerp_((var * (n / (n - 1))).to(norm.running_var.dtype), rate)
+    return out
+
+
+@contextmanager
+def _shared_statistics(stepper: Stepper, team: Team) -> Iterator[None]:
+    """Batch norms that are trained take their statistics over the batches of all processes."""
+    norms = _batch_norms(stepper.model) if team.size > 1 else []
+    for norm in norms:
+        norm.forward = partial(_normalize, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _batch_norms(model: nn.Module) -> list[Any]:
+    """Those that track running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
 
 
 def _restore(stepper: Stepper, stage: Stage, state: Any) -> tuple[int, float]:
@@ -328,7 +440,7 @@ def reestimate_batchnorm(
     augmentation. Averages are cumulative (momentum=None), so each batch weighs the same. A model without batch norm
     is left alone.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = _batch_norms(model)
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
