@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 from csam_kernels import _C
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
-from csam_kernels.ops.sample_network import ENGINES, Program, Value
+from csam_kernels.ops.sample_network import ENGINES, RING, Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
 _GRAIN = 1 << 15  # values a thread should have at least
@@ -305,8 +305,8 @@ def sample_network(
         return kept[-1].data_ptr()
 
     kept: list[Tensor] = []
-    steps = []
-    for s in program.steps:
+    steps, streams = [], program.streams()
+    for index, s in enumerate(program.steps):
         weight = [address(t) for t in s.weight or (None, None, None)]
         window = (s.kernel, s.stride, s.padding, s.dilation)
         shape, size = (s.input.channels, s.input.height, s.input.width), (s.out.height, s.out.width)
@@ -326,6 +326,7 @@ def sample_network(
                 bounds,
                 ENGINES.index(s.engine),
                 size,
+                (RING * (index - 1 in streams), RING * (index in streams)),
                 integers,
             )
         )

@@ -47,15 +47,16 @@ using Window = std::array<std::array<int64_t, 2>, 4>;  // kernel, stride, paddin
 using Integers = std::tuple<Address, float, float, int, bool>;
 
 // (pools, in, other, out, [C, H, W], values, taps, rows, filters, bias, window, (low, high), engine, [H', W'],
-// integers)
-using StepTuple = std::tuple<bool, int64_t, int64_t, int64_t, std::array<int64_t, 3>, Address, Address, Address,
-                             int64_t, Address, Window, std::array<float, 2>, int, std::array<int64_t, 2>, Integers>;
+// (rows of x, of out), integers)
+using StepTuple =
+    std::tuple<bool, int64_t, int64_t, int64_t, std::array<int64_t, 3>, Address, Address, Address, int64_t, Address,
+               Window, std::array<float, 2>, int, std::array<int64_t, 2>, std::array<int64_t, 2>, Integers>;
 
 std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_t, 3> image, Address mean, Address std,
                                                     std::array<float, 2> integers, const std::vector<StepTuple>& tuples,
                                                     std::array<int64_t, 4> places, bool draft) {
   std::vector<csam::SampleStep> steps;
-  for (const auto& [pools, in, other, out, shape, values, taps, rows, filters, bias, window, range, engine, size,
+  for (const auto& [pools, in, other, out, shape, values, taps, rows, filters, bias, window, range, engine, size, kept,
                     integers] : tuples) {
     const auto& [kernel, stride, padding, dilation] = window;
     csam::SampleStep step = {pools, {}, in, other, out};
@@ -67,7 +68,7 @@ std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_
     for (int i = 0; i < 2; ++i)
       c.kernel[i] = kernel[i], c.stride[i] = stride[i], c.padding[i] = padding[i], c.dilation[i] = dilation[i];
     c.low = range[0], c.high = range[1], c.engine = engine;
-    c.out_height = size[0], c.out_width = size[1];
+    c.out_height = size[0], c.out_width = size[1], c.in_rows = kept[0], c.out_rows = kept[1];
     const auto& [scales, shift, other_scale, zero, real] = integers;
     c.scales = at<float>(scales), c.shift = shift, c.other_scale = other_scale, c.zero = zero, c.real = real;
     steps.push_back(step);

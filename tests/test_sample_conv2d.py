@@ -87,6 +87,24 @@ def test_groups_and_depthwise(isa: str, groups: int, dense: bool) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("samples", [1, 16, 32, 50])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), ((3, 3), (2, 1), 1), (3, 1, 2), (5, 1, 1), ((1, 4), 3, 1)]
+)
+def test_depthwise(isa: str, samples: int, kernel: Any, stride: Any, dilation: int, dtype: torch.dtype) -> None:
+    """Two filters a channel, one of them dead, one with a tap; rows of any remainder to three."""
+    pair, steps = (n if isinstance(n, tuple) else (n, n) for n in (kernel, stride))
+    weight = torch.randn(6, 1, *pair)
+    weight[2], weight[3, :, 0, 1:] = 0, 0
+    for width in (4, 5, 9):
+        x = torch.randn(3, 6, width, samples).to(dtype)
+        size = [(n + 2 - dilation * (k - 1) - 1) // s + 1 for n, k, s in zip((6, width), pair, steps, strict=True)]
+        other = torch.randn(6, *size, samples).to(dtype)
+        window = {"kernel_size": kernel, "stride": stride, "padding": 1, "dilation": dilation}
+        both(x, ck.compress(weight, 3), torch.randn(6), other, relu=True, **window)
+
+
+@DTYPES
 def test_dead_filters_and_channels(isa: str, dtype: torch.dtype) -> None:
     """Neither their number nor their place matters; a dead filter is its bias, plus the residual."""
     weight = sparse(13, 11, 3, 0.6)

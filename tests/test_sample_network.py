@@ -9,6 +9,7 @@ import pickle
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from torch import Tensor
 
 import csam_kernels as ck
 from conftest import ISAS, TOLERANCE, assert_close
+from csam.quantization import quantize
 from csam_kernels import _C, reference
+from csam_kernels.ops import sample_network
 from csam_kernels.ops.sample_network import ENGINES, Program, Step, Value, outputs, step_costs, transformable
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -365,6 +368,61 @@ def test_values_that_are_needed_at_the_same_time_do_not_overlap(seed: int) -> No
     rtol, atol = TOLERANCE[torch.float32]
     wanted = reference.sample_network(program, x, torch.float32)
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol * max(1.0, float(wanted.abs().max())))
+
+
+def depthwise(x: Value, **options: Any) -> Step:
+    step = convolution(x, x.channels, (3, 3), padding=(1, 1), **options)
+    weight = torch.randn(x.channels, 1, 3, 3) / 3
+    return replace(step, weight=ck.compress(weight, x.channels))
+
+
+def separable(x: Value, stride: tuple[int, int], filters: int) -> list[Step]:
+    """An inverted residual block (Sandler et al., CVPR 2018), its ends added where they are of one shape."""
+    wide = convolution(x, 20, low=0.0)
+    alone = depthwise(wide.out, stride=stride, low=0.0, high=6.0)
+    same = stride == (1, 1) and filters == x.channels
+    return [wide, alone, convolution(alone.out, filters, other=x if same else None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_values_that_are_read_while_they_are_made(
+    isa: str, dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as when each step waits for all of the one before it, in less memory."""
+    torch.manual_seed(1)
+    x = Value(6, 21, 10)
+    steps = separable(x, (1, 1), 6)
+    steps += separable(steps[-1].out, stride, 8)
+    steps += separable(steps[-1].out, (1, 1), 8)
+    for step in steps[0::3] + steps[2::3]:
+        step.engine = engine
+    head = convolution(flattened(steps[-1].out), 5)
+    program, images = Program(x, head.out, [*steps, head]), torch.rand(37, 6, 21, 10)
+    if dtype is torch.int8:
+        program = quantize(program, images[:8])
+    assert program.streams() == set()
+    want = ck.sample_network(program, dtype)
+    monkeypatch.setattr(sample_network, "STREAMED", 1)
+    taken = {i for i in range(9) if i % 3 < 2 and (i % 3 == 0 or program.steps[i].out.height > 8)}
+    assert program.streams() == taken
+    found = ck.sample_network(program, dtype)
+    assert found.memory < want.memory
+    batch = images if dtype is torch.int8 else images.to(dtype)
+    assert torch.equal(found.logits(batch), want.logits(batch))
+    assert torch.equal(found.votes(images[0], 0.5, 100, seed=3), want.votes(images[0], 0.5, 100, seed=3))
+
+
+def test_only_the_next_step_reads_what_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_network, "STREAMED", 1)
+    x = Value(4, 12, 12)
+    wide, other = convolution(x, 6), convolution(x, 6)
+    alone = depthwise(wide.out)
+    again = convolution(alone.out, 6, other=wide.out)
+    for body, taken in (([wide, alone, again], {1}), ([other, wide, alone], {1}), ([wide, other, alone], set())):
+        head = convolution(flattened(body[-1].out), 5)
+        assert Program(x, head.out, [*body, head]).streams() == taken
 
 
 def test_a_long_chain_takes_the_memory_of_two_values() -> None:

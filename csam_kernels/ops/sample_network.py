@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,9 @@ from csam_kernels.ops.smoothing_noise import checked_noise
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
+RING = 8  # rows of a value that is read while it is made: csrc/cpu/sample_conv2d.h says why they do
+STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
+_ARITHMETIC = 2  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
 _MOST_TAPS = 2**20  # of a window
 
@@ -118,20 +122,48 @@ class Program:
     scale: float = 1.0
     shift: float = 0.0
 
+    def streams(self) -> set[int]:
+        """Steps whose results the next one alone reads, as they are made: some rows are kept, RING of them.
+
+        They are those around a depthwise convolution, whose values would not stay in a second-level cache.
+        """
+        alone = [depthwise(step) for step in self.steps]
+        readers: dict[Value, int] = {self.logits.root: 2}
+        for step in self.steps:
+            for value in {v.root for v in (step.input, step.other) if v is not None}:
+                readers[value] = readers.get(value, 0) + 1
+        found = set()
+        for i, (step, after) in enumerate(itertools.pairwise(self.steps)):
+            out, (height, dilation) = step.out, (after.kernel[0], after.dilation[0])
+            pair = (alone[i + 1] and height <= 3 and dilation == 1) or (alone[i] and height == 1)
+            plain = all(s.weight is not None and s.engine != "winograd" for s in (step, after)) and step.other is None
+            own = after.input is out and out.root is out and readers[out] == 1
+            if pair and plain and own and after.stride[0] <= 2 and out.height > RING and out.size >= STREAMED:
+                found.add(i)
+        return found
+
     def places(self) -> tuple[dict[Value, int], int]:
         """Where each root value lies in an arena that all share, and the arena's size; in numbers of one sample.
 
-        Values that are needed at the same time do not overlap; the largest find their place first.
+        Values that are needed at the same time do not overlap, and steps that run together need theirs together; the
+        largest find their place first.
         """
         first: dict[Value, int] = {self.image.root: -1}
         last: dict[Value, int] = {self.logits.root: len(self.steps)}
+        streams, begin, ends = self.streams(), 0, list(range(len(self.steps)))
+        for i in reversed(range(len(self.steps) - 1)):
+            ends[i] = ends[i + 1] if i in streams else i
         for i, step in enumerate(self.steps):
-            first.setdefault(step.out.root, i)
+            begin = begin if i - 1 in streams else i
+            first.setdefault(step.out.root, begin)
             for value in (step.input, step.out, step.other):
                 if value is not None:
-                    last[value.root] = max(last.get(value.root, i), i)
+                    last[value.root] = max(last.get(value.root, i), ends[i])
         real = {step.out.root for step in self.steps if step.integers is not None and step.integers.real}
         sizes = {root: root.size * (4 if root in real else 1) for root in first}
+        for i in streams:
+            out = self.steps[i].out
+            sizes[out] = out.channels * RING * out.width
         found: dict[Value, int] = {}
         for root in sorted(first, key=lambda v: -sizes[v]):
             alive = [
@@ -143,6 +175,17 @@ class Program:
                     place = found[other] + sizes[other]
             found[root] = place
         return found, max(place + sizes[root] for root, place in found.items())
+
+
+def depthwise(step: Step) -> bool:
+    """Whether every filter of a convolution reads one channel, and on the whole more of it than a tap."""
+    if step.weight is None or step.engine != "sparse":
+        return False
+    _, taps, rows = step.weight
+    channels, filters = taps // math.prod(step.kernel), rows.diff()
+    inside = torch.repeat_interleave(torch.arange(len(filters)), filters)
+    same = (channels[1:] == channels[:-1]) | (inside[1:] != inside[:-1])
+    return len(taps) > len(filters) and bool(same.all())
 
 
 class SampleNetwork:
@@ -209,7 +252,7 @@ class SampleNetwork:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of what decides a vote besides image and noise: weights, steps, dtype, arithmetic."""
-        digest = hashlib.sha256(f"{self.dtype} {self._native.format}".encode())
+        digest = hashlib.sha256(f"{self.dtype} {self._native.format} {_ARITHMETIC}".encode())
         program = self.program
         places, _ = program.places()
 

@@ -90,9 +90,11 @@ struct SampleConvArgs {
   bool real;
   void* out;
   int64_t out_height, out_width;
+  int64_t in_rows, out_rows;  // of each channel that there is memory for, taken again and again; 0 for all
 };
 
-// A network on samples that lie innermost: steps that read and write places of one arena, [C, H, W, lanes] each.
+// A network on samples that lie innermost: steps that read and write places of one arena, [C, H, W, lanes] each. Steps
+// from one whose `out_rows` are few to the next that keeps all of its own run together, some rows of each at a time.
 struct SampleStep {
   bool pools;              // maximum over the window of `conv`, else the convolution itself
   SampleConvArgs conv;     // x, other and out unset; copied

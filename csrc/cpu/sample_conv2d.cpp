@@ -1,14 +1,12 @@
 // sample_conv2d: one convolution, its jobs shared among threads.
-#include "sample_conv2d.h"
+#include "sample_depthwise.h"
 
 namespace csam {
 namespace CSAM_ISA {
 
-template <class Format>
-static void convolve(const SampleConvArgs& a, int threads) {
-  using Element = typename Format::Element;
-  const int64_t places = tiles(a.out_height, 8) * tiles(a.out_width, 8) * tiles(a.samples, Format::kLanes);
-  Convolution<Format> c(a, tiles(threads, places ? places : 1));
+template <class Kind>
+static void run(Kind& c, const SampleConvArgs& a, int threads) {
+  using Element = typename Kind::Element;
   c.lay();
   const Element *in = static_cast<const Element*>(a.x), *other = static_cast<const Element*>(a.other);
   Element* out = static_cast<Element*>(a.out);
@@ -20,6 +18,17 @@ static void convolve(const SampleConvArgs& a, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < c.jobs(a.samples); ++job) c.run(job, in, other, out, a.samples, scratch);
   }
+}
+
+template <class Format>
+static void convolve(const SampleConvArgs& a, int threads) {
+  if (Depthwise<Format>::serves(a)) {
+    Depthwise<Format> c(a);
+    return run(c, a, threads);
+  }
+  const int64_t places = tiles(a.out_height, 8) * tiles(a.out_width, 8) * tiles(a.samples, Format::kLanes);
+  Convolution<Format> c(a, tiles(threads, places ? places : 1));
+  run(c, a, threads);
 }
 
 void sample_conv2d(const SampleConvArgs& a, int threads) {

@@ -712,6 +712,7 @@ struct Layer {
   bool dense;
   int64_t channels = 0, slots = 0, live = 0;  // channels that are read; filters, the live ones of a dense layer first
   int64_t area, padded;                       // taps; live filters, filled up to whole turns of a dense loop
+  int64_t in_rows, out_rows;                  // that are kept of a channel of the input, and of a filter's results
   Array<int32_t> channel, filter;             // which they are
   Array<int32_t> place;                       // of each channel among those that are read
   Array<float> bias, scales;
@@ -721,6 +722,8 @@ struct Layer {
       : a(args),
         dense(args.engine != kSparse),
         area(a.kernel[0] * a.kernel[1]),
+        in_rows(a.in_rows ? a.in_rows : a.height),
+        out_rows(a.out_rows ? a.out_rows : a.out_height),
         channel(a.channels + 1),
         filter(a.filters + Format::kFilters),
         place(a.channels),
@@ -737,6 +740,15 @@ struct Layer {
     scales = Array<float>(slots);
     for (int64_t s = 0; s < slots; ++s) scales[s] = a.scales ? a.scales[filter[s]] : 1;
     for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
+  }
+
+  // Rows of a tile, at most, so that 8 rows are enough between two steps: for two of its own a reader needs 5, with a
+  // stride of 2 and three taps, and what makes them is at most 3 ahead.
+  int64_t most_rows() const { return in_rows < a.height ? 2 : out_rows < a.out_height ? 4 : kMostLines; }
+  // Rows of the input that results from row `top` on, so many, are made of: up to this one.
+  int64_t reach(int64_t top, int64_t rows) const {
+    const int64_t end = (top + rows - 1) * a.stride[0] - a.padding[0] + (a.kernel[0] - 1) * a.dilation[0] + 1;
+    return end < a.height ? end : a.height;
   }
 
   // The weight with its zeros: [padded, channels of whole units, area].
@@ -776,7 +788,8 @@ struct Layer {
     const int64_t ahead = 2 * a.out_height * a.out_width * samples;      // the filter after the next one's
     for (int64_t r = 0; r < rows && top + r < a.out_height; ++r)
       for (int64_t c = 0; c < columns && left + c < a.out_width; ++c) {
-        const int64_t i = ((filter[slot] * a.out_height + top + r) * a.out_width + left + c) * samples + sample;
+        const int64_t row = filter[slot] * out_rows + (top + r) % out_rows;
+        const int64_t i = (row * a.out_width + left + c) * samples + sample;
         const float* sum = sums + (r * columns + c) * pitch;
         const Element* added = other ? other + i : nullptr;
         if (n >= Format::kLanes) {
@@ -822,7 +835,7 @@ template <class Format>
 struct Convolution : Layer<Format> {
   using Base = Layer<Format>;
   using Base::a, Base::area, Base::bias, Base::border, Base::channel, Base::channels, Base::dense, Base::filter;
-  using Base::live, Base::padded, Base::place, Base::slots;
+  using Base::in_rows, Base::live, Base::padded, Base::place, Base::slots;
   using typename Base::Element;
   Shape tile;
   double cost = 0;  // of kLanes samples
@@ -887,6 +900,7 @@ struct Convolution : Layer<Format> {
         dense ? double(rows * filters * tiles(channels, depth) * sums * area) : double(a.rows[a.filters]);
     const auto consider = [&](const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
+      if (s.rows > Base::most_rows()) return;
       const Axis y(a.kernel[0], a.stride[0], a.dilation[0], s.rows);
       const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
       if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
@@ -955,6 +969,7 @@ struct Convolution : Layer<Format> {
   }
   int64_t groups() const { return live ? tiles(live, group) : 1; }
   int64_t jobs(int64_t samples) const { return down * across * tiles(samples, Format::kLanes) * groups(); }
+  int64_t together_rows() const { return tile.rows; }  // that jobs / down jobs make
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
            const Scratch& s) const {
@@ -978,7 +993,8 @@ struct Convolution : Layer<Format> {
         for (int64_t i = 0; i < down_lines; ++i) {
           const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
           const bool inside = c < channels && row >= 0 && row < a.height;
-          const Element* start = in + (inside ? (int64_t(channel[c]) * a.height + row) * a.width * samples : 0);
+          const int64_t line = inside ? channel[c] * in_rows + row % in_rows : 0;
+          const Element* start = in + line * a.width * samples;
           for (int64_t j = 0; j < across_lines; ++j)
             s.lines[found++] = inside && s.columns[j] >= 0 ? start + s.columns[j] : zeros;
         }

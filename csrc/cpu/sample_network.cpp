@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "random.h"
+#include "sample_depthwise.h"
 #include "sample_winograd.h"
 
 namespace csam {
@@ -17,8 +18,9 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
+  static constexpr bool kReals = sizeof(Element) > 1;
   // Winograd's: integers would leave their range, and AMX multiplies faster as it is.
-  static constexpr bool kTransforms = sizeof(Element) > 1 && Format::kDeep == 1;
+  static constexpr bool kTransforms = kReals && Format::kDeep == 1;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -27,7 +29,7 @@ class Network final : public SampleNetwork {
       spread[c] = a.std ? a.std[c] : 1;
     }
     for (int64_t i = 0; i < a.count; ++i) {
-      steps[i] = {a.steps[i], nullptr, nullptr};
+      steps[i] = {a.steps[i], nullptr, nullptr, nullptr};
       const SampleConvArgs& layer = a.steps[i].conv;
       if (a.steps[i].pools) {
         Sizes::raise(sizes.packed, layer.width * S * int64_t(sizeof(Element)) / 4);
@@ -38,12 +40,18 @@ class Network final : public SampleNetwork {
           steps[i].winograd = ready(new Winograd<Format>(layer));
           continue;
         }
+      if constexpr (kReals)
+        if (Depthwise<Format>::serves(layer)) {
+          steps[i].depthwise = ready(new Depthwise<Format>(layer));
+          continue;
+        }
       steps[i].convolution = ready(new Convolution<Format>(layer));
     }
   }
   ~Network() override {
     for (int64_t i = 0; i < a.count; ++i) {
       delete steps[i].convolution;
+      if constexpr (kReals) delete steps[i].depthwise;
       if constexpr (kTransforms) delete steps[i].winograd;
     }
   }
@@ -91,6 +99,8 @@ class Network final : public SampleNetwork {
       const SampleConvArgs& p = steps[i].what.conv;
       const double compared = double(p.channels * p.out_height * (p.width * p.kernel[0] + p.out_width * p.kernel[1]));
       vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
+      if constexpr (kReals)
+        if (steps[i].depthwise) vectors[i] = steps[i].depthwise->cost / S;
       if constexpr (kTransforms)
         if (steps[i].winograd) vectors[i] = steps[i].winograd->cost / S;
     }
@@ -126,14 +136,16 @@ class Network final : public SampleNetwork {
   struct Step {
     SampleStep what;
     Convolution<Format>* convolution;
+    Depthwise<Format>* depthwise;
     Winograd<Format>* winograd;
   };
   struct Arena {  // of one thread
     Element* memory;
     int64_t bytes;
     Scratch scratch;
+    Array<int64_t> made;  // rows of each step that runs together with others
     explicit Arena(const Network& n)
-        : memory(nullptr), bytes(n.a.arena * S * sizeof(Element)), scratch(n.sizes.make()) {
+        : memory(nullptr), bytes(n.a.arena * S * sizeof(Element)), scratch(n.sizes.make()), made(n.a.count) {
       memory = static_cast<Element*>(take_block(bytes));
     }
     Arena(const Arena&) = delete;
@@ -188,21 +200,54 @@ class Network final : public SampleNetwork {
   }
 
   void run(const Arena& arena) const {
-    for (int64_t i = 0; i < a.count; ++i) run(arena, steps[i]);
+    for (int64_t i = 0, end; i < a.count; i = end) {
+      for (end = i + 1; end < a.count && steps[end - 1].what.conv.out_rows; ++end) {
+      }
+      if (end == i + 1) run(arena, steps[i]);
+      else make(arena, i, end - 1, steps[end - 1].what.conv.out_height);
+      for (int64_t k = i; k < end; ++k) arena.made[k] = 0;
+    }
+  }
+
+  // Results of step `last` up to a row, and as much of the steps from `first` on as they need.
+  void make(const Arena& arena, int64_t first, int64_t last, int64_t rows) const {
+    const Step& step = steps[last];
+    visit(step, [&](const auto& layer) {
+      const int64_t height = step.what.conv.out_height, each = layer.together_rows();
+      const int64_t jobs = layer.jobs(S) / tiles(height, each);
+      for (int64_t& made = arena.made[last]; made < rows; made += each) {
+        if (last > first) make(arena, first, last - 1, layer.reach(made, each < height - made ? each : height - made));
+        for (int64_t job = 0; job < jobs; ++job) job_of(layer, arena, step, made / each * jobs + job);
+      }
+    });
+  }
+
+  template <class Kind>
+  static void job_of(const Kind& layer, const Arena& arena, const Step& step, int64_t job) {
+    const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
+    layer.run(job, arena.at(step.what.in), other, arena.at(step.what.out), S, arena.scratch);
+  }
+
+  template <class Use>
+  static void visit(const Step& step, const Use& use) {
+    if constexpr (kReals)
+      if (step.depthwise) return use(*step.depthwise);
+    use(*step.convolution);
   }
 
   void run(const Arena& arena, const Step& step) const {
     const Element* in = arena.at(step.what.in);
     Element* out = arena.at(step.what.out);
     if (step.what.pools) return pool(step.what.conv, in, out, reinterpret_cast<Keys*>(arena.scratch.packed.data));
-    const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
     if constexpr (kTransforms)
       if (const Winograd<Format>* w = step.winograd) {
+        const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
         for (int64_t job = 0; job < w->jobs(); ++job) w->run(job, in, other, out, arena.scratch);
         return;
       }
-    const Convolution<Format>& c = *step.convolution;
-    for (int64_t job = 0; job < c.jobs(S); ++job) c.run(job, in, other, out, S, arena.scratch);
+    visit(step, [&](const auto& layer) {
+      for (int64_t job = 0; job < layer.jobs(S); ++job) job_of(layer, arena, step, job);
+    });
   }
 
   // Along columns, then along rows of what that gives: `between` holds an output row of it, as wide as the input.
