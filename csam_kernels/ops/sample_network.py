@@ -17,7 +17,7 @@ from csam_kernels.ops.smoothing_noise import checked_noise
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
-RING = 8  # rows of a value that is read while it is made: csrc/cpu/sample_conv2d.h says why they do
+RING = 4  # rows of a value that is read while it is made: csrc/cpu/sample_conv2d.h says why they do
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
 _ARITHMETIC = 2  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value

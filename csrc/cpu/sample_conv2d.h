@@ -446,6 +446,7 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
   static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
+  static void unpack(const uint8_t* in, vf* out) { *out = pack(in); }
   static void pack_unit(const uint8_t* const* in, float* out) { store(out, pack(in[0])); }
   static void finish(const float* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const vf added = other ? __builtin_convertvector(load<vb>(other), vf) : vf{};
@@ -742,9 +743,9 @@ struct Layer {
     for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
   }
 
-  // Rows of a tile, at most, so that 8 rows are enough between two steps: for two of its own a reader needs 5, with a
-  // stride of 2 and three taps, and what makes them is at most 3 ahead.
-  int64_t most_rows() const { return in_rows < a.height ? 2 : out_rows < a.out_height ? 4 : kMostLines; }
+  // Rows of a tile, at most, so that 4 rows are enough between two steps: for one of its own a reader of three taps
+  // needs 3, and what makes them is at most 1 ahead.
+  int64_t most_rows() const { return in_rows < a.height ? 1 : out_rows < a.out_height ? 2 : kMostLines; }
   // Rows of the input that results from row `top` on, so many, are made of: up to this one.
   int64_t reach(int64_t top, int64_t rows) const {
     const int64_t end = (top + rows - 1) * a.stride[0] - a.padding[0] + (a.kernel[0] - 1) * a.dilation[0] + 1;
@@ -786,23 +787,37 @@ struct Layer {
     const Ending ending = {a.low, a.high, scales[slot], a.shift, a.other_scale, a.real};
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
     const int64_t ahead = 2 * a.out_height * a.out_width * samples;      // the filter after the next one's
-    for (int64_t r = 0; r < rows && top + r < a.out_height; ++r)
-      for (int64_t c = 0; c < columns && left + c < a.out_width; ++c) {
-        const int64_t row = filter[slot] * out_rows + (top + r) % out_rows;
-        const int64_t i = (row * a.out_width + left + c) * samples + sample;
-        const float* sum = sums + (r * columns + c) * pitch;
-        const Element* added = other ? other + i : nullptr;
-        if (n >= Format::kLanes) {
-          if (added) __builtin_prefetch(added + ahead);
-          __builtin_prefetch(out + width * i + ahead, 1);
-          Format::finish(sum, added, ending, out + width * i);
-          continue;
+    const int64_t end = columns < a.out_width - left ? columns : a.out_width - left;
+    for (int64_t r = 0; r < rows && top + r < a.out_height; ++r) {
+      const int64_t row = filter[slot] * out_rows + (top + r) % out_rows;
+      const int64_t i = (row * a.out_width + left) * samples + sample;
+      const float* sum = sums + r * columns * pitch;
+      const Element* added = other ? other + i : nullptr;
+      Element* to = out + width * i;
+      if (n < Format::kLanes) write_some(n, end, sum, pitch, added, ending, to, samples);
+      else if (added)
+        for (int64_t c = 0; c < end; ++c, sum += pitch, added += samples, to += width * samples) {
+          __builtin_prefetch(added + ahead);
+          __builtin_prefetch(to + ahead, 1);
+          Format::finish(sum, added, ending, to);
         }
-        Element some[Format::kLanes * 4] = {};
-        if (added) memcpy(some, added, n * sizeof *some);
-        Format::finish(sum, added ? some : nullptr, ending, some);
-        memcpy(out + width * i, some, n * width * sizeof *some);
-      }
+      else
+        for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
+          __builtin_prefetch(to + ahead, 1);
+          Format::finish(sum, nullptr, ending, to);
+        }
+    }
+  }
+
+  void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, const Element* added, const Ending& ending,
+                  Element* to, int64_t samples) const {
+    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
+      Element some[Format::kLanes * 4] = {};
+      if (added) memcpy(some, added + c * samples, n * sizeof *some);
+      Format::finish(sum, added ? some : nullptr, ending, some);
+      memcpy(to, some, n * width * sizeof *some);
+    }
   }
 
   // The filters without a weight, over the same outputs.

@@ -18,9 +18,8 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
-  static constexpr bool kReals = sizeof(Element) > 1;
   // Winograd's: integers would leave their range, and AMX multiplies faster as it is.
-  static constexpr bool kTransforms = kReals && Format::kDeep == 1;
+  static constexpr bool kTransforms = sizeof(Element) > 1 && Format::kDeep == 1;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -40,18 +39,17 @@ class Network final : public SampleNetwork {
           steps[i].winograd = ready(new Winograd<Format>(layer));
           continue;
         }
-      if constexpr (kReals)
-        if (Depthwise<Format>::serves(layer)) {
-          steps[i].depthwise = ready(new Depthwise<Format>(layer));
-          continue;
-        }
+      if (Depthwise<Format>::serves(layer)) {
+        steps[i].depthwise = ready(new Depthwise<Format>(layer));
+        continue;
+      }
       steps[i].convolution = ready(new Convolution<Format>(layer));
     }
   }
   ~Network() override {
     for (int64_t i = 0; i < a.count; ++i) {
       delete steps[i].convolution;
-      if constexpr (kReals) delete steps[i].depthwise;
+      delete steps[i].depthwise;
       if constexpr (kTransforms) delete steps[i].winograd;
     }
   }
@@ -99,8 +97,7 @@ class Network final : public SampleNetwork {
       const SampleConvArgs& p = steps[i].what.conv;
       const double compared = double(p.channels * p.out_height * (p.width * p.kernel[0] + p.out_width * p.kernel[1]));
       vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
-      if constexpr (kReals)
-        if (steps[i].depthwise) vectors[i] = steps[i].depthwise->cost / S;
+      if (steps[i].depthwise) vectors[i] = steps[i].depthwise->cost / S;
       if constexpr (kTransforms)
         if (steps[i].winograd) vectors[i] = steps[i].winograd->cost / S;
     }
@@ -230,8 +227,7 @@ class Network final : public SampleNetwork {
 
   template <class Use>
   static void visit(const Step& step, const Use& use) {
-    if constexpr (kReals)
-      if (step.depthwise) return use(*step.depthwise);
+    if (step.depthwise) return use(*step.depthwise);
     use(*step.convolution);
   }
 
