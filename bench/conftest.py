@@ -46,10 +46,12 @@ def versus(
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    """The model's name, with the family where it has no number."""
+    there = Path("/proc/cpuinfo")
+    lines = [line.split(":", 1) for line in there.read_text().splitlines() if ":" in line] if there.exists() else []
+    found = {key.strip(): value.strip() for key, value in reversed(lines)}
+    name = found.get("model name", platform.processor())
+    return name if re.search(r"\d", name) or "cpu family" not in found else f"{name} family {found['cpu family']}"
 
 
 def _commit() -> str:
