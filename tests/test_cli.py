@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -407,3 +408,21 @@ def test_given_weights_shorten_the_dense_training_unless_told_otherwise(tmp_path
     assert cli.settings_from("cifar10", None, None, None, weights).train.epochs == 3
     assert cli.settings_from("cifar10", None, None, None, {**weights, "train__epochs": 7}).train.epochs == 7
     assert cli.settings_from("cifar10", None, None, None, {}).train == PRESETS["cifar10"].train
+
+
+def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:
+    folder, model = tmp_path / "CIFAR-10-C", tmp_path / "m.safetensors"
+    folder.mkdir()
+    np.save(folder / "fog.npy", np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.arange(20) % 4)
+    runs.save_model(model, models.build("resnet20").eval(), {"model": "resnet20", "sigma": 0.25})
+    command = ["certify", model, "--data", "cifar10c", "--data-dir", folder, "--images", 2, "--n0", 5, "--n", 20]
+    code, out, _ = csam(*command, "--corruption", "fog", "--severity", 2, "--out", tmp_path / "run")
+    assert code == 0
+    assert [row.label for row in evaluation.read_tsv(Path(out.split()[-1]))] == [0, 2]
+    code, _, err = csam(*command, "--out", tmp_path / "other")
+    assert (code, "corruption must be one of those in" in err) == (2, True), err
+    code, _, err = csam(*command, "--corruption", "fog", "--dtype", "int8", "--out", tmp_path / "other")
+    assert (code, "needs training images to calibrate on, cifar10c has none" in err) == (2, True), err
+    code, _, err = csam("train", "--data", "cifar10c", "--data-dir", folder, "--out", tmp_path / "other")
+    assert code == 2, err

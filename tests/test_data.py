@@ -9,6 +9,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -600,3 +601,51 @@ class TestRealImages:
         accuracy = (predicted == real.test_y).float().mean().item()
         # 0.81 on all 5,000: four standard errors of 500 images.
         assert abs(accuracy - 0.81) < 0.07
+
+
+# CIFAR-10-C
+
+
+def corrupted(folder: Path, rows: int = 15) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+    np.save(folder / "fog.npy", images)
+    np.save(folder / "labels.npy", (np.arange(rows) % (rows // 5)).astype(np.uint8))
+    return images
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_cifar10c_gives_the_images_of_a_severity(tmp_path: Path, severity: int) -> None:
+    images = corrupted(tmp_path)
+    found = data.load("cifar10c", tmp_path, corruption="fog", severity=severity)
+    assert torch.equal(found.test_x, torch.from_numpy(images[3 * severity - 3 : 3 * severity]).permute(0, 3, 1, 2))
+    assert found.test_y.tolist() == [0, 1, 2]
+    assert (found.num_classes, found.in_channels, len(found.train_x)) == (10, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (None, {"corruption": "rain"}, r"corruption must be one of those in .* \(fog\), got 'rain'"),
+        (None, {"severity": 6}, "severity must be 1 to 5, got 6"),
+        (None, {"severity": None}, "severity must be 1 to 5, got None"),
+        (None, {"train_subset": 5}, "train_subset"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((14, 32, 32, 3), np.uint8)), {}, "with as many labels, got uint8"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((15, 32, 32, 3))), {}, "must be uint8"),
+        (lambda f: np.save(f / "labels.npy", np.full(15, 10)), {}, "must hold labels 0 to 9"),
+        (lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:-1]), {}, "not a whole .npy file"),
+        (lambda f: (f / "fog.npy").write_text("no"), {}, "not a whole .npy file"),
+    ],
+)
+def test_bad_cifar10c_is_refused(tmp_path: Path, spoil: Any, options: dict[str, Any], message: str) -> None:
+    corrupted(tmp_path)
+    if spoil:
+        spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.load("cifar10c", tmp_path, **{"corruption": "fog", "severity": 2} | options)
+
+
+def test_only_cifar10c_is_corrupted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="corruption must be None for digits, got 'fog'"):
+        data.load("digits", corruption="fog")
+    with pytest.raises(FileNotFoundError, match="unpacked folder of CIFAR-10-C"):
+        data.load("cifar10c", tmp_path / "no", corruption="fog", severity=1)

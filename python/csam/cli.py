@@ -83,6 +83,10 @@ DATA_OPTIONS = (
     ("--transform", "transform", str, "Semantic transforms of training and CC-Cert, as kind:value,..."),
     ("--seed", "seed", int, "Seed of everything random."),
 )
+CORRUPTION_OPTIONS = (
+    ("--corruption", "corruption", str, "Of CIFAR-10-C: the name of a file, such as fog."),
+    ("--severity", "severity", int, "Of the corruption, 1 to 5."),
+)
 TRAIN_OPTIONS = (
     ("--weights", "weights", FILE, "Start from this safetensors file (then --epochs 3, --lr 0.02 if not given)."),
     ("--sigma", "train.sigma", float, "Gaussian noise of training and smoothing, pixels in [0, 1]."),
@@ -183,7 +187,11 @@ def common_options(command: Command) -> Command:
         click.option(
             "--config", type=FILE, help="Settings from a JSON file: a run's config.json, or {setting: value}."
         ),
-        click.option("--data-dir", type=PLACE, help="Where the data is (cifar10: a folder or a tar, any usual form)."),
+        click.option(
+            "--data-dir",
+            type=PLACE,
+            help="Where the data is (cifar10: a folder or a tar, any usual form; cifar10c: its unpacked folder).",
+        ),
         click.option("--data", type=click.Choice(list(PRESETS)), help="Data set.  [digits]"),
     ):
         command = option(command)
@@ -359,7 +367,7 @@ def train(
 @cli.command()
 @click.argument("model", type=FILE)
 @common_options
-@setting_options([option for option in DATA_OPTIONS if option[0] != "--model"], CERTIFY_OPTIONS)
+@setting_options([option for option in DATA_OPTIONS if option[0] != "--model"], CORRUPTION_OPTIONS, CERTIFY_OPTIONS)
 @click.option(
     "--architecture", type=click.Choice(list(models.ARCHITECTURES)), help="Network, if the file does not say."
 )

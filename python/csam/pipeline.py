@@ -491,6 +491,8 @@ def load_data(settings: Settings) -> data.Dataset:
         train_subset=settings.train_subset,
         test_subset=settings.test_subset,
         seed=settings.seed,
+        corruption=settings.corruption,
+        severity=settings.severity,
     )
 
 
@@ -499,6 +501,8 @@ def check_training(settings: Settings, dataset: data.Dataset, todo: Sequence[tup
 
     Raises ValueError, TypeError or OSError, as the parts do.
     """
+    if not len(dataset.train_x):
+        raise ValueError(f"data must have images for training, {dataset.name} has none")
     job = Job(settings, dataset, runs.Run("", {}))
     train = settings.train
     model = job.start_model()

@@ -120,6 +120,8 @@ class Settings:
 
     data: str = "digits"
     data_dir: str | None = None
+    corruption: str | None = None
+    severity: int | None = None
     train_subset: int | None = None
     test_subset: int | None = None
     model: str = "digits"
@@ -160,6 +162,14 @@ PRESETS = {
         normalization="imagenet",
         transform="rotation:10,brightness:0.1",
         train=TrainSettings(padding=4, flip=True, search_epochs=2, finetune_epochs=4, finetune_lr=0.02),
+        certify=CertifySettings(images=100),
+    ),
+    "cifar10c": Settings(
+        data="cifar10c",
+        severity=3,
+        model="resnet20",
+        normalization="imagenet",
+        transform="rotation:10,brightness:0.1",
         certify=CertifySettings(images=100),
     ),
 }

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors: scikit-learn's handwritten digits and CIFAR-10 in any of its usual forms.
+"""Data sets as uint8 tensors: scikit-learn's handwritten digits, CIFAR-10 in any of its usual forms, CIFAR-10-C.
 
 dataset = data.load("cifar10", "path/to/cifar-10-python.tar.gz", train_subset=10_000)
 x = data.to_unit(dataset.test_x[:8])  # float32 [8, 3, 32, 32] in [0, 1]
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csam.data import cifar10, digits
+from csam.data import cifar10, cifar10c, digits
 from csam.data.dataset import Dataset, balanced_order, check_subset, to_unit
 
 __all__ = ["NAMES", "Dataset", "balanced_order", "load", "to_unit"]
 
-NAMES = ("digits", "cifar10")
+NAMES = ("digits", "cifar10", "cifar10c")
 
 
 def load(
@@ -23,6 +23,8 @@ def load(
     train_subset: int | None = None,
     test_subset: int | None = None,
     seed: int = 0,
+    corruption: str | None = None,
+    severity: int | None = None,
 ) -> Dataset:
     """Load a data set, whole or a stratified part of it.
 
@@ -31,14 +33,15 @@ def load(
     batches (`data_batch_1`, ..., `test_batch`) or the binary batches (`data_batch_1.bin`, ...); each either a
     folder, a tar (plain, gzip, bzip2 or xz), or a folder that holds one of these. Nothing is unpacked to disk.
     A split of images that was decoded whole is kept in the folder `CSAM_CACHE` (default ~/.cache/csam) until its
-    source changes.
+    source changes. "cifar10c" is the unpacked folder of CIFAR-10-C, and has test images only.
 
     Args:
-        name: "digits" or "cifar10".
+        name: "digits", "cifar10" or "cifar10c".
         data_dir: where the files are; see above.
         train_subset, test_subset: how many images of the split to keep, chosen by `balanced_order`; all by
             default, in the order of the source.
         seed: chooses which images a subset holds; a smaller subset is the beginning of a larger one.
+        corruption, severity: of CIFAR-10-C, such as "fog" and 3, and of no other.
 
     Raises:
         FileNotFoundError: `data_dir` does not exist, or a batch file is missing in it.
@@ -46,6 +49,13 @@ def load(
     """
     check_subset("train_subset", train_subset)
     check_subset("test_subset", test_subset)
+    for option, value in (("corruption", corruption), ("severity", severity)):
+        if value is not None and name != "cifar10c":
+            raise ValueError(f"{option} must be None for {name}, got {value!r}")
+    if name == "cifar10c":
+        if data_dir is None:
+            raise ValueError("data_dir must say where CIFAR-10-C is (its unpacked folder), got None")
+        return cifar10c.load(Path(data_dir).expanduser(), corruption, severity).subset(train_subset, test_subset, seed)
     if name == "cifar10":
         if data_dir is None:
             raise ValueError("data_dir must say where CIFAR-10 is (a folder or a tar), got None")
