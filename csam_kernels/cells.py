@@ -17,10 +17,10 @@ its law is q to the last bit, if Philox's words are fair coins.
 
 `distance` bounds the total variation between q and p. The p_k are computed in decimal arithmetic of 60 digits:
 Phi(z) - 1/2 = phi(z) (z + z^3/3 + z^5/(3*5) + ...), all of whose terms are positive, so that nothing cancels; exp and
-each operation are rounded correctly, some hundreds of them, and the terms left out are a fraction of 10^-58; from z = 14
-on it is 1/2 to 2^-146. Each q_k is a multiple of 2^-96 below p_k by at most 2^-96 (1 + 2^-40), and what is then missing
-from 1 goes to k = 0. So q is above p there alone, and their distance is at most what is missing, (2^bits + 1) 2^-96, the
-tails included: the table ends at least 11.5 s from 0, and 2 Phi(-11.5) < 2^-99.
+each operation are rounded correctly, some hundreds of them, and the terms left out are a fraction of 10^-58. From
+z = 14 on it is 1/2, to 2^-146. Each q_k is a multiple of 2^-96 below p_k by at most 2^-96 (1 + 2^-40), and what is then
+missing from 1 goes to k = 0. So q is above p there alone, and their distance is at most what is missing: with the tails
+(2^bits + 1) 2^-96, as the table ends at least 11.5 s from 0 and 2 Phi(-11.5) < 2^-99.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from torch import Tensor
 
 WEIGHT = 96  # bits of a probability
 REACH = 11.5  # standard deviations that the table holds at least, on either side
-MOST_BITS = 20  # of a table's columns: 12 MiB
-LARGEST = 2**22  # number of a pixel, so that its sums with noise are below 2^23
+MOST_BITS = 16  # of a table's columns; three seconds to make it, 768 KiB
+LARGEST = 2**20  # number of a pixel: float32 keeps number / grid apart from its neighbours, with noise too
 _DIGITS = 60
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 

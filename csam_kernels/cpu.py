@@ -84,9 +84,7 @@ def grid_noise(
     shape = torch.empty((n, channels, height, width), device="meta", memory_format=memory_format)
     out = _new(shape, dtype)
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], memory_format is torch.channels_last)
-    _C.grid_noise(
-        numbers.data_ptr(), n, channels, height * width, law.native, *where, _threads(16 * out.numel())
-    )
+    _C.grid_noise(numbers.data_ptr(), n, channels, height * width, law.native, *where, _threads(16 * out.numel()))
     return out
 
 

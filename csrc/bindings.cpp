@@ -115,9 +115,9 @@ PYBIND11_MODULE(_C, m) {
       "smoothing_noise",
       [](Address x, int64_t n, int64_t channels, int64_t pixels, float sigma, uint64_t seed, uint64_t first,
          uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
-        kernels().smoothing_noise(
-            {at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype, channels_last, nullptr},
-            threads);
+        kernels().smoothing_noise({at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype,
+                                   channels_last, nullptr},
+                                  threads);
       },
       Nogil());
   m.def(
@@ -225,9 +225,8 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "votes",
           [](const csam::SampleNetwork& s, Address x, float sigma, uint64_t seed, uint32_t stream, uint64_t first,
-             int64_t n, Address out) {
-            s.votes(at<float>(x), sigma, seed, stream, first, n, nullptr, at<int64_t>(out));
-          },
+             int64_t n,
+             Address out) { s.votes(at<float>(x), sigma, seed, stream, first, n, nullptr, at<int64_t>(out)); },
           Nogil())
       .def(
           "grid_votes",

@@ -25,10 +25,10 @@ def grid_noise(
 ) -> Tensor:
     """n noisy copies of one image whose pixels are whole numbers / grid: out[i] = (x * grid + k_i) / grid.
 
-    k_i is sigma * grid * eps rounded to whole numbers, eps ~ N(0, I), within 2^-75 in total variation a coordinate at
-    sigma * grid <= 45,000: what `csam_kernels.cells` draws from Philox's words, those of `smoothing_noise`, for copy i of
-    (seed, stream, first_sample + i) alone. The sum is exact, the quotient rounded to float32, then to `dtype`; so of
-    two images a copy that has the same number in a pixel has the same bits there.
+    k_i is sigma * grid * eps rounded to whole numbers, eps ~ N(0, I), within 2^-79 in total variation a coordinate
+    (`csam_kernels.cells`). It is drawn from the words of `smoothing_noise`, by (seed, stream, first_sample + i) alone.
+    The sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
+    and noise they came from.
 
     Args:
         x: image [C, H, W] in float32, bfloat16 or float16, each value the float32 nearest to a whole number / grid,

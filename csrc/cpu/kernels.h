@@ -10,8 +10,8 @@ namespace csam {
 
 inline int64_t element_size(int dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : dtype == kBool ? 1 : 2; }
 
-// The law of a whole number of grid steps, as a table of Walker's (csam_kernels/cells.py): column i of 2^bits gives i to
-// fractions below its threshold, and its other number to the rest; both less 2^(bits-1).
+// The law of a whole number of grid steps, as a table of Walker's (csam_kernels/cells.py): column i of 2^bits gives i
+// to fractions below its threshold, and its other number to the rest; both less 2^(bits-1).
 struct Cells {
   const uint32_t* columns;  // the threshold's first 32 - bits bits, then the other number
   const uint64_t* rest;     // the threshold's next 64 bits
@@ -126,8 +126,8 @@ class SampleNetwork {  // readied for one instruction set; its methods may run o
   virtual const char* format() const = 0;  // of the values, and how they are multiplied
   virtual int64_t lanes() const = 0;
   virtual int64_t memory() const = 0;  // bytes of a thread
-  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none. `cells` as in
-  // NoiseArgs.
+  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none. `cells` as
+  // in NoiseArgs.
   virtual void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n,
                      const Cells* cells, int64_t* out) const = 0;
   // x [n, C, H, W] in the network's dtype, float of integers -> out [n, classes].

@@ -136,6 +136,12 @@ CERTIFY_OPTIONS = (
         click.Choice(["float32", "bfloat16", "int8"]),
         "Fast path in this arithmetic. int8: what is certified is the quantised network.",
     ),
+    (
+        "--sound-float/--plain-float",
+        "certify.sound_float",
+        bool,
+        "Noise on the grid of the pixels: the proof covers floating point. On a CPU.",
+    ),
     ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
     ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),
     ("--cc-k", "certify.cc_k", int, "CC-Cert: blocks."),
