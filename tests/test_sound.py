@@ -6,6 +6,7 @@ import dataclasses
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import pytest
@@ -252,11 +253,12 @@ def network() -> nn.Module:
     return model
 
 
-def test_a_record_says_how_it_was_drawn_and_goes_on_in_no_other_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32, "choices": "sparse"}], ids=["torch", "engine"])
+def test_a_record_says_how_it_was_drawn_and_goes_on_in_no_other_way(tmp_path: Path, options: dict[str, Any]) -> None:
     x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     for known, other in ((False, True), (True, False)):
         path = tmp_path / f"{known}.tsv"
-        plain, strict = (Smooth(network(), 4, 0.25, sound_float=s) for s in (known, other))
+        plain, strict = (Smooth(network(), 4, 0.25, sound_float=s, **options) for s in (known, other))
         rows = evaluation.certify_dataset(plain, x, [0, 1, 2], path, n=200)
         recipe, _ = evaluation.read_votes(path)
         law = {"grid": 255, "distance": cells(0.25, 255).distance} if known else None
