@@ -4,6 +4,7 @@ from csam_kernels.backend import BackendUnavailable, backends, explain
 from csam_kernels.ops.binarize import binarize
 from csam_kernels.ops.count_votes import count_votes
 from csam_kernels.ops.effective_weights import effective_weights
+from csam_kernels.ops.grid_noise import grid_noise
 from csam_kernels.ops.mask_gradients import mask_gradients
 from csam_kernels.ops.masked_conv2d import masked_conv2d
 from csam_kernels.ops.masked_conv2d_inference import live_tiles, masked_conv2d_inference
@@ -27,6 +28,7 @@ OPERATIONS = (
     "binarize",
     "percentile_init",
     "smoothing_noise",
+    "grid_noise",
     "smoothing_conv2d",
     "count_votes",
     "semantic_batch",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format  # as the dispatcher decides; torch exports it nowhere else
 
 from csam_kernels import _C
+from csam_kernels.cells import cells, steps
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
 from csam_kernels.ops.sample_network import ENGINES, RING, Program, Value
@@ -64,6 +65,26 @@ def smoothing_noise(
     channels_last = memory_format is torch.channels_last
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], channels_last)
     _C.smoothing_noise(image.data_ptr(), n, channels, height * width, sigma, *where, _threads(16 * out.numel()))
+    return out
+
+
+def grid_noise(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    grid: int,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    channels, height, width = x.shape
+    law, numbers = cells(sigma, grid), steps(x, grid).contiguous()
+    shape = torch.empty((n, channels, height, width), device="meta", memory_format=memory_format)
+    out = _new(shape, dtype)
+    where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], memory_format is torch.channels_last)
+    _C.grid_noise(numbers.data_ptr(), n, channels, height * width, law.native, *where, _threads(16 * out.numel()))
     return out
 
 

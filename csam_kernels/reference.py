@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csam_kernels.cells import cells, steps
 from csam_kernels.layout import expand_mask, reduce_to_mask
 from csam_kernels.ops.sample_network import Program, Value
 
@@ -20,6 +21,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 PERTURB_DOMAIN = 0x6D61736B  # "mask": keeps mask noise apart from smoothing noise of the same seed
 UNIFORM_DOMAIN = 0x756E6966  # "unif"
+CELL_DOMAIN = 0x63656C6C  # "cell"
 _WORD = 0xFFFFFFFF
 
 
@@ -83,6 +85,32 @@ def smoothing_noise(
     words = philox_words(4 * ((elements + 3) // 4), samples, seed=seed, stream=stream)
     noise = normal_deviates(words)[:, :elements].float().reshape(n, *x.shape)
     return (x.float() + sigma * noise).to(dtype).contiguous(memory_format=memory_format)
+
+
+def grid_noise(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    grid: int,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    law, numbers = cells(sigma, grid), steps(x, grid)
+    samples = torch.arange(n, device=x.device) + first_sample
+    words = philox_words(x.numel(), samples, seed=seed, stream=stream)
+    column, fraction = words >> (32 - law.bits), (words << law.bits) & _WORD
+    entry, low = law.columns.long().to(x.device)[column] & _WORD, 2**law.bits - 1
+    own, tied = fraction < (entry & ~low), fraction == (entry & ~low)
+    for i, e in tied.nonzero().tolist():
+        counter = torch.tensor([e, int(samples[i]) & _WORD, int(samples[i]) >> 32, stream])
+        first, second, *_ = philox4x32(counter, (seed & _WORD, ((seed >> 32) & _WORD) ^ CELL_DOMAIN)).tolist()
+        own[i, e] = (first << 32 | second) < int(law.rest[column[i, e]]) % 2**64
+    number = torch.where(own, column, entry & low) - 2 ** (law.bits - 1)
+    out = (number.reshape(n, *x.shape) + numbers) / grid
+    return out.to(dtype).contiguous(memory_format=memory_format)
 
 
 def perturb_masks(

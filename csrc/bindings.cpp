@@ -78,6 +78,14 @@ std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_
        int64_t(steps.size()), places[0], places[1], places[2], places[3], draft}));
 }
 
+// (columns, rest, bits, grid)
+using CellsTuple = std::tuple<Address, Address, int, float>;
+
+csam::Cells cells(const CellsTuple& law) {
+  const auto& [columns, rest, bits, grid] = law;
+  return {at<uint32_t>(columns), at<uint64_t>(rest), bits, grid};
+}
+
 struct Block {
   int64_t bytes;
   void* memory;
@@ -108,8 +116,18 @@ PYBIND11_MODULE(_C, m) {
       "smoothing_noise",
       [](Address x, int64_t n, int64_t channels, int64_t pixels, float sigma, uint64_t seed, uint64_t first,
          uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
+        kernels().smoothing_noise({at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype,
+                                   channels_last, nullptr},
+                                  threads);
+      },
+      Nogil());
+  m.def(
+      "grid_noise",
+      [](Address x, int64_t n, int64_t channels, int64_t pixels, const CellsTuple& law, uint64_t seed, uint64_t first,
+         uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
+        const csam::Cells c = cells(law);
         kernels().smoothing_noise(
-            {at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype, channels_last},
+            {at<float>(x), n, channels, pixels, 0, seed, first, stream, at<void>(out), dtype, channels_last, &c},
             threads);
       },
       Nogil());
@@ -208,7 +226,16 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "votes",
           [](const csam::SampleNetwork& s, Address x, float sigma, uint64_t seed, uint32_t stream, uint64_t first,
-             int64_t n, Address out) { s.votes(at<float>(x), sigma, seed, stream, first, n, at<int64_t>(out)); },
+             int64_t n,
+             Address out) { s.votes(at<float>(x), sigma, seed, stream, first, n, nullptr, at<int64_t>(out)); },
+          Nogil())
+      .def(
+          "grid_votes",
+          [](const csam::SampleNetwork& s, Address x, const CellsTuple& law, uint64_t seed, uint32_t stream,
+             uint64_t first, int64_t n, Address out) {
+            const csam::Cells c = cells(law);
+            s.votes(at<float>(x), 0, seed, stream, first, n, &c, at<int64_t>(out));
+          },
           Nogil())
       .def(
           "costs", [](const csam::SampleNetwork& s, Address vectors) { s.costs(at<double>(vectors)); }, Nogil())

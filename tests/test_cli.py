@@ -148,6 +148,29 @@ def test_certify_in_int8_is_calibrated_on_training_images(csam: Command, trained
     assert "what is certified is the quantised network" in " ".join(csam("certify", "--help")[1].split())
 
 
+def test_certify_with_sound_float_is_recorded_and_goes_on_in_no_other_mode(
+    csam: Command, trained: Path, tmp_path: Path
+) -> None:
+    model, run = trained / "models" / "dense.safetensors", tmp_path / "run"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--out", run]
+    code, _, err = csam(*command, "--sound-float")
+    assert code == 0, err
+    record = run / "certificates" / "smoothing.tsv"
+    recipe = evaluation.read_votes(record)[0]
+    assert recipe["sound_float"]["grid"] == 255
+    whole = record.read_text().splitlines()
+    record.write_text(whole[0] + "\n")
+    assert csam(*command, "--sound-float", "--threads", 1)[0] == 0
+    assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
+    code, _, err = csam(*command)
+    assert (code, "certify.sound_float: True there, None now" in err) == (2, True), err
+    plain = [*command[:-1], tmp_path / "plain"]
+    assert csam(*plain)[0] == 0
+    assert "sound_float" not in (tmp_path / "plain" / "config.json").read_text()
+    code, _, err = csam(*plain, "--sound-float")
+    assert (code, "certify.sound_float: None there, True now" in err) == (2, True), err
+
+
 def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> None:
     code, out, err = csam("train", *TINY, "--method", "magnitude", "--sparsity", 0.8, "--out", tmp_path)
     assert code == 0, err

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.cells import cells, steps
+from csam_kernels.ops.grid_noise import checked_grid
 from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_noise
 
@@ -228,18 +230,35 @@ class SampleNetwork:
         self._native.logits(x.data_ptr(), len(x), out.data_ptr())
         return out
 
-    def votes(self, x: Tensor, sigma: float, n: int, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+    def votes(
+        self,
+        x: Tensor,
+        sigma: float,
+        n: int,
+        *,
+        seed: int,
+        first_sample: int = 0,
+        stream: int = 0,
+        grid: int | None = None,
+    ) -> Tensor:
         """Votes int64 [K] of the noisy samples first_sample .. first_sample + n - 1 of an image, on one thread.
 
-        They are `count_votes` of the logits of `smoothing_noise(x, n, sigma, seed=seed, ...)`: the votes of adjacent
-        ranges add up, and a sample whose logits hold NaN casts none. Arguments and errors as there.
+        They are `count_votes` of the logits of `smoothing_noise(x, n, sigma, seed=seed, ...)`, with a grid of those of
+        `grid_noise`: the votes of adjacent ranges add up, and a sample whose logits hold NaN casts none. Arguments and
+        errors as there.
         """
         checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
         if tuple(x.shape) != self.shape or x.device.type != "cpu":
             raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
         n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream)
-        x, out = x.detach().contiguous(), torch.zeros(self.classes, dtype=torch.int64)
-        self._native.votes(x.data_ptr(), sigma, seed % 2**64, stream, first_sample, n, out.data_ptr())
+        out = torch.zeros(self.classes, dtype=torch.int64)
+        which = (seed % 2**64, stream, first_sample, n, out.data_ptr())
+        if grid is None:
+            x = x.detach().contiguous()
+            self._native.votes(x.data_ptr(), sigma, *which)
+        else:
+            law, x = cells(sigma, checked_grid(grid)), steps(x.detach(), grid).contiguous()
+            self._native.grid_votes(x.data_ptr(), law.native, *which)
         return out
 
     def times(self, rounds: int = 5) -> list[float]:

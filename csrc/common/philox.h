@@ -14,9 +14,10 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// Key tweaks that keep the three uses of one seed apart; smoothing noise has none (design contract).
+// Key tweaks that keep the four uses of one seed apart; smoothing noise has none (design contract).
 constexpr uint32_t kPerturbDomain = 0x6D61736Bu;  // "mask"
 constexpr uint32_t kUniformDomain = 0x756E6966u;  // "unif"
+constexpr uint32_t kCellDomain = 0x63656C6Cu;     // "cell"
 
 struct Words {
   uint32_t v[4];

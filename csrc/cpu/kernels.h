@@ -10,8 +10,17 @@ namespace csam {
 
 inline int64_t element_size(int dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : dtype == kBool ? 1 : 2; }
 
+// The law of a whole number of grid steps, as a table of Walker's (csam_kernels/cells.py): column i of 2^bits gives i
+// to fractions below its threshold, and its other number to the rest; both less 2^(bits-1).
+struct Cells {
+  const uint32_t* columns;  // the threshold's first 32 - bits bits, then the other number
+  const uint64_t* rest;     // the threshold's next 64 bits
+  int bits;
+  float grid;  // steps to 1
+};
+
 struct NoiseArgs {
-  const float* x;
+  const float* x;  // with cells in steps of the grid: whole numbers
   int64_t n, channels, pixels;
   float sigma;
   uint64_t seed, first_sample;
@@ -19,6 +28,7 @@ struct NoiseArgs {
   void* out;
   int dtype;
   bool channels_last;
+  const Cells* cells;  // what is drawn in place of normal deviates, or null
 };
 
 enum Perturbation : int { kPlain = 0, kUniform = 1, kAdversarial = 2 };
@@ -118,9 +128,10 @@ class SampleNetwork {  // readied for one instruction set; its methods may run o
   virtual const char* format() const = 0;  // of the values, and how they are multiplied
   virtual int64_t lanes() const = 0;
   virtual int64_t memory() const = 0;  // bytes of a thread
-  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none.
+  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none. `cells` as
+  // in NoiseArgs.
   virtual void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n,
-                     int64_t* out) const = 0;
+                     const Cells* cells, int64_t* out) const = 0;
   // x [n, C, H, W] in the network's dtype, float of integers -> out [n, classes].
   virtual void logits(const void* x, int64_t n, float* out) const = 0;
   // What each step should cost, in multiply-adds of a vector a sample.

@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/deviates.h"
 #include "../common/philox.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace csam {
@@ -171,6 +172,35 @@ CSAM_INLINE void normals(const Quads& q, const Counter& c, vf out[4]) {
   const WordVectors w = philox(q, c);
   box_muller(w.v[0], w.v[1], out[0], out[1]);
   box_muller(w.v[2], w.v[3], out[2], out[3]);
+}
+
+// The 64 bits that come after an element's word where that does not decide: of a generator of its own.
+__attribute__((noinline, cold)) static uint64_t bits_after(uint64_t seed, uint64_t sample, uint32_t stream,
+                                                           uint64_t element) {
+  const Words start = {{uint32_t(element), uint32_t(sample), uint32_t(sample >> 32), stream}};
+  const Words w = philox4x32(start, uint32_t(seed), uint32_t(seed >> 32) ^ kCellDomain);
+  return uint64_t(w.v[0]) << 32 | w.v[1];
+}
+
+// Steps of the grid drawn by a word a lane; `after(lane)` gives the 64 bits that follow it.
+template <class After>
+CSAM_INLINE vf steps(const Cells& cells, vu word, const After& after) {
+  const int bits = cells.bits;
+  const uint32_t low = (1u << bits) - 1;
+  const vu column = word >> (32 - bits), fraction = word << bits;
+  const vu entry = gather(cells.columns, column);
+  const vu threshold = entry & ~low;
+  vu number = fraction < threshold ? column : entry & low;
+  if (__builtin_expect(any_equal(fraction, threshold), 0))
+    for (int lane = 0; lane < W; ++lane)
+      if (fraction[lane] == threshold[lane] && after(lane) < cells.rest[column[lane]]) number[lane] = column[lane];
+  return to_float((vi)number - int32_t(1u << (bits - 1)));
+}
+
+// x + sigma * eps; or the point of the grid that is so many steps from x, by its number, which is exact.
+template <bool gridded>
+CSAM_INLINE vf noisy(vf noise, vf x, vf scale) {
+  return gridded ? (x + noise) / scale : fma(scale, noise, x);
 }
 
 }  // namespace CSAM_ISA

@@ -95,6 +95,29 @@ CSAM_INLINE vu join_high(vq even, vq odd) {
 #endif
 }
 
+CSAM_INLINE vu gather(const uint32_t* table, vu index) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  return (vu)_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), (__m256i)index, 4);
+#else
+  vu r;
+  for (int i = 0; i < W; ++i) r[i] = table[index[i]];
+  return r;
+#endif
+}
+CSAM_INLINE bool any_equal(vu a, vu b) {
+#if defined(__AVX512F__)
+  return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)(a == b)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < W; ++i) any |= a[i] == b[i];
+  return any;
+#endif
+}
+
 // x with its sign changed where the top bit of the word is set.
 CSAM_INLINE vf flip_sign(vf x, vu word) {
 #if defined(__AVX512F__)

@@ -8,30 +8,54 @@
 namespace csam {
 namespace CSAM_ISA {
 
-// out[e] = x[e] + sigma * eps[e]; x, table and out have room for whole groups of 4*W values.
-CSAM_INLINE void noisy_row(const float* x, const Quads* table, int64_t elements, float sigma, const Counter& c,
-                           float* out) {
-  const vf s = splat(sigma);
+struct Sample {
+  const NoiseArgs& args;
+  uint64_t index;
+  Counter counter;
+
+  Sample(const NoiseArgs& a, int64_t i) : args(a), index(a.first_sample + i) {
+    csam::CSAM_ISA::counter(a.seed, index, a.stream, 0, counter);
+  }
+};
+
+// The noise of elements e .. e + 4*W - 1, value j of each quad in out[j]: deviates, or steps of the grid.
+template <bool gridded>
+CSAM_INLINE void draw(const Quads& q, const Sample& s, int64_t e, vf out[4]) {
+  if constexpr (gridded) {
+    const WordVectors w = philox(q, s.counter);
+    for (int j = 0; j < 4; ++j)
+      out[j] = steps(*s.args.cells, w.v[j], [&](int lane) {
+        return bits_after(s.args.seed, s.index, s.args.stream, uint64_t(e + 4 * lane + j));
+      });
+  } else {
+    normals(q, s.counter, out);
+  }
+}
+
+// x, table and out have room for whole groups of 4*W values.
+template <bool gridded>
+CSAM_INLINE void noisy_row(const float* x, const Quads* table, int64_t elements, const Sample& s, float* out) {
+  const vf scale = splat(gridded ? s.args.cells->grid : s.args.sigma);
   for (int64_t e = 0; e < elements; e += 4 * W) {
     vf lanes[4], noise[4];
-    normals(*table++, c, lanes);
+    draw<gridded>(*table++, s, e, lanes);
     interleave(lanes, noise);
-    for (int j = 0; j < 4; ++j) store(out + e + j * W, fma(s, noise[j], load<vf>(x + e + j * W)));
+    for (int j = 0; j < 4; ++j) store(out + e + j * W, noisy<gridded>(noise[j], load<vf>(x + e + j * W), scale));
   }
 }
 
 // The same rounded to bfloat16, for finite x that lies as the lanes do: value j of each quad of a group, j = 0..3.
-CSAM_INLINE void noisy_row_bf16(const float* x, const Quads* table, int64_t elements, float sigma, const Counter& c,
-                                uint16_t* out) {
-  const vf s = splat(sigma);
+template <bool gridded>
+CSAM_INLINE void noisy_row_bf16(const float* x, const Quads* table, int64_t elements, const Sample& s, uint16_t* out) {
+  const vf scale = splat(gridded ? s.args.cells->grid : s.args.sigma);
   vi low, high;
   for (int i = 0; i < W; ++i) low[i] = (i & 1) * W + i / 2, high[i] = low[i] + W / 2;
   for (int64_t e = 0; e < elements; e += 4 * W) {
     vf noise[4];
     vu rounded[4];
-    normals(*table++, c, noise);
+    draw<gridded>(*table++, s, e, noise);
     for (int j = 0; j < 4; ++j) {
-      const vu bits = (vu)fma(s, noise[j], load<vf>(x + e + j * W));
+      const vu bits = (vu)noisy<gridded>(noise[j], load<vf>(x + e + j * W), scale);
       rounded[j] = bits + 0x7FFFu + ((bits >> 16) & 1u);
     }
     const vu first = (rounded[1] & 0xFFFF0000u) | (rounded[0] >> 16);
@@ -115,7 +139,8 @@ struct Shared {
   }
 };
 
-void smoothing_noise(const NoiseArgs& a, int threads) {
+template <bool gridded>
+static void smoothing_noise(const NoiseArgs& a, int threads) {
   const int64_t to_turn = int64_t((uint64_t(1) << 32) - uint32_t(a.first_sample));
   if (a.n > to_turn) {  // the shared part of the generator is that of one high half of the sample index
     NoiseArgs head = a, tail = a;
@@ -123,8 +148,8 @@ void smoothing_noise(const NoiseArgs& a, int threads) {
     tail.n = a.n - to_turn;
     tail.first_sample += to_turn;
     tail.out = static_cast<char*>(a.out) + to_turn * a.channels * a.pixels * element_size(a.dtype);
-    smoothing_noise(head, threads);
-    smoothing_noise(tail, threads);
+    smoothing_noise<gridded>(head, threads);
+    smoothing_noise<gridded>(tail, threads);
     return;
   }
   const int64_t elements = a.channels * a.pixels, group = 4 * W;
@@ -139,19 +164,18 @@ void smoothing_noise(const NoiseArgs& a, int threads) {
     uint16_t* half = static_cast<uint16_t*>(aligned_alloc(64, padded * sizeof(float)));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.n; ++i) {
-      Counter c;
-      counter(a.seed, a.first_sample + i, a.stream, 0, c);
+      const Sample sample(a, i);
       float* out32 = static_cast<float*>(a.out) + i * elements;
       uint16_t* out16 = static_cast<uint16_t*>(a.out) + i * elements;
       if (shared.by_lane) {
         uint16_t* noisy = direct ? out16 : half;
-        noisy_row_bf16(shared.x, shared.table, elements, a.sigma, c, noisy);
+        noisy_row_bf16<gridded>(shared.x, shared.table, elements, sample, noisy);
         if (transposed) transpose(noisy, a.channels, a.pixels, out16);
         else if (!direct) memcpy(out16, noisy, elements * sizeof(uint16_t));
         continue;
       }
       float* noisy = a.dtype == kF32 && direct ? out32 : scratch;
-      noisy_row(shared.x, shared.table, elements, a.sigma, c, noisy);
+      noisy_row<gridded>(shared.x, shared.table, elements, sample, noisy);
       if (a.dtype == kF32) {
         if (transposed) transpose(noisy, a.channels, a.pixels, out32);
         else if (!direct) memcpy(out32, noisy, elements * sizeof(float));
@@ -165,6 +189,11 @@ void smoothing_noise(const NoiseArgs& a, int threads) {
     free(scratch);
     free(half);
   }
+}
+
+void smoothing_noise(const NoiseArgs& a, int threads) {
+  if (a.cells) smoothing_noise<true>(a, threads);
+  else smoothing_noise<false>(a, threads);
 }
 
 void philox_uniform(float* out, int64_t n, int64_t k, uint64_t seed, uint64_t first, uint32_t stream) {

@@ -140,6 +140,12 @@ CERTIFY_OPTIONS = (
         click.Choice(["float32", "bfloat16", "int8"]),
         "Fast path in this arithmetic. int8: what is certified is the quantised network.",
     ),
+    (
+        "--sound-float/--plain-float",
+        "certify.sound_float",
+        bool,
+        "Noise on the grid of the pixels: the proof covers floating point. On a CPU.",
+    ),
     ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
     ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),
     ("--cc-k", "certify.cc_k", int, "CC-Cert: blocks."),
@@ -321,6 +327,7 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
     settings = summary["settings"]
     certify, images = settings["certify"], len(settings["certified_images"])
     most = "<" if certify.get("adaptive") else ""
+    proved = ", proved for floating point" if certify.get("sound_float") else ""
     titles = {name: method.title for name, method in pipeline.METHODS.items()}
     show(report.summary_table(summary["rows"], titles))
     results.print(
@@ -329,7 +336,7 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
         f"certificates on {images} of them (standard error <= {100 * report.standard_error(images):.1f} points). "
         f"PCA: CC-Cert under {settings['transform']}, n={certify['cc_n']}, k={certify['cc_k']}, "
         f"δ={certify['delta']:g}. cert.: smoothing with σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
-        f"n{most}={certify['n']}, α={certify['alpha']:g}. One seed ({settings['seed']}).",
+        f"n{most}={certify['n']}, α={certify['alpha']:g}{proved}. One seed ({settings['seed']}).",
         soft_wrap=True,
     )
     results.print(f"{folder}/summary.json, summary.csv, certified_accuracy.png", soft_wrap=True)

@@ -42,7 +42,7 @@ from csam.data import to_unit
 from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
-from csam.sequential import Certificate, Certification, Rule
+from csam.sequential import Certificate, Certification, Rule, fraction
 from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, one_intra_op_thread
 from csam_kernels import checks
 
@@ -249,7 +249,7 @@ def certify_dataset(
     recipe = {
         "n0": checks.integer("n0", n0, low=1),
         "n": rule.n,
-        "alpha": rule.alpha,
+        "alpha": fraction("alpha", alpha),
         "method": type(rule).__name__.lower(),
         "target_radius": rule.target_radius,
         "rtol": rule.rtol,
@@ -503,12 +503,13 @@ def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Ten
     sampler, device = prepared.sampler, prepared.device
     if sampler is not None:
         return lambda x, n, first, stream: sampler.votes(
-            x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=stream
+            x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=stream, grid=smooth.grid
         )
 
     def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first GPU
-            return smoothing.votes(prepared, x, smooth.sigma, n, smooth.seed, first, batch_size, stream).cpu()
+            where = (smooth.seed, first, batch_size, stream, smooth.grid)
+            return smoothing.votes(prepared, x, smooth.sigma, n, *where).cpu()
 
     return vote
 

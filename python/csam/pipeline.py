@@ -310,6 +310,7 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
         seed=derive_seed(settings.seed, "smoothing"),
         choices=choices,
         calibration=calibration(dataset, settings),
+        sound_float=settings.certify.sound_float,
     )
 
 
@@ -470,6 +471,8 @@ def identity(command: str, settings: Settings, dataset: data.Dataset, **more: An
     """
     asked = asdict(settings)
     del asked["data_dir"]
+    if not settings.certify.sound_float:  # as in folders that were begun before there was such a setting
+        del asked["certify"]["sound_float"]
     if settings.weights is not None:
         asked["weights"] = _digest(Path(settings.weights).read_bytes())
     contents = [t.numpy().tobytes() for t in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)]

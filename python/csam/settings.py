@@ -68,7 +68,8 @@ class CertifySettings:
     """Certification: randomized smoothing (n0, n, alpha) and CC-Cert (cc_n, cc_k, delta, t) on evenly spaced images.
 
     With `adaptive` smoothing stops before n (target_radius, rtol, method: see `csam.Smooth.certify`). With dtype int8
-    what is certified is the quantised network, calibrated on training images (`csam.pipeline.calibration`).
+    what is certified is the quantised network, calibrated on training images (`csam.pipeline.calibration`). With
+    sound_float smoothing is proved for floating point too (`csam.sound`).
     """
 
     images: int | None = 120
@@ -80,6 +81,7 @@ class CertifySettings:
     rtol: float | None = None
     method: str | None = None
     dtype: str | None = "float32"
+    sound_float: bool = False
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     cc_n: int = 100
     cc_k: int = 10

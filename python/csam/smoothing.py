@@ -9,6 +9,9 @@ of an image always has the same noise, and it is always evaluated in the same ca
 consecutive sample indices starting at a multiple of `tile`, in full even when only some of its rows are
 wanted, from the noise to the logits on one thread. So neither the batch size nor the number of threads can
 reorder a sum inside a matrix library.
+
+The theorem is about real numbers. `Smooth(..., sound_float=True)` is proved for what the program computes, on images
+that are whole numbers / 255; without, nothing is claimed about rounding (`csam.sound` says what holds in each mode).
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from scipy import special
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import engine, inference, quantization, sequential
+from csam import engine, inference, quantization, sequential, sound
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
+from csam_kernels.cells import cells, steps
 from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
@@ -96,11 +100,18 @@ class Smooth:
         choices: how each layer runs, as in `csam.sampling.plan`; with a dtype only.
         calibration: for "int8", and for it alone: images [N, C, H, W] that set the ranges of its values, such as
             training images; pixels without noise, that of `sigma` is added.
+        sound_float: noise on the grid of the pixels, so that the guarantee covers floating point (`csam.sound`); on
+            a CPU, for images uint8 / 255.
+
+    Attributes:
+        grid: steps to 1 of the noise, None for normal deviates.
+        distance: of the noise's law from the one of the proof, a coordinate; None if nothing is known of it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
             statistics (its output for one sample depends on the others, so no certificate would hold). At the first
-            image: int8 of a network that has no such steps, or calibrated on images of another shape.
+            image: int8 of a network that has no such steps, or calibrated on images of another shape; sound_float on
+            a GPU or of an image off the grid.
     """
 
     ABSTAIN = ABSTAIN
@@ -116,11 +127,14 @@ class Smooth:
         tile: int | None = None,
         choices: engine.Choices = "auto",
         calibration: Tensor | None = None,
+        sound_float: bool = False,
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         self.sigma = checks.real("sigma", sigma, above=0)
         checks.seed(seed)
         self.seed = operator.index(seed)
+        self.grid = sound.GRID if checks.choice("sound_float", sound_float, (False, True)) else None
+        self.distance = None if self.grid is None else cells(self.sigma, self.grid).distance
         shown = None if calibration is None else noisy("calibration", calibration, self.sigma)
         self._classifier = TiledClassifier(model, dtype, tile, choices, shown)
 
@@ -132,7 +146,8 @@ class Smooth:
     @property
     def settings(self) -> dict[str, Any]:
         """What, besides the network, the image and n, fixes a result; plain values for a run's record."""
-        return {"sigma": self.sigma, "seed": self.seed, **self._classifier.settings}
+        law = {} if self.grid is None else {"sound_float": {"grid": self.grid, "distance": self.distance}}
+        return {"sigma": self.sigma, "seed": self.seed, **self._classifier.settings, **law}
 
     def certify(
         self,
@@ -152,15 +167,15 @@ class Smooth:
 
         Samples 0 .. n0-1 choose the class, samples n0 .. n0+n-1 count it; the two sets are disjoint, so the
         count is binomial given the choice, and with probability at least 1 - alpha over the noise either the
-        answer is correct or it is ABSTAIN. The guarantee takes the noise as exactly Gaussian; it is float32
-        Box-Muller with |eps| <= 6.66.
+        answer is correct or it is ABSTAIN. Unless `sound_float`, the guarantee takes arithmetic as exact and the
+        noise as Gaussian; it is float32 Box-Muller with |eps| <= 6.66.
 
         An adaptive certificate stops before n as soon as the answer is settled, with the same guarantee
         (`csam.sequential`): when n samples would hardly certify anything, when `target_radius` is certified or
         would hardly be, or within the relative tolerance `rtol` of the radius that n samples could still give.
 
         Args:
-            x: image [C, H, W] or [1, C, H, W], floating point and finite.
+            x: image [C, H, W] or [1, C, H, W], floating point and finite; with `sound_float` uint8 / 255 in float32.
             n0: samples for the choice of the class, >= 1.
             n: samples for the estimate, >= 1; adaptive: the most, up to 10^7.
             alpha: probability of a wrong certificate, in (0, 1).
@@ -204,7 +219,12 @@ class Smooth:
         n0 = checks.integer("n0", n0, low=1)
         n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
         tile, skip = self._ends(x, n0)
-        return sequential.rule(n, alpha, self.sigma, tile=tile, skip=skip, adaptive=adaptive, **stop)
+        alpha, sigma = self._level(x, n0 + n, alpha), self.sigma if self.grid is None else sound.scale(self.sigma)
+        return sequential.rule(n, alpha, sigma, tile=tile, skip=skip, adaptive=adaptive, **stop)
+
+    def _level(self, x: Tensor, samples: int, alpha: float) -> float:
+        """Of alpha what the noise's law leaves."""
+        return alpha if self.distance is None else sound.level(alpha, samples * x.numel(), self.distance)
 
     def prepare(self, x: Tensor) -> Prepared:
         """The network for images like x as it is executed. Raises TypeError or ValueError if it takes none such."""
@@ -212,6 +232,10 @@ class Smooth:
         if prepared.num_classes != self.num_classes:
             raise ValueError(
                 f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
+            )
+        if self.grid is not None and prepared.device.type != "cpu":
+            raise ValueError(
+                f"sound_float must be False on {prepared.device}: its noise is drawn on the CPU only; move the model"
             )
         return prepared
 
@@ -252,6 +276,7 @@ class Smooth:
         """
         n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
         tile, skip = self._ends(x, 0)
+        alpha = self._level(x, n, alpha)
         test = sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive, tile=tile, skip=skip)
         counts, seen, answer = torch.zeros(self.num_classes, dtype=torch.int64), 0, None
         while answer is None:
@@ -272,20 +297,32 @@ class Smooth:
         """`counts` of every (n, first sample): all are under way before the one wait for the device."""
         prepared = self.prepare(x)
         x = sent(image(x), prepared.device)
-        found = [votes(prepared, x, self.sigma, n, self.seed, first, batch_size, stream) for n, first in ranges]
+        if self.grid is not None:
+            steps(x, self.grid)  # refuses one off the grid
+        where = (batch_size, stream, self.grid)
+        found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
         return [checked(v, n) for v, (n, _) in zip(read(x, found), ranges, strict=True)]
 
 
 def votes(
-    prepared: Prepared, x: Tensor, sigma: float, n: int, seed: int, first_sample: int, batch_size: int, stream: int
+    prepared: Prepared,
+    x: Tensor,
+    sigma: float,
+    n: int,
+    seed: int,
+    first_sample: int,
+    batch_size: int,
+    stream: int,
+    grid: int | None = None,
 ) -> Tensor:
     """Votes of the noisy samples first_sample .. first_sample + n - 1 of x [C, H, W], int64 [num_classes], on the
-    network's device; samples with NaN logits cast none. Arguments and errors as in `Smooth.counts`.
+    network's device; samples with NaN logits cast none. With a grid the noise is on it (`csam_kernels.grid_noise`).
+    Other arguments and errors as in `Smooth.counts`.
     """
     batch_size = checks.integer("batch_size", batch_size, low=1)
     stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
-    x, head = sent(x, prepared.device), prepared.head
+    x, head = sent(x, prepared.device), prepared.head if grid is None else None
     out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
     counting = threading.Lock()
 
@@ -294,7 +331,7 @@ def votes(
 
         def tally(start: int) -> None:
             found = sampler.votes(
-                x, sigma, min(share, first_sample + n - start), seed=seed, first_sample=start, stream=stream
+                x, sigma, min(share, first_sample + n - start), seed=seed, first_sample=start, stream=stream, grid=grid
             )
             with counting:
                 out.add_(found)
@@ -307,6 +344,18 @@ def votes(
         if head is not None:
             features: Tensor = head(x, prepared.tile, sigma, seed, start, stream)
             return features
+        if grid is not None:
+            return csam_kernels.grid_noise(
+                x,
+                prepared.tile,
+                sigma,
+                seed=seed,
+                first_sample=start,
+                stream=stream,
+                grid=grid,
+                dtype=prepared.input_dtype,
+                memory_format=prepared.memory_format,
+            )
         return csam_kernels.smoothing_noise(
             x,
             prepared.tile,

@@ -1,0 +1,90 @@
+"""Noise on a grid: sums with it are exact, and its law is the one that is written down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csam_kernels import backend, checks
+from csam_kernels.ops.smoothing_noise import DTYPES, checked_noise
+
+MOST = 2**16  # steps to 1
+
+
+def grid_noise(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    *,
+    seed: int,
+    first_sample: int = 0,
+    stream: int = 0,
+    grid: int = 255,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """n noisy copies of one image whose pixels are whole numbers / grid: out[i] = (x * grid + k_i) / grid.
+
+    k_i is sigma * grid * eps rounded to whole numbers, eps ~ N(0, I), within 2^-79 in total variation a coordinate
+    (`csam_kernels.cells`). It is drawn from the words of `smoothing_noise`, by (seed, stream, first_sample + i) alone.
+    The sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
+    and noise they came from.
+
+    Args:
+        x: image [C, H, W] in float32, bfloat16 or float16, each value the float32 nearest to a whole number / grid,
+            such as uint8 / 255.
+        grid: steps to 1, 1 .. 2^16.
+        n, sigma, seed, first_sample, stream, dtype, memory_format: as in `smoothing_noise`; sigma in the unit of x.
+
+    Returns:
+        [n, C, H, W].
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype or range, by name; x off the grid; sigma too large for a table.
+    """
+    n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream)
+    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
+    memory_format = memory_format or torch.contiguous_format
+    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
+    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, dtype, memory_format is torch.channels_last)
+    return result
+
+
+def checked_grid(grid: int) -> int:
+    return checks.integer("grid", grid, low=1, high=MOST)
+
+
+@torch.library.custom_op("csam::grid_noise", mutates_args=())
+def _op(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    grid: int,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    serve = backend.serve("grid_noise", x.device)
+    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, _format(channels_last))
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    n: int,
+    sigma: float,
+    grid: int,
+    seed: int,
+    first_sample: int,
+    stream: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    memory_format = _format(channels_last)
+    return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
