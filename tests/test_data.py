@@ -289,7 +289,7 @@ class TestDigits:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist",), "name must be one of digits, cifar10, got 'mnist'"),
+        (("mnist",), "name must be one of digits, cifar10, cifar10c, got 'mnist'"),
         (("cifar10",), "data_dir must say where CIFAR-10 is"),
         (("digits", "somewhere"), "data_dir must be None for digits, got 'somewhere'"),
     ],
