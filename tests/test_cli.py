@@ -309,7 +309,10 @@ def test_bad_files_are_named(csam: Command, trained: Path, tmp_path: Path) -> No
         (["report", trained, "--plot", tmp_path / "p.txt"], "must end in .png, .pdf or .svg, got"),
         (["report", trained, "--radii", "0.1,nan"], "radius must be >= 0, got nan"),
         (["demo", "--config", tmp_path / "bad.json"], "bad.json is damaged"),
-        (["demo", "--config", tmp_path / "data.json"], "data.json: data must be one of digits, cifar10, cifar10c, got ['mnist']"),
+        (
+            ["demo", "--config", tmp_path / "data.json"],
+            "data.json: data must be one of digits, cifar10, cifar10c, got ['mnist']",
+        ),
         (["demo", "--config", tmp_path / "list.json"], "list.json must hold a JSON object"),
         ([*DEMO, "--alpha", "0.01", "--out", trained], "certify.alpha: 0.001 there, 0.01 now"),
     ):
