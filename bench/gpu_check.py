@@ -148,6 +148,7 @@ def main() -> int:
     reasons = {name: backend.backends()[name] for name in ("triton", "cuda")}
     print(card, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     providers = {n: importlib.import_module(f"csam_kernels.{n}") for n, r in reasons.items() if r == "available"}
+    base = {"device": card, "torch": torch.__version__, "triton": _triton_version()}
     rows, faults = [], 0
     for case in cases(device):
         if options.case not in f"{case.op} {case.name}":
@@ -171,7 +172,7 @@ def main() -> int:
             faults += not good
             told = ", ".join(f"{key} {row[key]}" for key in (*CALL[3:], *KERNELS) if row.get(key))
             print(f"{'ok  ' if good else 'FAIL'} {name:7}{case.op:24}{case.name:36} {told}", flush=True)
-            rows.append({"device": card, "torch": torch.__version__, "triton": _triton_version()} | row)
+            rows.append(base | row)
     allow_tf32(False)
     if not options.no_timing:
         write(rows, card)
@@ -180,7 +181,7 @@ def main() -> int:
                 continue
             row = {"op": "whole", "case": name, "provider": "all"} | _compared(median_ms(make(), rounds=15), "")
             print(f"     {name}: {row['ms']} ms, torch {row['twin_ms']} ms", flush=True)
-            rows.append({"device": card, "torch": torch.__version__, "triton": _triton_version()} | row)
+            rows.append(base | row)
         write(rows, card)
     print(f"{len(rows)} calls, {faults} beyond tolerance")
     return 1 if faults else 0

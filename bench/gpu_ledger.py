@@ -21,11 +21,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -40,6 +40,7 @@ from csam_kernels.triton.launch import Launch, record
 from gpu_cases import Case, allow_tf32, cases, tensors
 from nvcc import compile_kernels, nvcc
 
+T = TypeVar("T")
 LEDGER = Path(__file__).with_name("gpu_ledger.csv")
 MORE_THAN_LEAST = 1.05  # bytes a call over each input once + each output once
 
@@ -151,9 +152,7 @@ def called(case: Case) -> list[Launch]:
 def compile_ahead(launches: list[Launch], arch: int) -> int:
     """Compile what was recorded, on all cores, for Triton's cache, where a launch finds it; how many do not compile."""
     jobs = {specialization(*job): job for job in (source_of(launch, arch) for launch in launches)}
-    _jobs[:] = jobs.values()  # reach the workers by fork: kernels do not pickle
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_compiles, range(len(jobs)))).count(False)
+    return _in_parallel(_compiles, list(jobs.values())).count(False)
 
 
 def _compiles(index: int) -> bool:
@@ -177,7 +176,7 @@ def triton_rows() -> Iterator[dict[str, Any]]:
             keys = [specialization(*job) for job in jobs]
             sources |= dict(zip(keys, jobs, strict=True))
             calls.append((case, arch, launches, keys, sum(t.nbytes for t in case.inputs() + tensors(out))))
-    compiled = dict(zip(sources, _in_parallel(list(sources.values())), strict=True))
+    compiled = dict(zip(sources, _in_parallel(_compile_job, list(sources.values())), strict=True))
     for case, arch, launches, keys, least in calls:
         card = CARDS[arch]
         variants: Counter[str] = Counter()
@@ -263,10 +262,10 @@ def specialization(source: ASTSource, target: GPUTarget, options: dict[str, Any]
 _jobs: list[tuple[ASTSource, GPUTarget, dict[str, Any]]] = []
 
 
-def _in_parallel(jobs: list[tuple[ASTSource, GPUTarget, dict[str, Any]]]) -> list[Compiled]:
+def _in_parallel(work: Callable[[int], T], jobs: list[tuple[ASTSource, GPUTarget, dict[str, Any]]]) -> list[T]:
     _jobs[:] = jobs  # reach the workers by fork: kernels do not pickle
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_compile_job, range(len(jobs))))
+        return list(pool.map(work, range(len(jobs))))
 
 
 def _compile_job(index: int) -> Compiled:

@@ -21,12 +21,12 @@ import torch
 
 from csam_kernels import triton as provider
 from csam_kernels.triton import tuning
-from csam_kernels.triton.launch import Launch, record
+from csam_kernels.triton.launch import Launch
 from csam_kernels.triton.launchers import masked_conv2d as launchers
 from csam_kernels.triton.tuning import ConvTile
 from gpu_cases import Case, allow_tf32, convolution_cases
 from gpu_check import capability, median_ms, replayed
-from gpu_ledger import compile_ahead
+from gpu_ledger import called, compile_ahead
 
 SHARED = 220 << 10  # bytes of shared memory that a program may have
 NEED = {"input_gradient": [True, False, False], "weight_gradient": [False, True, True]}
@@ -83,12 +83,6 @@ def jobs_on(device: torch.device, only: str, tiles: list[ConvTile]) -> list[tupl
     ]
 
 
-def recorded(case: Case) -> list[Launch]:
-    with record() as launches:
-        getattr(provider, case.op)(*case.arguments)
-    return launches
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="a regular expression for `kernel arithmetic`")
@@ -105,7 +99,7 @@ def main() -> int:
         launches: list[Launch] = []
         for kernel, arithmetic, tile, case in jobs_on(torch.device("meta"), options.only, tiles):
             use(where, kernel, arithmetic, tile)
-            launches += recorded(case)
+            launches += called(case)
         failed = compile_ahead(launches, arch)
     jobs = jobs_on(torch.device("cuda"), options.only, tiles)
     print(f"{len(jobs)} calls to time, {failed} kernels do not compile", flush=True)

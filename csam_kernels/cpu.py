@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 from csam_kernels import _C
 from csam_kernels.cells import cells, steps
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
-from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
+from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride, wide
 from csam_kernels.ops.sample_network import ENGINES, RING, Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
@@ -36,10 +36,6 @@ def _new(pattern: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(pattern, dtype=dtype, device="cpu")
     memory = torch.frombuffer(_C.Block(nbytes), dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=dtype).set_(memory, 0, pattern.shape, pattern.stride())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
@@ -153,7 +149,7 @@ def _lay(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor,
         layout = mask_layout(weight.shape, weight.shape)
         assert layout is not None
     if not _elementwise(layout):
-        mask = mask.to(_wide(weight.dtype))  # broadcast masks are small: kernels read them in the compute type
+        mask = mask.to(wide(weight.dtype))  # broadcast masks are small: kernels read them in the compute type
     return weight.contiguous(), mask.contiguous(), layout
 
 
@@ -358,6 +354,10 @@ def sample_network(
     return _C.SampleNetwork(DTYPE[dtype], shape, *scaling, steps, at_ends, draft)
 
 
+_products = Products(effective_weights, mask_gradients)
+masked_linear, masked_linear_backward = _products.masked_linear, _products.masked_linear_backward
+
+
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -369,7 +369,7 @@ def masked_conv2d(
     groups: int,
     block_size: int,
 ) -> Tensor:
-    w = _effective(weight, mask, x.dtype, block_size)
+    w = _products.effective(weight, mask, x.dtype, block_size)
     bias = None if bias is None else bias.to(x.dtype)
     filters, channels = _live(mask, weight, groups, block_size)
     if filters is None and channels is None:
@@ -391,10 +391,6 @@ def _suggested(x: Tensor, w: Tensor) -> torch.memory_format:
     """The memory format that convolution gives its result: channels_last when an operand asks for it."""
     asks = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(w))
     return torch.channels_last if asks else torch.contiguous_format
-
-
-def _effective(weight: Tensor, mask: Tensor, dtype: torch.dtype, block_size: int) -> Tensor:
-    return effective_weights([weight], [mask], "plain", 0.0, 0.0, [], "global", 0, 0, dtype, block_size)[0]
 
 
 def _live(mask: Tensor, weight: Tensor, groups: int, block_size: int) -> tuple[Tensor | None, Tensor | None]:
@@ -437,8 +433,8 @@ def masked_conv2d_inference(
 ) -> Tensor:
     out = masked_conv2d(x, weight, mask, bias, stride, padding, dilation, groups, block_size)
     if scale is not None and shift is not None:
-        wide = _wide(x.dtype)
-        out = out * scale.to(wide).view(-1, 1, 1) + shift.to(wide).view(-1, 1, 1)
+        full = wide(x.dtype)
+        out = out * scale.to(full).view(-1, 1, 1) + shift.to(full).view(-1, 1, 1)
     if other is not None:
         out = out + other
     return (out.relu() if relu else out).to(x.dtype)
@@ -492,7 +488,7 @@ def masked_conv2d_backward(
     need: list[bool],
 ) -> list[Tensor]:
     need_x, need_weight, need_mask = need
-    effective = _effective(weight, mask, x.dtype, block_size)
+    effective = _products.effective(weight, mask, x.dtype, block_size)
     # With the mask's gradient wanted, dead filters have one too; otherwise they and what feeds them get zeros.
     filters, channels = (None, None) if need_mask else _live(mask, weight, groups, block_size)
     args = (stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight or need_mask, False])
@@ -513,29 +509,4 @@ def masked_conv2d_backward(
             crossed = rows[:, None] if isinstance(rows, Tensor) and isinstance(columns, Tensor) else rows
             dw[crossed, columns] = part_w
     grads = [dx] if need_x else []
-    return grads + _chain(dw, weight, mask, block_size, need_weight, need_mask)
-
-
-def _chain(
-    dw: Tensor | None, weight: Tensor, mask: Tensor, block_size: int, need_weight: bool, need_mask: bool
-) -> list[Tensor]:
-    """dL/dtheta and dL/dM from G in one pass, in the dtypes of theta and M."""
-    if not (need_weight or need_mask) or dw is None:
-        return []
-    wide = weight.to(_wide(weight.dtype))
-    dtheta, dmask, _ = mask_gradients([dw], [wide], [mask], block_size, need_weight, need_mask)
-    return [d.to(weight.dtype) for d in dtheta] + [d.to(mask.dtype) for d in dmask]
-
-
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, block_size: int) -> Tensor:
-    w = _effective(weight, mask, x.dtype, block_size)
-    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-
-def masked_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, block_size: int, need: list[bool]
-) -> list[Tensor]:
-    need_x, need_weight, need_mask = need
-    grads = [grad @ _effective(weight, mask, x.dtype, block_size)] if need_x else []
-    dw = grad.T @ x if need_weight or need_mask else None
-    return grads + _chain(dw, weight, mask, block_size, need_weight, need_mask)
+    return grads + _products.gradients(dw, weight, mask, block_size, need_weight, need_mask)

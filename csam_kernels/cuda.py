@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csam_kernels import _CUDA
 from csam_kernels.layout import MaskLayout, expand_mask, mask_layout, reduce_to_mask
-from csam_kernels.native import DTYPE, KIND, WORD, dense, flat, fusible, like, restride
+from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride
 
 _Layer = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -221,8 +221,8 @@ def _gradient_pass(layers: list[_Layer], where: torch.device) -> Tensor:
     return norm
 
 
-def _effective(weight: Tensor, mask: Tensor, dtype: torch.dtype, block_size: int) -> Tensor:
-    return effective_weights([weight], [mask], "plain", 0.0, 0.0, [], "global", 0, 0, dtype, block_size)[0]
+_products = Products(effective_weights, mask_gradients)
+masked_linear, masked_linear_backward = _products.masked_linear, _products.masked_linear_backward
 
 
 def masked_conv2d(
@@ -237,7 +237,7 @@ def masked_conv2d(
     block_size: int,
 ) -> Tensor:
     """weight * mask by this provider's kernel, then cuDNN, which Triton's fused kernels do not beat in training."""
-    w = _effective(weight, mask, x.dtype, block_size)
+    w = _products.effective(weight, mask, x.dtype, block_size)
     return torch.conv2d(x, w, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
 
 
@@ -254,31 +254,7 @@ def masked_conv2d_backward(
     need: list[bool],
 ) -> list[Tensor]:
     need_x, need_weight, need_mask = need
-    effective = _effective(weight, mask, x.dtype, block_size)
+    effective = _products.effective(weight, mask, x.dtype, block_size)
     args = (stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight or need_mask, False])
     dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, effective, None, *args)
-    return ([dx] if need_x else []) + _chain(dw, weight, mask, block_size, need_weight, need_mask)
-
-
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, block_size: int) -> Tensor:
-    w = _effective(weight, mask, x.dtype, block_size)
-    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-
-def masked_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, block_size: int, need: list[bool]
-) -> list[Tensor]:
-    need_x, need_weight, need_mask = need
-    grads = [grad @ _effective(weight, mask, x.dtype, block_size)] if need_x else []
-    dw = grad.T @ x if need_weight or need_mask else None
-    return grads + _chain(dw, weight, mask, block_size, need_weight, need_mask)
-
-
-def _chain(
-    dw: Tensor | None, weight: Tensor, mask: Tensor, block_size: int, need_weight: bool, need_mask: bool
-) -> list[Tensor]:
-    """dL/dtheta and dL/dM from G in one pass, in the dtypes of theta and M."""
-    if not (need_weight or need_mask) or dw is None:
-        return []
-    dtheta, dmask, _ = mask_gradients([dw], [weight.float()], [mask], block_size, need_weight, need_mask)
-    return [d.to(weight.dtype) for d in dtheta] + [d.to(mask.dtype) for d in dmask]
+    return ([dx] if need_x else []) + _products.gradients(dw, weight, mask, block_size, need_weight, need_mask)

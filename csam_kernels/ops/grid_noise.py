@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
-from csam_kernels.ops.smoothing_noise import DTYPES, checked_noise
+from csam_kernels.ops.smoothing_noise import DTYPES, checked_noise, format_of
 
 MOST = 2**16  # steps to 1
 
@@ -67,7 +67,7 @@ def _op(
     channels_last: bool,
 ) -> Tensor:
     serve = backend.serve("grid_noise", x.device)
-    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, _format(channels_last))
+    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, format_of(channels_last))
 
 
 @_op.register_fake
@@ -82,9 +82,5 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    memory_format = _format(channels_last)
+    memory_format = format_of(channels_last)
     return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format

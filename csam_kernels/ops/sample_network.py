@@ -184,6 +184,8 @@ def depthwise(step: Step) -> bool:
     if step.weight is None or step.engine != "sparse":
         return False
     _, taps, rows = step.weight
+    if len(taps) > (len(rows) - 1) * math.prod(step.kernel):
+        return False
     channels, filters = taps // math.prod(step.kernel), rows.diff()
     inside = torch.repeat_interleave(torch.arange(len(filters)), filters)
     same = (channels[1:] == channels[:-1]) | (inside[1:] != inside[:-1])

@@ -79,7 +79,7 @@ def _op(
     channels_last: bool,
 ) -> Tensor:
     serve = backend.serve("smoothing_noise", x.device)
-    return serve(x, n, sigma, seed, first_sample, stream, dtype, _format(channels_last))
+    return serve(x, n, sigma, seed, first_sample, stream, dtype, format_of(channels_last))
 
 
 @_op.register_fake
@@ -93,9 +93,9 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    memory_format = _format(channels_last)
+    memory_format = format_of(channels_last)
     return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
 
 
-def _format(channels_last: bool) -> torch.memory_format:
+def format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format

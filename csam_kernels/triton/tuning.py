@@ -56,8 +56,8 @@ class ConvTile(NamedTuple):
 
 # masked_conv2d and masked_linear by (kernel, arithmetic), narrow tiles first, then those with few columns: see `tile`.
 # Of the stages of a kernel that reads a list of tiles, two bring a number and its tile. The bound on registers is
-# the hardware's: without any, ptxas trades a few spills for occupancy. The weight's gradient has a tighter one in
-# float32 that spills nothing; "flat" is FLAT in kernels/masked_conv2d.py, whose addresses take more.
+# the hardware's: without any, ptxas trades a few spills for occupancy. "flat" is FLAT in kernels/masked_conv2d.py; its
+# tighter one spills nothing.
 _CONV: dict[tuple[str, str], tuple[ConvTile, ...]] = {
     ("forward", "half"): (ConvTile(32, 128, 32, 8, 3), ConvTile(64, 64, 32, 4, 7), ConvTile(64, 128, 32, 4, 7)),
     ("forward", "float32"): (ConvTile(32, 64, 16, 4, 2), ConvTile(64, 64, 16, 8, 2)),

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -340,23 +341,13 @@ def votes(
         run_tiles(tally, range(first_sample, first_sample + n, share), int(workers))
         return out
 
+    draw = csam_kernels.smoothing_noise if grid is None else partial(csam_kernels.grid_noise, grid=grid)
+
     def noisy(start: int) -> Tensor:
         if head is not None:
             features: Tensor = head(x, prepared.tile, sigma, seed, start, stream)
             return features
-        if grid is not None:
-            return csam_kernels.grid_noise(
-                x,
-                prepared.tile,
-                sigma,
-                seed=seed,
-                first_sample=start,
-                stream=stream,
-                grid=grid,
-                dtype=prepared.input_dtype,
-                memory_format=prepared.memory_format,
-            )
-        return csam_kernels.smoothing_noise(
+        return draw(
             x,
             prepared.tile,
             sigma,
