@@ -16,7 +16,7 @@ from csam_kernels import _C
 from csam_kernels.cells import cells, steps
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride, wide
-from csam_kernels.ops.sample_network import ENGINES, RING, Program, Value
+from csam_kernels.ops.sample_network import ENGINES, Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
 _GRAIN = 1 << 15  # values a thread should have at least
@@ -343,7 +343,7 @@ def sample_network(
                 bounds,
                 ENGINES.index(s.engine),
                 size,
-                (RING * (index - 1 in streams), RING * (index in streams)),
+                (streams.get(index - 1, 0), streams.get(index, 0)),
                 integers,
             )
         )

@@ -19,7 +19,6 @@ from csam_kernels.ops.smoothing_noise import checked_noise
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
-RING = 4  # rows of a value that is read while it is made: csrc/cpu/sample_conv2d.h says why they do
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
 _ARITHMETIC = 2  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
@@ -124,24 +123,24 @@ class Program:
     scale: float = 1.0
     shift: float = 0.0
 
-    def streams(self) -> set[int]:
-        """Steps whose results the next one alone reads, as they are made: some rows are kept, RING of them.
+    def streams(self) -> dict[int, int]:
+        """Steps whose results the next one alone reads, a row at a time, and the rows that are kept: those of its window.
 
-        They are those around a depthwise convolution, whose values would not stay in a second-level cache.
+        They are the steps around a depthwise convolution, whose values would not stay in a second-level cache.
         """
         alone = [depthwise(step) for step in self.steps]
         readers: dict[Value, int] = {self.logits.root: 2}
         for step in self.steps:
             for value in {v.root for v in (step.input, step.other) if v is not None}:
                 readers[value] = readers.get(value, 0) + 1
-        found = set()
+        found = {}
         for i, (step, after) in enumerate(itertools.pairwise(self.steps)):
             out, (height, dilation) = step.out, (after.kernel[0], after.dilation[0])
             pair = (alone[i + 1] and height <= 3 and dilation == 1) or (alone[i] and height == 1)
             plain = all(s.weight is not None and s.engine != "winograd" for s in (step, after)) and step.other is None
             own = after.input is out and out.root is out and readers[out] == 1
-            if pair and plain and own and after.stride[0] <= 2 and out.height > RING and out.size >= STREAMED:
-                found.add(i)
+            if pair and plain and own and after.stride[0] <= 2 and out.height > height and out.size >= STREAMED:
+                found[i] = height
         return found
 
     def places(self) -> tuple[dict[Value, int], int]:
@@ -163,9 +162,9 @@ class Program:
                     last[value.root] = max(last.get(value.root, i), ends[i])
         real = {step.out.root for step in self.steps if step.integers is not None and step.integers.real}
         sizes = {root: root.size * (4 if root in real else 1) for root in first}
-        for i in streams:
+        for i, rows in streams.items():
             out = self.steps[i].out
-            sizes[out] = out.channels * RING * out.width
+            sizes[out] = out.channels * rows * out.width
         found: dict[Value, int] = {}
         for root in sorted(first, key=lambda v: -sizes[v]):
             alive = [

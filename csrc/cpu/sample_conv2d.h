@@ -20,6 +20,7 @@ namespace CSAM_ISA {
 constexpr int64_t kBlockBytes[] = {20 << 10, 40 << 10};
 constexpr int64_t kNearBytes = 1 << 20;   // of input that needs no prefetch
 constexpr int64_t kSumBytes = 512 << 10;  // of sums that a job keeps: half of a second-level cache
+constexpr int64_t kMostTileRows = 32;
 constexpr int64_t kTurn = 8;  // filters, with AMX groups of them, whose results are stored while their sums are near
 constexpr int64_t kMostLines = 1 << 20;  // of a channel under a tile of more than one pixel
 constexpr double kPackCost = 3;          // of one packed vector, in fused multiply-adds
@@ -84,6 +85,33 @@ struct Tap {
   int32_t offset;   // of the first output's input in the packed block, in floats
 };
 
+struct Ending {  // from sums to what is stored: clamp(sum + other), or of integers clamp(sum * scale + shift + other *
+                 // ...)
+  float low, high, scale, shift, other_scale;
+  bool real;  // integers: stored as float
+};
+
+struct Outputs {      // where the results of a tile lie whose samples fill a vector
+  const void* other;  // what is added, or null
+  void* out;
+  const int64_t* row_at;  // of each row, from `out` on, in values
+  int64_t rows, columns;  // of the tile that are inside the image
+  int64_t plane, step;    // values from one filter's to the next's, and from one column's
+  int64_t width;          // of a stored value, in elements
+  const int32_t* filter;  // which each filter of the block is
+  const float* scales;
+  Ending ending;
+};
+
+struct Input {  // the lines under a tile, of one channel after another
+  const char* in;
+  const int64_t* offsets;  // of each line in a channel, in bytes; -1 outside the image
+  int64_t lines, plane;    // of a channel: lines under the tile, bytes
+  const int32_t* channel;  // which each channel that is read is
+  int64_t next, end;       // channels to fetch
+  int64_t line;            // of channel `next`
+};
+
 struct Block {  // some channels of the input under one tile, and what the filters take from them
   const float* packed;
   int64_t pitch;          // floats from row to row
@@ -92,17 +120,24 @@ struct Block {  // some channels of the input under one tile, and what the filte
   const Tap* taps;
   const int32_t* cuts;  // sparse: where the taps of each filter begin, `stride` apart; they end at the cut after it
   int64_t stride;
-  const uint32_t* weights;    // dense: [filters / kFilters][units / deep][area][kFilters][deep]
-  const int32_t* offsets;     // dense: of each tap in a unit, in floats
-  int64_t units, unit, area;  // dense: channels or pairs of them, floats of each, taps of each
-  int64_t deep = 1;           // dense: units that one product sums over
-  const float* bias;          // what the sums start from; null after the first block
-  const void* const* ahead;   // input of the block after it, to fetch meanwhile
-  int64_t fetches;
+  const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters][deep]
+  const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
+  int64_t products;                  // dense: of a filter
+  int64_t deep = 1, unit;            // dense: units that one product sums over, and floats of each
+  const float* bias;                 // what the sums start from; null after the first block
+  Input* ahead;                      // the block after it, to fetch meanwhile
+  int64_t fetches;                   // so many lines
+  const Outputs* outputs = nullptr;  // where results go straight from the sums; after the last block
 };
 
-CSAM_INLINE void fetch(const Block& b, int64_t from, int64_t to) {
-  for (int64_t i = from; i < to && i < b.fetches; ++i) __builtin_prefetch(b.ahead[i], 0, 2);
+CSAM_INLINE void fetch(const Block& b, int64_t lines) {
+  if (!b.fetches) return;
+  Input& from = *b.ahead;
+  for (; lines > 0 && from.next < from.end; --lines) {
+    const int64_t offset = from.offsets[from.line];
+    if (offset >= 0) __builtin_prefetch(from.in + from.channel[from.next] * from.plane + offset, 0, 2);
+    if (++from.line == from.lines) from.line = 0, ++from.next;
+  }
 }
 
 CSAM_INLINE vf finished(vf sum, float low, float high) {  // NaN stays NaN
@@ -122,15 +157,31 @@ CSAM_INLINE V spread(uint32_t bits) {
 CSAM_INLINE vf start(vf, float bias) { return splat(bias); }
 CSAM_INLINE vi start(vi, float bias) { return vi{} + int32_t(bias); }
 
+// What a filter's sums at a pixel come to. The outputs are a copy, which no store of a result can change: what is read
+// of them stays in registers.
+template <class Format>
+CSAM_INLINE void finish(const Outputs& to, int64_t filter, int64_t row, int64_t column, const vf* sums) {
+  using Element = typename Format::Element;
+  if (row >= to.rows || column >= to.columns) return;
+  const int64_t at = to.filter[filter] * to.plane + to.row_at[row] + column * to.step;
+  const int64_t width = sizeof(Element) == 1 ? to.width : 1;
+  Ending ending = to.ending;
+  ending.scale = to.scales[filter];
+  Format::finish(sums, to.other ? static_cast<const Element*>(to.other) + at : nullptr, ending,
+                 static_cast<Element*>(to.out) + at * width);
+}
+
 using Add = void (*)(const Block&, int64_t filters, float* sums);
 
-template <class V, int R, int C>
+template <class Format, int R, int C>
 static void add_taps(const Block& b, int64_t filters, float* sums) {
+  using V = typename Format::Sum;
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
-    fetch(b, o * share, (o + 1) * share);
-    if (!b.bias && first == end) continue;
+    fetch(b, share);
+    if (!b.bias && first == end && !b.outputs) continue;
     const V initial = start(V{}, b.bias ? b.bias[o] : 0);
     for (int64_t row = 0; row < b.rows; row += R)
       for (int64_t column = 0; column < b.columns; column += C) {
@@ -149,18 +200,22 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
             for (int c = 0; c < C; ++c) v[r][c] = product_sum(w, load<V>(in + c * W), v[r][c]);
         }
 #pragma GCC unroll 32
-        for (int i = 0; i < R * C; ++i) store(sum + (i / C * b.columns + i % C) * W, v[i / C][i % C]);
+        for (int i = 0; i < R * C; ++i)
+          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)&v[i / C][i % C]);
+          else store(sum + (i / C * b.columns + i % C) * W, v[i / C][i % C]);
       }
   }
 }
 
 // F filters at a time, C pixels side by side.
-template <class V, int F, int C>
+template <class Format, int F, int C>
 static void add_rows(const Block& b, int64_t filters, float* sums) {
+  using V = typename Format::Sum;
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += F * pixels * W) {
-    fetch(b, o / F * share, (o / F + 1) * share);
-    const uint32_t* weights = b.weights + o * b.units * b.area;
+    fetch(b, share);
+    const uint32_t* weights = b.weights + o * b.products;
     for (int64_t row = 0; row < b.rows; ++row)
       for (int64_t column = 0; column < b.columns; column += C) {
         float* sum = sums + (row * b.columns + column) * W;
@@ -170,30 +225,25 @@ static void add_rows(const Block& b, int64_t filters, float* sums) {
         for (int i = 0; i < F * C; ++i)
           v[i / C][i % C] = b.bias ? start(V{}, b.bias[o + i / C]) : load<V>(sum + (i / C * pixels + i % C) * W);
         const uint32_t* w = weights;
-        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
-          for (int64_t k = 0; k < b.area; ++k, w += F) {
-            const float* in = packed + b.offsets[k];
-            V x[C];
+        for (int64_t p = 0; p < b.products; ++p, w += F) {
+          const float* in = packed + b.offsets[p];
+          V x[C];
 #pragma GCC unroll 32
-            for (int c = 0; c < C; ++c) x[c] = load<V>(in + c * W);
+          for (int c = 0; c < C; ++c) x[c] = load<V>(in + c * W);
 #pragma GCC unroll 32
-            for (int f = 0; f < F; ++f) {
-              const V each = spread<V>(w[f]);
+          for (int f = 0; f < F; ++f) {
+            const V each = spread<V>(w[f]);
 #pragma GCC unroll 32
-              for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
-            }
+            for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
           }
+        }
 #pragma GCC unroll 32
-        for (int i = 0; i < F * C; ++i) store(sum + (i / C * pixels + i % C) * W, v[i / C][i % C]);
+        for (int i = 0; i < F * C; ++i)
+          if (!b.outputs) store(sum + (i / C * pixels + i % C) * W, v[i / C][i % C]);
+          else if (o + i / C < filters) finish<Format>(to, o + i / C, row, column + i % C, (const vf*)&v[i / C][i % C]);
       }
   }
 }
-
-struct Ending {  // from sums to what is stored: clamp(sum + other), or of integers clamp(sum * scale + shift + other *
-                 // ...)
-  float low, high, scale, shift, other_scale;
-  bool real;  // integers: stored as float
-};
 
 struct Micro {  // a register tile
   int64_t rows, columns;
@@ -203,20 +253,23 @@ struct Micro {  // a register tile
 // How samples lie: kLanes of them make a packed vector, and kSums vectors of sums.
 struct Float32 {
   using Element = float;
+  using Sum = vf;
   static constexpr const char* kName = "float32";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
   static constexpr int kDeep = 1, kGap = 0;                   // units of a product; floats between units
 #if defined(__AVX512F__)
   static constexpr int kFilters = 4;
-  static constexpr Micro kSparse[] = {{4, 4, add_taps<vf, 4, 4>}, {2, 8, add_taps<vf, 2, 8>},
-                                      {2, 7, add_taps<vf, 2, 7>}, {1, 16, add_taps<vf, 1, 16>},
-                                      {1, 4, add_taps<vf, 1, 4>}, {1, 1, add_taps<vf, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<vf, 4, 4>}, {1, 1, add_rows<vf, 4, 1>}};
+  static constexpr Micro kSparse[] = {{4, 4, add_taps<Float32, 4, 4>}, {2, 8, add_taps<Float32, 2, 8>},
+                                      {2, 7, add_taps<Float32, 2, 7>}, {1, 16, add_taps<Float32, 1, 16>},
+                                      {1, 4, add_taps<Float32, 1, 4>}, {1, 1, add_taps<Float32, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Float32, 4, 4>}, {1, 1, add_rows<Float32, 4, 1>}};
 #else
   static constexpr int kFilters = 2;
-  static constexpr Micro kSparse[] = {
-      {2, 4, add_taps<vf, 2, 4>}, {1, 8, add_taps<vf, 1, 8>}, {1, 4, add_taps<vf, 1, 4>}, {1, 1, add_taps<vf, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<vf, 2, 4>}, {1, 1, add_rows<vf, 2, 1>}};
+  static constexpr Micro kSparse[] = {{2, 4, add_taps<Float32, 2, 4>},
+                                      {1, 8, add_taps<Float32, 1, 8>},
+                                      {1, 4, add_taps<Float32, 1, 4>},
+                                      {1, 1, add_taps<Float32, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Float32, 2, 4>}, {1, 1, add_rows<Float32, 2, 1>}};
 #endif
   using Image = float;
   using Logit = float;
@@ -226,9 +279,8 @@ struct Float32 {
   static void pack_unit(const float* const* in, float* out) { store(out, load<vf>(in[0])); }
   static void unpack(const float* in, vf* out) { *out = load<vf>(in); }
   static void pack_sums(const vf* in, float* out) { store(out, in[0]); }
-  static void finish(const float* sums, const float* other, const Ending& e, float* out) {
-    const vf sum = load<vf>(sums);
-    store(out, finished(other ? sum + load<vf>(other) : sum, e.low, e.high));
+  static void finish(const vf* sums, const float* other, const Ending& e, float* out) {
+    store(out, finished(other ? sums[0] + load<vf>(other) : sums[0], e.low, e.high));
   }
   static float widen(Element v) { return v; }
   static Element narrow(float v) { return v; }
@@ -239,10 +291,23 @@ struct Float32 {
 
 struct Bfloat16 {  // widened when it is packed
   using Element = uint16_t;
+  using Sum = vf;
   static constexpr const char* kName = "bfloat16";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters, kDeep = 1, kGap = 0;
-  static constexpr auto& kSparse = Float32::kSparse;
-  static constexpr auto& kDense = Float32::kDense;
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kDeep = 1, kGap = 0;
+#if defined(__AVX512F__)
+  static constexpr int kFilters = 4;
+  static constexpr Micro kSparse[] = {{4, 4, add_taps<Bfloat16, 4, 4>}, {2, 8, add_taps<Bfloat16, 2, 8>},
+                                      {2, 7, add_taps<Bfloat16, 2, 7>}, {1, 16, add_taps<Bfloat16, 1, 16>},
+                                      {1, 4, add_taps<Bfloat16, 1, 4>}, {1, 1, add_taps<Bfloat16, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Bfloat16, 4, 4>}, {1, 1, add_rows<Bfloat16, 4, 1>}};
+#else
+  static constexpr int kFilters = 2;
+  static constexpr Micro kSparse[] = {{2, 4, add_taps<Bfloat16, 2, 4>},
+                                      {1, 8, add_taps<Bfloat16, 1, 8>},
+                                      {1, 4, add_taps<Bfloat16, 1, 4>},
+                                      {1, 1, add_taps<Bfloat16, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Bfloat16, 2, 4>}, {1, 1, add_rows<Bfloat16, 2, 1>}};
+#endif
   using Image = uint16_t;
   using Logit = uint16_t;
   static uint32_t weight(float w) { return uint32_t(csam::to_bf16(w)) << 16; }
@@ -251,9 +316,8 @@ struct Bfloat16 {  // widened when it is packed
   static void pack_unit(const uint16_t* const* in, float* out) { store(out, pack(in[0])); }
   static void unpack(const uint16_t* in, vf* out) { *out = pack(in); }
   static void pack_sums(const vf* in, float* out) { store(out, rounded(in[0])); }
-  static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
-    const vf sum = load<vf>(sums);
-    store(out, to_bf16(finished(other ? sum + from_bf16(load<vh>(other)) : sum, e.low, e.high)));
+  static void finish(const vf* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+    store(out, to_bf16(finished(other ? sums[0] + from_bf16(load<vh>(other)) : sums[0], e.low, e.high)));
   }
   static float widen(Element v) { return csam::from_bf16(v); }
   static Element narrow(float v) { return csam::to_bf16(v); }
@@ -285,13 +349,14 @@ CSAM_BF16 inline __attribute__((always_inline)) void add_pair(const float* packe
     }
 }
 
-template <int R, int C>
+template <class Format, int R, int C>
 CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
-    fetch(b, o * share, (o + 1) * share);
-    if (!b.bias && first == end) continue;
+    fetch(b, share);
+    if (!b.bias && first == end && !b.outputs) continue;
     const __m512 start = _mm512_set1_ps(b.bias ? b.bias[o] : 0);
     for (int64_t row = 0; row < b.rows; row += R)
       for (int64_t column = 0; column < b.columns; column += C) {
@@ -306,19 +371,22 @@ CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
         for (; end - t > 1; t += 2) add_pair<R, C, 2>(packed, b.pitch, t, v);
         if (t < end) add_pair<R, C, 1>(packed, b.pitch, t, v);
 #pragma GCC unroll 32
-        for (int i = 0; i < 2 * R * C; ++i)
-          _mm512_store_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
+        for (int i = 0; i < R * C; ++i)
+          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)v[i]);
+          else
+            for (int j = 0; j < 2; ++j) _mm512_store_ps(sum + (2 * (i / C * b.columns + i % C) + j) * W, v[i][j]);
       }
   }
 }
 
 // F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
-template <int F, int C>
+template <class Format, int F, int C>
 CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
-    fetch(b, o / F * share, (o / F + 1) * share);
-    const uint32_t* weights = b.weights + o * b.units * b.area;
+    fetch(b, share);
+    const uint32_t* weights = b.weights + o * b.products;
     for (int64_t row = 0; row < b.rows; ++row)
       for (int64_t column = 0; column < b.columns; column += C) {
         float* sum = sums + 2 * (row * b.columns + column) * W;
@@ -330,23 +398,25 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
           for (int i = 0; i < 2 * C; ++i)
             v[f][i] = b.bias ? _mm512_set1_ps(b.bias[o + f]) : _mm512_load_ps(sum + (2 * f * pixels + i) * W);
         const uint32_t* w = weights;
-        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
-          for (int64_t k = 0; k < b.area; ++k, w += F) {
-            const float* in = packed + b.offsets[k];
-            __m512bh x[2 * C];
+        for (int64_t p = 0; p < b.products; ++p, w += F) {
+          const float* in = packed + b.offsets[p];
+          __m512bh x[2 * C];
 #pragma GCC unroll 32
-            for (int i = 0; i < 2 * C; ++i) x[i] = (__m512bh)_mm512_load_si512(in + i * W);
+          for (int i = 0; i < 2 * C; ++i) x[i] = (__m512bh)_mm512_load_si512(in + i * W);
 #pragma GCC unroll 32
-            for (int f = 0; f < F; ++f) {
-              const __m512bh each = (__m512bh)_mm512_set1_epi32(int(w[f]));
+          for (int f = 0; f < F; ++f) {
+            const __m512bh each = (__m512bh)_mm512_set1_epi32(int(w[f]));
 #pragma GCC unroll 32
-              for (int i = 0; i < 2 * C; ++i) v[f][i] = _mm512_dpbf16_ps(v[f][i], x[i], each);
-            }
+            for (int i = 0; i < 2 * C; ++i) v[f][i] = _mm512_dpbf16_ps(v[f][i], x[i], each);
           }
+        }
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
 #pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
+          for (int c = 0; c < C; ++c)
+            if (!b.outputs)
+              for (int i = 2 * c; i < 2 * c + 2; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
+            else if (o + f < filters) finish<Format>(to, o + f, row, column + c, (const vf*)&v[f][2 * c]);
       }
   }
 }
@@ -363,12 +433,13 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
   using Element = uint16_t;
   static constexpr const char* kName = "bfloat16 pairs";
   static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4, kDeep = 1, kGap = 0;
-  static constexpr Micro kSparse[] = {{2, 4, add_pairs<2, 4>},
-                                      {1, 8, add_pairs<1, 8>},
-                                      {1, 7, add_pairs<1, 7>},
-                                      {1, 4, add_pairs<1, 4>},
-                                      {1, 1, add_pairs<1, 1>}};
-  static constexpr Micro kDense[] = {{1, 2, add_row_pairs<4, 2>}, {1, 1, add_row_pairs<4, 1>}};
+  static constexpr Micro kSparse[] = {{2, 4, add_pairs<Bfloat16Pairs, 2, 4>},
+                                      {1, 8, add_pairs<Bfloat16Pairs, 1, 8>},
+                                      {1, 7, add_pairs<Bfloat16Pairs, 1, 7>},
+                                      {1, 4, add_pairs<Bfloat16Pairs, 1, 4>},
+                                      {1, 1, add_pairs<Bfloat16Pairs, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 2, add_row_pairs<Bfloat16Pairs, 4, 2>},
+                                     {1, 1, add_row_pairs<Bfloat16Pairs, 4, 1>}};
   using Image = uint16_t;
   using Logit = uint16_t;
   static uint32_t weight(float w) { return Bfloat16::weight(w); }
@@ -392,8 +463,8 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
     const __m512i both = csam::CSAM_ISA::rounded(in[0], in[1]);
     _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
   }
-  static void finish(const float* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
-    vf first = load<vf>(sums), second = load<vf>(sums + W);
+  static void finish(const vf* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+    vf first = sums[0], second = sums[1];
     if (other) {
       const __m512i o = _mm512_loadu_si512(other), zero = _mm512_setzero_si512();
       first += (vf)_mm512_unpacklo_epi16(zero, o);
@@ -430,27 +501,28 @@ CSAM_INLINE vf ended(vi sum, vf other, const Ending& e) {
 
 struct Int8 {  // unsigned values times signed weights, summed in 32 bits
   using Element = uint8_t;
+  using Sum = vi;
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters, kDeep = 1, kGap = 0;
 #if defined(__AVX512F__)
   static constexpr Micro kSparse[] = {
-      {4, 4, add_taps<vi, 4, 4>}, {1, 4, add_taps<vi, 1, 4>}, {1, 1, add_taps<vi, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<vi, 4, 4>}, {1, 1, add_rows<vi, 4, 1>}};
+      {4, 4, add_taps<Int8, 4, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 4, 4>}, {1, 1, add_rows<Int8, 4, 1>}};
 #else
   static constexpr Micro kSparse[] = {
-      {2, 4, add_taps<vi, 2, 4>}, {1, 4, add_taps<vi, 1, 4>}, {1, 1, add_taps<vi, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<vi, 2, 4>}, {1, 1, add_rows<vi, 2, 1>}};
+      {2, 4, add_taps<Int8, 2, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 2, 4>}, {1, 1, add_rows<Int8, 2, 1>}};
 #endif
   static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
   static void unpack(const uint8_t* in, vf* out) { *out = pack(in); }
   static void pack_unit(const uint8_t* const* in, float* out) { store(out, pack(in[0])); }
-  static void finish(const float* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+  static void finish(const vf* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const vf added = other ? __builtin_convertvector(load<vb>(other), vf) : vf{};
-    const vf y = ended(load<vi>(sums), added, e);
+    const vf y = ended((vi)sums[0], added, e);
     if (e.real) store(out, y);
     else store_bytes(nearest(y), out);
   }
@@ -476,13 +548,14 @@ CSAM_INLINE Quad interleaved(__m512i a, __m512i b, __m512i c, __m512i d) {
            _mm512_unpackhi_epi16(ef, gh)}};
 }
 
-template <int R, int C>
+template <class Format, int R, int C>
 CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += 4 * pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
-    fetch(b, o * share, (o + 1) * share);
-    if (!b.bias && first == end) continue;
+    fetch(b, share);
+    if (!b.bias && first == end && !b.outputs) continue;
     const __m512i initial = _mm512_set1_epi32(b.bias ? int32_t(b.bias[o]) : 0);
     for (int64_t row = 0; row < b.rows; row += R)
       for (int64_t column = 0; column < b.columns; column += C) {
@@ -519,19 +592,22 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
             }
         }
 #pragma GCC unroll 32
-        for (int i = 0; i < 4 * R * C; ++i)
-          _mm512_store_si512(sum + (4 * (i / 4 / C * b.columns + i / 4 % C) + i % 4) * W, v[i / 4][i % 4]);
+        for (int i = 0; i < R * C; ++i)
+          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)v[i]);
+          else
+            for (int j = 0; j < 4; ++j) _mm512_store_si512(sum + (4 * (i / C * b.columns + i % C) + j) * W, v[i][j]);
       }
   }
 }
 
 // F filters at a time at one pixel; four channels lie interleaved.
-template <int F>
+template <class Format, int F>
 CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
+  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += 4 * F * pixels * W) {
-    fetch(b, o / F * share, (o / F + 1) * share);
-    const uint32_t* weights = b.weights + o * b.units * b.area;
+    fetch(b, share);
+    const uint32_t* weights = b.weights + o * b.products;
     for (int64_t row = 0; row < b.rows; ++row)
       for (int64_t column = 0; column < b.columns; ++column) {
         float* sum = sums + 4 * (row * b.columns + column) * W;
@@ -544,23 +620,23 @@ CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
             v[f][i] =
                 b.bias ? _mm512_set1_epi32(int32_t(b.bias[o + f])) : _mm512_load_si512(sum + (4 * f * pixels + i) * W);
         const uint32_t* w = weights;
-        for (int64_t u = 0; u < b.units; ++u, packed += b.unit)
-          for (int64_t k = 0; k < b.area; ++k, w += F) {
-            const float* in = packed + b.offsets[k];
-            __m512i x[4];
+        for (int64_t p = 0; p < b.products; ++p, w += F) {
+          const float* in = packed + b.offsets[p];
+          __m512i x[4];
 #pragma GCC unroll 32
-            for (int i = 0; i < 4; ++i) x[i] = _mm512_load_si512(in + i * W);
+          for (int i = 0; i < 4; ++i) x[i] = _mm512_load_si512(in + i * W);
 #pragma GCC unroll 32
-            for (int f = 0; f < F; ++f) {
-              const __m512i each = _mm512_set1_epi32(int(w[f]));
+          for (int f = 0; f < F; ++f) {
+            const __m512i each = _mm512_set1_epi32(int(w[f]));
 #pragma GCC unroll 32
-              for (int i = 0; i < 4; ++i) v[f][i] = _mm512_dpbusd_epi32(v[f][i], x[i], each);
-            }
+            for (int i = 0; i < 4; ++i) v[f][i] = _mm512_dpbusd_epi32(v[f][i], x[i], each);
           }
+        }
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
-#pragma GCC unroll 32
-          for (int i = 0; i < 4; ++i) _mm512_store_si512(sum + (4 * f * pixels + i) * W, v[f][i]);
+          if (!b.outputs)
+            for (int i = 0; i < 4; ++i) _mm512_store_si512(sum + (4 * f * pixels + i) * W, v[f][i]);
+          else if (o + f < filters) finish<Format>(to, o + f, row, column, (const vf*)v[f]);
       }
   }
 }
@@ -571,8 +647,9 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   using Logit = float;
   static constexpr const char* kName = "int8";  // integers: the same bits as without it
   static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4, kDeep = 1, kGap = 0;
-  static constexpr Micro kSparse[] = {{2, 2, add_quads<2, 2>}, {1, 4, add_quads<1, 4>}, {1, 1, add_quads<1, 1>}};
-  static constexpr Micro kDense[] = {{1, 1, add_row_quads<4>}};
+  static constexpr Micro kSparse[] = {
+      {2, 2, add_quads<Int8Quads, 2, 2>}, {1, 4, add_quads<Int8Quads, 1, 4>}, {1, 1, add_quads<Int8Quads, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 1, add_row_quads<Int8Quads, 4>}};
   static uint32_t weight(float w) { return Int8::weight(w); }
   static uint32_t unit_weight(const float* w) {
     uint32_t bits = 0;
@@ -585,11 +662,11 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
                                _mm512_loadu_si512(in[3]));
     for (int i = 0; i < 4; ++i) _mm512_store_si512(out + i * W, q.v[i]);
   }
-  static void finish(const float* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+  static void finish(const vf* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const __m512i zero = _mm512_setzero_si512();
     const Quad o = other ? interleaved(_mm512_loadu_si512(other), zero, zero, zero) : Quad{{zero, zero, zero, zero}};
     vf y[4];
-    for (int i = 0; i < 4; ++i) y[i] = ended(load<vi>(sums + i * W), to_float((vi)o.v[i]), e);
+    for (int i = 0; i < 4; ++i) y[i] = ended((vi)sums[i], to_float((vi)o.v[i]), e);
     if (e.real) {
       for (int s = 0; s < kLanes; ++s) store(out + 4 * s, y[s % 16 / 4][s / 16 * 4 + s % 4]);
       return;
@@ -611,8 +688,8 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
 // the second-level cache gives 330 bytes), 6 M for C, 10 M for packing and storing: two thirds of the peak.
 template <class Format, int Strips, int Vectors>
 static void add_tile(const Block& b, const uint32_t* weights, const float* bias, const float* packed, float* sums) {
-  const int64_t pitch = b.rows * b.columns * Format::kSums * W, deep = b.deep, unit = b.unit, area = b.area;
-  const int64_t strip = 16 * b.units * area, row = 4 * pitch;
+  const int64_t pitch = b.rows * b.columns * Format::kSums * W, deep = b.deep;
+  const int64_t strip = 16 * b.products * deep, row = 4 * pitch;
   for (int f = 0; bias && f < 16 * Strips; ++f)
     for (int v = 0; v < Vectors; ++v) store(sums + f * pitch + v * W, Format::start(bias[f]));
   float* next = Strips == 2 ? sums + 16 * pitch : sums + 2 * W;
@@ -622,25 +699,24 @@ static void add_tile(const Block& b, const uint32_t* weights, const float* bias,
     tile_load<2>(next, row);
     tile_load<3>(next + W, row);
   }
-  for (int64_t u = 0; u < b.units; u += deep, packed += deep * unit)
-    for (int64_t k = 0; k < area; ++k, weights += 16 * deep) {
-      const float* in = packed + b.offsets[k];
-      tile_load<4>(weights, 4 * deep);
-      tile_load<6>(in, 4 * unit);
-      Format::template product<0, 4, 6>();
-      tile_load<7>(in + W, 4 * unit);
-      Format::template product<1, 4, 7>();
-      if (Strips == 2) {
-        tile_load<5>(weights + strip, 4 * deep);
-        Format::template product<2, 5, 6>();
-        Format::template product<3, 5, 7>();
-      } else if (Vectors == 4) {
-        tile_load<6>(in + 2 * W, 4 * unit);
-        Format::template product<2, 4, 6>();
-        tile_load<7>(in + 3 * W, 4 * unit);
-        Format::template product<3, 4, 7>();
-      }
+  for (int64_t p = 0; p < b.products; ++p, weights += 16 * deep) {
+    const float* in = packed + b.offsets[p];
+    tile_load<4>(weights, 4 * deep);
+    tile_load<6>(in, 4 * b.unit);
+    Format::template product<0, 4, 6>();
+    tile_load<7>(in + W, 4 * b.unit);
+    Format::template product<1, 4, 7>();
+    if (Strips == 2) {
+      tile_load<5>(weights + strip, 4 * deep);
+      Format::template product<2, 5, 6>();
+      Format::template product<3, 5, 7>();
+    } else if (Vectors == 4) {
+      tile_load<6>(in + 2 * W, 4 * b.unit);
+      Format::template product<2, 4, 6>();
+      tile_load<7>(in + 3 * W, 4 * b.unit);
+      Format::template product<3, 4, 7>();
     }
+  }
   tile_store<0>(sums, row);
   tile_store<1>(sums + W, row);
   if (Strips * Vectors == 4) {
@@ -652,7 +728,6 @@ static void add_tile(const Block& b, const uint32_t* weights, const float* bias,
 template <class Format>
 static void add_tiles(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, 32) * b.rows), vectors = b.columns * Format::kSums;
-  int64_t fetched = 0;
   TileShapes shapes;
   for (int t = 0; t < 8; ++t) {  // 0 .. 3: C, 4 and 5: A, 6 and 7: B
     shapes.rows[t] = uint8_t(t < 6 ? 16 : b.deep);
@@ -660,11 +735,11 @@ static void add_tiles(const Block& b, int64_t filters, float* sums) {
   }
   tile_configure(shapes);
   for (int64_t o = 0; o < filters; o += 32) {
-    const uint32_t* weights = b.weights + o * b.units * b.area;
+    const uint32_t* weights = b.weights + o * b.products * b.deep;
     const float* bias = b.bias ? b.bias + o : nullptr;
     float* sum = sums + o * b.rows * vectors * W;
-    for (int64_t row = 0; row < b.rows; ++row, fetched += share) {
-      fetch(b, fetched, fetched + share);
+    for (int64_t row = 0; row < b.rows; ++row) {
+      fetch(b, share);
       const float* packed = b.packed + row * b.pitch;
       for (int64_t left = vectors, step; left > 0; left -= step, packed += step * W, sum += step * W) {
         step = filters - o > 16 || left < 4 ? 2 : 4;
@@ -743,9 +818,9 @@ struct Layer {
     for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
   }
 
-  // Rows of a tile, at most, so that 4 rows are enough between two steps: for one of its own a reader of three taps
-  // needs 3, and what makes them is at most 1 ahead.
-  int64_t most_rows() const { return in_rows < a.height ? 1 : out_rows < a.out_height ? 2 : kMostLines; }
+  // Rows of a tile, at most. Between steps that run together as many are kept as the reader needs for one of its own,
+  // and what makes them is never ahead.
+  int64_t most_rows() const { return in_rows < a.height || out_rows < a.out_height ? 1 : kMostLines; }
   // Rows of the input that results from row `top` on, so many, are made of: up to this one.
   int64_t reach(int64_t top, int64_t rows) const {
     const int64_t end = (top + rows - 1) * a.stride[0] - a.padding[0] + (a.kernel[0] - 1) * a.dilation[0] + 1;
@@ -784,7 +859,7 @@ struct Layer {
   // Sums [rows, columns] of one filter, `pitch` floats apart, to the outputs from (top, left) on that are inside.
   void write(int64_t slot, int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
              const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples) const {
-    const Ending ending = {a.low, a.high, scales[slot], a.shift, a.other_scale, a.real};
+    const Ending ending = this->ending(scales[slot]);
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
     const int64_t ahead = 2 * a.out_height * a.out_width * samples;      // the filter after the next one's
     const int64_t end = columns < a.out_width - left ? columns : a.out_width - left;
@@ -799,14 +874,20 @@ struct Layer {
         for (int64_t c = 0; c < end; ++c, sum += pitch, added += samples, to += width * samples) {
           __builtin_prefetch(added + ahead);
           __builtin_prefetch(to + ahead, 1);
-          Format::finish(sum, added, ending, to);
+          finish_at(sum, added, ending, to);
         }
       else
         for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
           __builtin_prefetch(to + ahead, 1);
-          Format::finish(sum, nullptr, ending, to);
+          finish_at(sum, nullptr, ending, to);
         }
     }
+  }
+
+  CSAM_INLINE void finish_at(const float* sums, const Element* other, const Ending& ending, Element* out) {
+    vf v[Format::kSums];
+    for (int i = 0; i < Format::kSums; ++i) v[i] = load<vf>(sums + i * W);
+    Format::finish(v, other, ending, out);
   }
 
   void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, const Element* added, const Ending& ending,
@@ -815,10 +896,12 @@ struct Layer {
     for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
       Element some[Format::kLanes * 4] = {};
       if (added) memcpy(some, added + c * samples, n * sizeof *some);
-      Format::finish(sum, added ? some : nullptr, ending, some);
+      finish_at(sum, added ? some : nullptr, ending, some);
       memcpy(to, some, n * width * sizeof *some);
     }
   }
+
+  Ending ending(float scale) const { return {a.low, a.high, scale, a.shift, a.other_scale, a.real}; }
 
   // The filters without a weight, over the same outputs.
   void write_dead(int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
@@ -833,16 +916,13 @@ struct Layer {
 
 struct Scratch {  // of one thread; serves every layer that it was made large enough for
   Array<float> packed, sums;
-  Array<const void*> lines;
-  Array<int64_t> columns;
+  Array<int64_t> offsets;
 };
 struct Sizes {
-  int64_t packed = 0, sums = 0, lines = 0, columns = 0;
+  int64_t packed = 0, sums = 0, offsets = 0;
   static void raise(int64_t& size, int64_t to) { size = size < to ? to : size; }
-  int64_t bytes() const { return 4 * (packed + sums) + 8 * (lines + columns); }
-  Scratch make() const {
-    return {Array<float>(packed), Array<float>(sums), Array<const void*>(lines), Array<int64_t>(columns)};
-  }
+  int64_t bytes() const { return 4 * (packed + sums) + 8 * offsets; }
+  Scratch make() const { return {Array<float>(packed), Array<float>(sums), Array<int64_t>(offsets)}; }
 };
 
 // A convolution readied: its weight laid out for the tile that leaves the least to do.
@@ -863,11 +943,11 @@ struct Convolution : Layer<Format> {
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, together / step() * unit);
     Sizes::raise(sizes.sums, group * tile.rows * tile.columns * Format::kSums * W);
-    Sizes::raise(sizes.lines, together * lines);
-    Sizes::raise(sizes.columns, across_lines);
+    Sizes::raise(sizes.offsets, lines);
   }
 
   int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
+  static constexpr bool kStraight = Format::kDeep == 1;           // results go straight from registers to the output
   bool tiled() const { return dense && Format::kDeep > 1; }       // by AMX
   int64_t budget(int64_t bytes) const {                           // of a block whose units take so many
     if (!tiled()) return kBlockBytes[dense];
@@ -968,8 +1048,10 @@ struct Convolution : Layer<Format> {
   }
 
   void lay_dense(const Axis& x, const Axis& y) {
-    offsets = Array<int32_t>(area);
-    for (int64_t k = 0; k < area; ++k) offsets[k] = offset(x, y, k) * W * Format::kSums;
+    const int64_t depth = deep * step();
+    offsets = Array<int32_t>(together / depth * area);
+    for (int64_t p = 0; p < together / depth * area; ++p)
+      offsets[p] = int32_t(p / area * deep * unit + offset(x, y, p % area) * W * Format::kSums);
     const Array<float> full = Base::full();
     weights = Array<uint32_t>(padded * padded_channels() * area / Format::kTogether);
     uint32_t* out = weights.data;
@@ -988,62 +1070,67 @@ struct Convolution : Layer<Format> {
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
            const Scratch& s) const {
-    const Element* zeros = border.data;
     const int64_t depth = tiles(samples, Format::kLanes);
     const int64_t part = job % groups(), first = part * group, place = job / groups();
     const int64_t mine = live - first < group ? live - first : group;
     const int64_t sample = place % depth * Format::kLanes, n = samples - sample;
     const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
     const bool far = channels * a.height * a.width * samples * int64_t(sizeof(Element)) > kNearBytes;
-    for (int64_t j = 0; j < across_lines; ++j) {
-      const int64_t column = left * a.stride[1] - a.padding[1] + column_source[j];
-      s.columns[j] = column >= 0 && column < a.width ? column * samples + sample : -1;
+    int64_t* found = s.offsets.data;
+    for (int64_t i = 0; i < lines / across_lines; ++i) {
+      const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
+      const int64_t start = row >= 0 && row < a.height ? row % in_rows * a.width * samples + sample : -1;
+      for (int64_t j = 0; j < across_lines; ++j) {
+        const int64_t column = left * a.stride[1] - a.padding[1] + column_source[j];
+        const bool inside = start >= 0 && column >= 0 && column < a.width;
+        *found++ = inside ? (start + column * samples) * int64_t(sizeof(Element)) : -1;
+      }
     }
-    const int64_t down_lines = lines / across_lines;
-    const auto find = [&](int64_t b) {
-      const int64_t from = b * together, last = padded_channels();
-      const int64_t to = from + together < last ? from + together : last;
-      int64_t found = 0;
-      for (int64_t c = from; c < to; ++c)
-        for (int64_t i = 0; i < down_lines; ++i) {
-          const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
-          const bool inside = c < channels && row >= 0 && row < a.height;
-          const int64_t line = inside ? channel[c] * in_rows + row % in_rows : 0;
-          const Element* start = in + line * a.width * samples;
-          for (int64_t j = 0; j < across_lines; ++j)
-            s.lines[found++] = inside && s.columns[j] >= 0 ? start + s.columns[j] : zeros;
-        }
-      return found;
-    };
-    int64_t count = find(0);
+    Input ahead = {reinterpret_cast<const char*>(in), s.offsets.data, lines, 0, channel.data, 0, 0, 0};
+    ahead.plane = in_rows * a.width * samples * int64_t(sizeof(Element));
+    int64_t row_at[kMostTileRows];
+    Outputs outputs = {other, out, row_at, 0, 0, Base::out_rows * a.out_width * samples, samples, 1};
+    if (other) outputs.other = other + sample;
+    outputs.width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    outputs.out = out + sample * outputs.width;
+    outputs.rows = tile.rows < a.out_height - top ? tile.rows : a.out_height - top;
+    outputs.columns = tile.columns < a.out_width - left ? tile.columns : a.out_width - left;
+    for (int64_t r = 0; r < outputs.rows; ++r) row_at[r] = ((top + r) % Base::out_rows * a.out_width + left) * samples;
+    outputs.filter = filter.data + first;
+    outputs.scales = Base::scales.data + first;
+    outputs.ending = Base::ending(1);
     for (int64_t b = 0; b < blocks && mine > 0; ++b) {
-      pack(s, count, n);
+      pack(ahead, b, n, s.packed.data);
       const int64_t packed_units = units(b);
-      count = find(b + 1);
+      ahead.next = (b + 1) * together, ahead.line = 0;
+      ahead.end = ahead.next + together < channels ? ahead.next + together : channels;
       // Filters end in the last block, some at a time while their sums are near.
-      const bool last = b + 1 == blocks;
-      const int64_t turn = last ? kTurn * (tiled() ? Format::kFilters : 1) : mine, pixels = tile.rows * tile.columns;
+      const bool last = b + 1 == blocks, straight = last && kStraight && n >= Format::kLanes;
+      const int64_t turn = straight ? mine
+                           : last   ? kTurn * (tiled() ? Format::kFilters : 1)
+                                    : mine,
+                    pixels = tile.rows * tile.columns;
       for (int64_t o = 0; o < mine; o += turn) {
         const int64_t here = mine - o < turn ? mine - o : turn, slot = first + o;
         float* sums = s.sums.data + (blocks > 1 ? o : 0) * pixels * Format::kSums * W;
         Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns, pixels};
         block.bias = b ? nullptr : bias.data + slot;
-        block.ahead = s.lines.data;
-        block.fetches = far ? count : 0;
+        block.ahead = &ahead;
+        block.fetches = far && ahead.next < ahead.end ? (ahead.end - ahead.next) * lines : 0;
         if (dense) {
           block.weights = weights.data + (b * together / Format::kTogether * padded + slot * packed_units) * area;
           block.offsets = offsets.data;
-          block.units = packed_units;
-          block.unit = unit;
-          block.area = area;
+          block.products = packed_units / deep * area;
           block.deep = deep;
+          block.unit = unit;
         } else {
           block.taps = taps.data;
           block.cuts = cuts.data + slot * (blocks + 1) + b;
           block.stride = blocks + 1;
         }
+        if (straight) block.outputs = &outputs;
         tile.micro.add(block, here, sums);
-        for (int64_t i = 0; i < here && last; ++i)
+        for (int64_t i = 0; i < here && last && !straight; ++i)
           Base::write(slot + i, top, left, tile.rows, tile.columns, sample, n, sums + i * pixels * Format::kSums * W,
                       Format::kSums * W, other, out, samples);
       }
@@ -1051,22 +1138,30 @@ struct Convolution : Layer<Format> {
     if (!part) Base::write_dead(top, left, tile.rows, tile.columns, sample, n, other, out, samples);
   }
 
-  // The first n samples of what the lines point to, the lanes past them 0.
-  void pack(const Scratch& s, int64_t count, int64_t n) const {
-    const int64_t together = step();
-    float* out = s.packed.data;
-    Element some[Format::kTogether][Format::kLanes] = {};
-    for (int64_t first = 0; first < count; first += together * lines, out += dense ? Format::kGap : 0)
-      for (int64_t i = first; i < first + lines; ++i) {
-        const Element* in[Format::kTogether];
-        for (int64_t j = 0; j < together; ++j) {
-          in[j] = static_cast<const Element*>(s.lines[i + j * lines]);
+  // The first n samples of the lines of a block's channels, the lanes past them 0.
+  void pack(const Input& from, int64_t b, int64_t n, float* out) const {
+    constexpr int64_t T = Format::kTogether;
+    const char* nothing = reinterpret_cast<const char*>(border.data);
+    const int64_t first = b * together, last = first + units(b) * step();
+    Element some[T][Format::kLanes] = {};
+    for (int64_t c = first; c < last; c += step(), out += dense ? Format::kGap : 0) {
+      const char* base[T];
+      int64_t mask[T];  // 0 of a channel past the last
+      for (int64_t j = 0; j < step(); ++j) {
+        mask[j] = c + j < channels ? -1 : 0;
+        base[j] = mask[j] ? from.in + channel[c + j] * from.plane : nothing;
+      }
+      for (int64_t i = 0; i < lines; ++i, out += W * (dense ? Format::kSums : 1)) {
+        const int64_t offset = from.offsets[i];
+        const Element* in[T];
+        for (int64_t j = 0; j < step(); ++j) {
+          in[j] = reinterpret_cast<const Element*>(offset >= 0 ? base[j] + (offset & mask[j]) : nothing);
           if (n < Format::kLanes) in[j] = static_cast<Element*>(memcpy(some[j], in[j], n * sizeof(Element)));
         }
         if (dense) Format::pack_unit(in, out);
         else store(out, Format::pack(in[0]));
-        out += W * (dense ? Format::kSums : 1);
       }
+    }
   }
 };
 

@@ -9,11 +9,25 @@
 namespace csam {
 namespace CSAM_ISA {
 
+// Where a row of one filter's results lies.
+template <class Format>
+struct Row {
+  using Element = typename Format::Element;
+  const Element* other;  // null, or what is added
+  Element* out;
+  int64_t step, width;  // from one result to the next in values, and of a result in elements
+  Ending ending;
+  CSAM_INLINE void finish(const Row& to, int64_t x, const vf* sums) {
+    const int64_t at = x * to.step, width = sizeof(Element) == 1 ? to.width : 1;
+    Format::finish(sums, to.other ? to.other + at : nullptr, to.ending, to.out + at * width);
+  }
+};
+
 #if defined(__AVX512F__)
 // Columns of three pixels, interleaved once for three results; what is missing to four is multiplied by zero.
-template <class Pixels>
+template <class Format, class Pixels>
 CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, const uint32_t* w, float bias,
-                          float* sums) {
+                          const Row<Format> to) {
   const __m512i first = _mm512_set1_epi32(int32_t(bias)), zero = _mm512_setzero_si512();
   Quad columns[3];
   const uint8_t* from[3];
@@ -25,7 +39,7 @@ CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, con
   }
   for (int64_t x = 0; x < width; x += 3)
 #pragma GCC unroll 3
-    for (int t = 0; t < 3; ++t, sums += 4 * W) {
+    for (int t = 0; t < 3; ++t) {
       if (x + t >= width) return;
       pixels(left + x + t + 2, from);
       columns[(t + 2) % 3] =
@@ -36,17 +50,13 @@ CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, con
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
           sum[i] = _mm512_dpbusd_epi32(sum[i], columns[(t + j) % 3].v[i], _mm512_set1_epi32(int(w[j])));
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) _mm512_store_si512(sums + i * W, sum[i]);
+      Row<Format>::finish(to, x + t, (const vf*)sum);
     }
 }
-CSAM_VNNI void add_quad(const uint8_t* const* from, uint32_t w, float* sums) {
+CSAM_VNNI void add_quad(const uint8_t* const* from, uint32_t w, vf* sums) {
   const Quad q = interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]),
                              _mm512_loadu_si512(from[3]));
-  for (int i = 0; i < 4; ++i) {
-    const __m512i sum = _mm512_load_si512(sums + i * W);
-    _mm512_store_si512(sums + i * W, _mm512_dpbusd_epi32(sum, q.v[i], _mm512_set1_epi32(int(w))));
-  }
+  for (int i = 0; i < 4; ++i) sums[i] = (vf)_mm512_dpbusd_epi32((__m512i)sums[i], q.v[i], _mm512_set1_epi32(int(w)));
 }
 #endif
 
@@ -94,7 +104,7 @@ struct Depthwise : Layer<Format> {
       }
   }
 
-  void claim(Sizes& sizes) const { Sizes::raise(sizes.sums, a.out_width * K * W); }
+  void claim(Sizes&) const {}
   int64_t jobs(int64_t samples) const {
     return tiles(a.out_height, together_rows()) * slots * tiles(samples, Format::kLanes);
   }
@@ -114,6 +124,8 @@ struct Depthwise : Layer<Format> {
     const int64_t sample = job % depth * Format::kLanes, n = samples - sample;
     const int64_t top = job / depth / slots * together_rows(), end = top + together_rows();
     in += reads[o] * in_rows * a.width * samples + sample;
+    const int64_t o_filter = Base::filter[o], width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    const Ending ending = Base::ending(Base::scales[o]);
     Line lines[kMostRows];
     for (int64_t y = top; y < end && y < a.out_height; ++y) {
       for (int64_t i = 0; i < a.kernel[0]; ++i) {
@@ -121,10 +133,11 @@ struct Depthwise : Layer<Format> {
         const bool inside = row >= 0 && row < a.height;
         lines[i] = inside ? Line{in + row % in_rows * a.width * samples, samples} : Line{border.data, 0};
       }
-      if (n < Format::kLanes) any<false>(o, lines, n, s.sums.data);
-      else if (rolls()) roll(o, lines, s.sums.data);
-      else any<true>(o, lines, n, s.sums.data);
-      Base::write(o, y, 0, 1, a.out_width, sample, n, s.sums.data, K * W, other, out, samples);
+      const int64_t at = ((o_filter * out_rows + y % out_rows) * a.out_width) * samples + sample;
+      const Row<Format> to = {other ? other + at : nullptr, out + at * width, samples, width, ending};
+      if (n < Format::kLanes) any<false>(o, lines, n, to);
+      else if (rolls()) roll(o, lines, to);
+      else any<true>(o, lines, n, to);
     }
   }
 
@@ -134,34 +147,40 @@ struct Depthwise : Layer<Format> {
   }
 
   template <bool Whole>
-  void any(int64_t o, const Line* lines, int64_t n, float* sums) const {
+  void any(int64_t o, const Line* lines, int64_t n, const Row<Format> to) const {
     Element some[4][Format::kLanes] = {};
     const uint32_t* w = weights.data + o * words();
-    for (int64_t x = 0; x < a.out_width; ++x, sums += K * W) {
-      const auto from = [&](int64_t tap, Element* copy) {
-        const int64_t column = x * a.stride[1] - a.padding[1] + tap % a.kernel[1] * a.dilation[1];
-        const Element* at = pixel(lines[tap / a.kernel[1]], column);
-        return Whole ? at : static_cast<Element*>(memcpy(copy, at, n * sizeof(Element)));
-      };
-      if constexpr (kQuads) {
-        for (int k = 0; k < K; ++k) store(sums + k * W, Format::start(bias[o]));
-        for (int64_t tap = 0; tap < area; tap += 4) {
-          const Element* at[4];
-          for (int64_t j = 0; j < 4; ++j) at[j] = from(tap + j < area ? tap + j : tap, some[j]);
-          add_quad(at, w[tap / 4], sums);
+    for (int64_t x = 0; x < a.out_width; ++x) {
+      const int64_t left = x * a.stride[1] - a.padding[1];
+      const Element* at[4];
+      vf sums[K];
+      for (vf& v : sums) v = Format::start(bias[o]);
+      for (int64_t tap = 0, i = 0; i < a.kernel[0]; ++i)
+        for (int64_t j = 0; j < a.kernel[1]; ++j, ++tap) {
+          const Element* from = pixel(lines[i], left + j * a.dilation[1]);
+          if (!Whole) from = static_cast<Element*>(memcpy(some[tap % 4], from, n * sizeof(Element)));
+          if constexpr (kQuads) {
+            at[tap % 4] = from;
+            if (tap % 4 < 3 && tap + 1 < area) continue;
+            for (int64_t k = tap % 4 + 1; k < 4; ++k) at[k] = from;  // times zero
+            add_quad(at, w[tap / 4], sums);
+          } else {
+            vf in[K];
+            Format::unpack(from, in);
+            for (int k = 0; k < K; ++k) sums[k] = (vf)product_sum(spread<V>(w[tap]), (V)in[k], (V)sums[k]);
+          }
         }
-        continue;
-      } else {
-        V sum[K];
-        vf in[K];
-        for (V& v : sum) v = start(V{}, bias[o]);
-        for (int64_t tap = 0; tap < area; ++tap) {
-          Format::unpack(from(tap, some[0]), in);
-          for (int k = 0; k < K; ++k) sum[k] = product_sum(spread<V>(w[tap]), (V)in[k], sum[k]);
-        }
-        for (int k = 0; k < K; ++k) store(sums + k * W, sum[k]);
-      }
+      if (Whole) Row<Format>::finish(to, x, sums);
+      else finish_some(to, x, n, sums);
     }
+  }
+
+  CSAM_INLINE void finish_some(const Row<Format>& to, int64_t x, int64_t n, const vf* sums) {
+    Element some[Format::kLanes * 4] = {};
+    const int64_t at = x * to.step;
+    if (to.other) memcpy(some, to.other + at, n * sizeof *some);
+    Format::finish(sums, to.other ? some : nullptr, to.ending, some);
+    memcpy(to.out + at * to.width, some, n * to.width * sizeof *some);
   }
 
   struct Column {
@@ -170,7 +189,8 @@ struct Depthwise : Layer<Format> {
   inline __attribute__((always_inline)) void look(const Line* lines, int64_t x, Column& to) const {
     for (int i = 0; i < 3; ++i) Format::unpack(pixel(lines[i], x), reinterpret_cast<vf*>(to.v[i]));
   }
-  CSAM_INLINE void add(const V* w, V first, const Column& l, const Column& m, const Column& r, float* sums) {
+  CSAM_INLINE void add(const V* w, V first, const Column& l, const Column& m, const Column& r, const Row<Format>& to,
+                       int64_t x) {
     V sum[K];
     for (V& v : sum) v = first;
     for (int i = 0; i < 3; ++i)
@@ -179,37 +199,37 @@ struct Depthwise : Layer<Format> {
         sum[k] = product_sum(w[3 * i + 1], m.v[i][k], sum[k]);
         sum[k] = product_sum(w[3 * i + 2], r.v[i][k], sum[k]);
       }
-    for (int k = 0; k < K; ++k) store(sums + k * W, sum[k]);
+    Row<Format>::finish(to, x, (const vf*)sum);
   }
 
-  void roll(int64_t o, const Line* lines, float* sums) const {
+  void roll(int64_t o, const Line* lines, const Row<Format> to) const {
     if constexpr (kQuads) {
       const auto column = [&](int64_t x, const Element** from) {
         for (int i = 0; i < 3; ++i) from[i] = pixel(lines[i], x);
       };
-      return roll_quads(column, -a.padding[1], a.out_width, weights.data + o * words(), bias[o], sums);
+      return roll_quads(column, -a.padding[1], a.out_width, weights.data + o * words(), bias[o], to);
     } else {
-      roll_one(o, lines, sums);
+      roll_one(o, lines, to);
     }
   }
 
-  void roll_one(int64_t o, const Line* lines, float* sums) const {
+  void roll_one(int64_t o, const Line* lines, const Row<Format> to) const {
     V w[9];
     for (int k = 0; k < 9; ++k) w[k] = spread<V>(weights[o * area + k]);
     const V first = start(V{}, bias[o]);
     Column c[3];
-    int64_t x = -a.padding[1];
-    look(lines, x++, c[0]);
-    look(lines, x++, c[1]);
-    for (int64_t left = a.out_width; left > 0; left -= 3, sums += 3 * K * W) {
-      look(lines, x++, c[2]);
-      add(w, first, c[0], c[1], c[2], sums);
-      if (left < 2) break;
-      look(lines, x++, c[0]);
-      add(w, first, c[1], c[2], c[0], sums + K * W);
-      if (left < 3) break;
-      look(lines, x++, c[1]);
-      add(w, first, c[2], c[0], c[1], sums + 2 * K * W);
+    const int64_t left = -a.padding[1], end = a.out_width;
+    look(lines, left, c[0]);
+    look(lines, left + 1, c[1]);
+    for (int64_t x = 0; x < end; x += 3) {
+      look(lines, left + x + 2, c[2]);
+      add(w, first, c[0], c[1], c[2], to, x);
+      if (x + 1 == end) break;
+      look(lines, left + x + 3, c[0]);
+      add(w, first, c[1], c[2], c[0], to, x + 1);
+      if (x + 2 == end) break;
+      look(lines, left + x + 4, c[1]);
+      add(w, first, c[2], c[0], c[1], to, x + 2);
     }
   }
 };

@@ -34,6 +34,7 @@ struct Winograd : Layer<Format> {
   int64_t units, together, group, down, across;
   Micro micro;
   Array<uint32_t> weights;  // [places][blocks of units][padded / kFilters][units][kFilters]
+  Array<int32_t> offsets;   // of each unit of a block
   Array<float> nothing;
   double cost = 0;
 
@@ -52,6 +53,8 @@ struct Winograd : Layer<Format> {
     down = tiles(a.out_height, 2 * rows);
     across = tiles(a.out_width, 2 * columns);
     nothing = Array<float>(group);
+    offsets = Array<int32_t>(together);
+    for (int64_t u = 0; u < together; ++u) offsets[u] = int32_t(u * count * P);
   }
 
   // G w G^T, in double, for the dense loops.
@@ -88,7 +91,6 @@ struct Winograd : Layer<Format> {
       for (int64_t r = 0; r < rows; ++r)
         transform(in, u, top + 2 * r - a.padding[0], left - a.padding[1],
                   s.packed.data + (u * count + r * columns) * P);
-    const int32_t offset = 0;
     for (int64_t first = 0; first < live; first += group) {
       const int64_t mine = live - first < group ? live - first : group;
       for (int64_t p = 0; p < kPlaces; ++p)
@@ -96,10 +98,8 @@ struct Winograd : Layer<Format> {
           const int64_t here = units - u < together ? units - u : together;
           Block block = {s.packed.data + (p * units + u) * count * P, 0, 1, count, kPlaces * count};
           block.weights = weights.data + (p * units + u) * padded + first * here;
-          block.offsets = &offset;
-          block.units = here;
-          block.unit = count * P;
-          block.area = 1;
+          block.offsets = offsets.data;
+          block.products = here;
           block.bias = u ? nullptr : nothing.data;
           micro.add(block, mine, s.sums.data + p * count * P);
         }
