@@ -12,14 +12,14 @@ constexpr int kThreads = 128;
 constexpr int kResident = 8;
 constexpr int resident(int planes) { return planes == 1 ? 6 : 4; }  // leaves 80 and 128 registers a thread
 
-template <Law law>
+template <int law>
 __device__ inline void quad_deviates(int64_t quad, uint64_t sample, const NoiseArgs& a, float out[4]) {
   const Words start = {{uint32_t(quad), uint32_t(sample), uint32_t(sample >> 32), a.stream}};
-  deviates<law>(philox4x32(start, uint32_t(a.seed), uint32_t(a.seed >> 32)), out);
+  deviates<Law(law)>(philox4x32(start, uint32_t(a.seed), uint32_t(a.seed >> 32)), out);
 }
 
 // PLANES == 1: out[i][e], pixels stands for all elements. PLANES == 3: out[i][pixel][channel].
-template <int dtype, int PLANES, Law law, int COPIES>
+template <int dtype, int PLANES, int law, int COPIES>
 __device__ inline void noisy_group(const NoiseArgs& a, int64_t pixels, int64_t group, int64_t sample, int copies) {
   float x[PLANES][kGroup];
   for (int plane = 0; plane < PLANES; ++plane) {
@@ -48,7 +48,7 @@ __device__ inline void noisy_group(const NoiseArgs& a, int64_t pixels, int64_t g
   }
 }
 
-template <int dtype, int PLANES, Law law>
+template <int dtype, int PLANES, int law>
 __global__ void __launch_bounds__(kThreads, resident(PLANES)) noise_kernel(NoiseArgs a, int64_t pixels) {
   constexpr int COPIES = PLANES == 1 ? 2 : 1;
   const int64_t groups = pixels / kGroup, stride = int64_t(gridDim.x) * kThreads;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, resident(PLANES)) noise_kernel(Noise
   }
 }
 
-template <int dtype, Law law>
+template <int dtype, int law>
 __global__ void __launch_bounds__(kThreads, kResident) ragged_noise_kernel(NoiseArgs a) {
   const int64_t elements = a.channels * a.pixels, quads = (elements + 3) / 4;
   const int64_t stride = int64_t(gridDim.x) * kThreads, first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 int64_t blocks_for(int64_t items) { return (items + kThreads - 1) / kThreads; }
 
-template <int dtype, Law law>
+template <int dtype, int law>
 cudaError_t noise(const NoiseArgs& a, Device device) {
   const bool interleaved = a.channels_last && a.channels > 1 && a.pixels > 1;
   const int64_t elements = a.channels * a.pixels, pixels = interleaved ? a.pixels : elements;
@@ -114,7 +114,7 @@ cudaError_t noise(const NoiseArgs& a, Device device) {
                 a);
 }
 
-template <Law law>
+template <int law>
 cudaError_t noise(const NoiseArgs& a, Device device) {
   switch (a.dtype) {
     case kF32: return noise<kF32, law>(a, device);
@@ -127,9 +127,9 @@ cudaError_t noise(const NoiseArgs& a, Device device) {
 
 cudaError_t smoothing_noise(const NoiseArgs& a, Device device) {
   switch (a.law) {
-    case Law::kUniform: return noise<Law::kUniform>(a, device);
-    case Law::kLaplace: return noise<Law::kLaplace>(a, device);
-    default: return noise<Law::kGaussian>(a, device);
+    case Law::kUniform: return noise<int(Law::kUniform)>(a, device);
+    case Law::kLaplace: return noise<int(Law::kLaplace)>(a, device);
+    default: return noise<int(Law::kGaussian)>(a, device);
   }
 }
 
