@@ -18,14 +18,14 @@ its law is q to the last bit, if Philox's words are fair coins.
 `distance` bounds the total variation between q and p. The p_k are computed in decimal arithmetic of 60 digits, whose
 exp, square root and each operation are rounded correctly. F(z) - 1/2 is, for z >= 0,
 
-- gaussian: phi(z) (z + z^3/3 + z^5/(3*5) + ...), all of whose terms are positive, so that nothing cancels: some hundreds
-  of operations, and the terms left out are a fraction of 10^-58. From z = 14 on it is 1/2, to 2^-146;
+- gaussian: phi(z) (z + z^3/3 + z^5/(3*5) + ...), all of whose terms are positive, so that nothing cancels: hundreds of
+  operations, and the terms left out are a fraction of 10^-58. From z = 14 on it is 1/2, to 2^-146;
 - uniform: z / (2 sqrt(3)), 1/2 from z = sqrt(3) on;
 - laplace: (1 - exp(-sqrt(2) z)) / 2.
 
-Each q_k is a multiple of 2^-96 below p_k by at most 2^-96 (1 + 2^-40), and what is then missing from 1 goes to k = 0. So
-q is above p there alone, and their distance is at most what is missing: with the tails (2^bits + 1) 2^-96, as the table
-ends at least REACH s from 0, beyond which a coordinate lies with probability below 2^-99.
+Each q_k is a multiple of 2^-96 below p_k by at most 2^-96 (1 + 2^-40), and what is then missing from 1 goes to k = 0.
+So q is above p there alone, and their distance is at most what is missing: with the tails (2^bits + 1) 2^-96, as the
+table ends at least REACH s from 0, beyond which a coordinate lies with probability below 2^-99.
 """
 
 from __future__ import annotations

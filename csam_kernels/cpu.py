@@ -62,7 +62,9 @@ def smoothing_noise(
     out = _new(shape, dtype)
     channels_last = memory_format is torch.channels_last
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], channels_last)
-    _C.smoothing_noise(image.data_ptr(), n, channels, height * width, *scaled(law, sigma), *where, _threads(16 * out.numel()))
+    _C.smoothing_noise(
+        image.data_ptr(), n, channels, height * width, *scaled(law, sigma), *where, _threads(16 * out.numel())
+    )
     return out
 
 

@@ -27,15 +27,15 @@ def grid_noise(
     """n noisy copies of one image whose pixels are whole numbers / grid: out[i] = (x * grid + k_i) / grid.
 
     k_i is sigma * grid * eps rounded to whole numbers, eps as in `smoothing_noise`, within 2^-79 in total variation a
-    coordinate (`csam_kernels.cells`). It is drawn from the words of `smoothing_noise`, by (seed, stream, first_sample + i) alone.
-    The sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
+    coordinate (`csam_kernels.cells`). It is drawn from the same words, by (seed, stream, first_sample + i) alone. The
+    sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
     and noise they came from.
 
     Args:
         x: image [C, H, W] in float32, bfloat16 or float16, each value the float32 nearest to a whole number / grid,
             such as uint8 / 255.
         grid: steps to 1, 1 .. 2^16.
-        n, sigma, seed, first_sample, stream, dtype, memory_format, law: as in `smoothing_noise`; sigma in the unit of x.
+        n, sigma, seed, first_sample, stream, dtype, memory_format, law: as in `smoothing_noise`; sigma in x's unit.
 
     Returns:
         [n, C, H, W].
