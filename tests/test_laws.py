@@ -156,6 +156,12 @@ def test_certificates_of_a_linear_classifier_are_wrong_at_most_alpha_often(noise
     assert wrong > 0  # the bound is no looser than it need be
 
 
+@ALL
+def test_a_constant_classifier_has_the_largest_radius(noise: str) -> None:
+    label, radius = Smooth(Threshold(), 2, SIGMA, noise=noise).certify(at(100.0), n=1000, alpha=0.001)
+    assert (label, radius) == (1, pytest.approx(DISTRIBUTION[noise].ppf(0.001 ** (1 / 1000)), rel=1e-9))
+
+
 @OTHERS
 def test_predictions_are_of_the_law(noise: str) -> None:
     smooth = Smooth(Threshold(), 2, SIGMA, noise=noise)

@@ -23,6 +23,7 @@ def row(method: str, sparsity: float, accuracy: float) -> dict[str, Any]:
         "sparsity": sparsity,
         "clean_accuracy": accuracy,
         "pca": {"0.01": 0.5, "0.1": 1.0},
+        "norm": "l1",
         "certified_accuracy": {"0": accuracy, "0.25": accuracy / 2},
         "seconds": 12.34,
     }
@@ -84,7 +85,7 @@ def test_summary_files_hold_the_rows_exactly(tmp_path: Path) -> None:
         read = list(csv.DictReader(file))
     assert [float(r["certified_accuracy@0.25"]) for r in read] == [0.45, 0.4, 0.425]
     assert read[0].keys() == {
-        *("method", "sparsity", "clean_accuracy", "pca@0.01", "pca@0.1"),
+        *("method", "sparsity", "clean_accuracy", "pca@0.01", "pca@0.1", "norm"),
         *("certified_accuracy@0", "certified_accuracy@0.25", "seconds"),
     }
 

@@ -549,7 +549,8 @@ def demo(
         train_dense(job)
         trained = {variant_name(*variant): train_variant(job, *variant) for variant in todo}
         certified = {name: certify_variant(job, name) for name in trained}
-        rows = [_row(m, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
+        norm = LAWS[settings.train.noise].norm
+        rows = [_row(m, norm, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
         details = {name: {**trained[name], **_seconds(certified[name])} for name in trained}
         described = describe(job, details)
         if run.team.first:
@@ -559,13 +560,14 @@ def demo(
     return {"rows": rows, "settings": described}
 
 
-def _row(title: str, trained: Mapping[str, Any], certified: Mapping[str, Any]) -> dict[str, Any]:
+def _row(title: str, norm: str, trained: Mapping[str, Any], certified: Mapping[str, Any]) -> dict[str, Any]:
     parts = [*_seconds(trained).values(), *_seconds(certified).values()]
     return {
         "method": title,
         "sparsity": trained["sparsity"],
         "clean_accuracy": trained["clean_accuracy"],
         "pca": certified["pca"],
+        "norm": norm,
         "certified_accuracy": certified["certified_accuracy"],
         "seconds": round(sum(parts), 2),
     }
@@ -595,7 +597,7 @@ def describe(job: Job, details: Mapping[str, Any]) -> dict[str, Any]:
         "dense_training": job.run.stage("start").result(),
         "variants": dict(details),
         "environment": runs.environment(),
-        "notes": NOTES | {"norm": f"radii are in the {LAWS[settings.train.noise].norm} norm, pixels in [0, 1]"},
+        "notes": NOTES,
     }
 
 
@@ -604,7 +606,7 @@ NOTES = {
     "pca": "fraction of the certified images with a CC-Cert bound < eps and a correct clean prediction, "
     "both of the base network",
     "certified_accuracy": "fraction of the certified images that the smoothed network classifies correctly with a "
-    "certified radius >= r",
+    "certified radius >= r in the row's norm, pixels in [0, 1]",
     "steps": "after the dense training every row has the same number of optimisation steps on the same batches: "
     "mask_steps + finetune_steps; a step of the mask search makes several passes over its batch",
     "seconds": "mask, fine-tuning and certification of the row; the dense training, shared by all rows, is apart",

@@ -91,7 +91,7 @@ def _compact_table() -> Table:
 
 
 def summary_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV; columns method, sparsity, clean_accuracy, pca@ε…, certified_accuracy@r…, seconds."""
+    """The rows as CSV; columns method, sparsity, clean_accuracy, pca@ε…, norm, certified_accuracy@r…, seconds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     flat = [
@@ -100,6 +100,7 @@ def summary_csv(rows: Sequence[Mapping[str, Any]]) -> str:
             "sparsity": row["sparsity"],
             "clean_accuracy": row["clean_accuracy"],
             **{f"pca@{e}": value for e, value in row["pca"].items()},
+            "norm": row["norm"],
             **{f"certified_accuracy@{r}": value for r, value in row["certified_accuracy"].items()},
             "seconds": row["seconds"],
         }
