@@ -41,6 +41,6 @@ def scaled(law: str, sigma: float) -> tuple[int, float]:
     return LAWS[law].code, sigma * LAWS[law].unit
 
 
-def checked(name: str, law: str) -> str:
+def checked_law(name: str, law: str) -> str:
     """The law's name. Raises ValueError if there is none such."""
     return str(checks.choice(name, law, tuple(LAWS)))

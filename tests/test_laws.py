@@ -19,6 +19,7 @@ from csam import evaluation, sampling, sequential, training
 from csam.laws import LAWS
 from csam.runs import Journal, RunError
 from csam.sequential import METHODS
+from csam.settings import PRESETS, override
 from csam.smoothing import Smooth, certified_radius, lower_confidence_bound
 
 SIGMA = 0.5
@@ -172,7 +173,11 @@ def test_predictions_are_of_the_law(noise: str) -> None:
 
 
 def test_a_target_that_uniform_noise_cannot_reach_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"target_radius must be below 0\.866025, all of uniform noise, got 0\.9"):
+    message = r"target_radius must be below 0\.866025, got 0\.9 under uniform noise of sigma 0\.5"
+    asked = {"train": {"sigma": SIGMA, "noise": "uniform"}, "certify": {"adaptive": True, "target_radius": 0.9}}
+    with pytest.raises(ValueError, match=message):  # before any training
+        override(PRESETS["digits"], asked)
+    with pytest.raises(ValueError, match=message):
         Smooth(Threshold(), 2, SIGMA, noise="uniform").certify(at(0.1), adaptive=True, target_radius=0.9)
     with pytest.raises(ValueError, match="noise must be one of"):
         Smooth(Threshold(), 2, SIGMA, noise="normal")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
-from csam_kernels.laws import LAWS, checked
+from csam_kernels.laws import LAWS, checked_law
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.finfo(torch.float32)
@@ -64,7 +64,7 @@ def checked_noise(
     x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int, law: str = "gaussian"
 ) -> tuple[int, float, int, int, int]:
     """(n, sigma, seed, first_sample, stream) as operators take them."""
-    unit = LAWS[checked("law", law)].unit
+    unit = LAWS[checked_law("law", law)].unit
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n = checks.integer("n", n, low=0)
     sigma = checks.real("sigma", sigma, above=0)

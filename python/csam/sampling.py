@@ -24,7 +24,7 @@ from csam import engine, smoothing
 from csam.engine import Choices
 from csam.smoothing import Prepared
 from csam_kernels import checks
-from csam_kernels.laws import checked
+from csam_kernels.laws import checked_law
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Plan:
                     "the plan's model has changed since it was planned (a weight or a mask): plan it again"
                 )
         x = smoothing.image(x)
-        sigma, noise = checks.real("sigma", sigma, above=0), checked("noise", noise)
+        sigma, noise = checks.real("sigma", sigma, above=0), checked_law("noise", noise)
         n = checks.integer("n", n, low=1)
         checks.seed(seed)
         where = (first_sample, batch_size, stream, None, noise)
@@ -179,7 +179,7 @@ def plan(
     examples = examples[None] if examples.dim() == 3 else examples
     image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples)
     _check(model)
-    noise = checked("noise", noise)
+    noise = checked_law("noise", noise)
     shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0), noise)
     prepared = smoothing.TiledClassifier(model, dtype, None, choices, shown).prepare(image)
     if prepared.sampler is None and (memory is not None or not isinstance(choices, str)):

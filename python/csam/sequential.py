@@ -37,6 +37,7 @@ from scipy import optimize, special
 
 from csam.laws import LAWS
 from csam_kernels import checks
+from csam_kernels.laws import checked_law
 
 FIRST_LOOK, GROWTH = 100, 1.15
 RARE, OUTLOOK = 0.01, float(special.ndtri(5 / 6))
@@ -101,11 +102,12 @@ class Rule(ABC):
         self.n = checks.integer("n", n, low=1, high=self.most)
         self.alpha = fraction("alpha", alpha)
         self.sigma = checks.real("sigma", sigma, above=0)
-        self.law = LAWS[checks.choice("noise", noise, tuple(LAWS))]
+        self.law = LAWS[checked_law("noise", noise)]
         self.target_radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
         most = self.sigma * self.law.largest
         if (self.target_radius or 0.0) >= most:
-            raise ValueError(f"target_radius must be below {most:g}, all of {noise} noise, got {self.target_radius:g}")
+            asked = f"{self.target_radius:g} under {noise} noise of sigma {self.sigma:g}"
+            raise ValueError(f"target_radius must be below {most:g}, got {asked}")
         self.rtol = None if rtol is None else fraction("rtol", rtol)
         self.looks = self._grid(checks.integer("tile", tile, low=1), checks.integer("skip", skip, low=0))
         # Rounded up: a bound that reaches it certifies the wanted radius.

@@ -38,7 +38,7 @@ from csam.laws import LAWS
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
-from csam_kernels.laws import checked as checked_law
+from csam_kernels.laws import checked_law
 from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
 from csam_kernels import smoothing_noise
-from csam_kernels.laws import checked
+from csam_kernels.laws import checked_law
 
 PRECISIONS = ("float32", "bfloat16")
 CHECKPOINT_SECONDS = 5.0
@@ -92,7 +92,7 @@ class Feed:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{name} must be >= {low}, got {value}")
-        checked("noise", self.noise)
+        checked_law("noise", self.noise)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be >= 1 or None, got {self.threads}")
 
