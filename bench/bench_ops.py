@@ -49,6 +49,23 @@ def test_smoothing_noise(benchmark: Any) -> None:
     versus(benchmark, lambda: ck.smoothing_noise(x, 400, 0.25, **options), twin, rounds=101)
 
 
+@pytest.mark.parametrize("law", ["uniform", "laplace"])
+def test_smoothing_noise_of_law(benchmark: Any, law: str) -> None:
+    """The first row under another law of the same standard deviation."""
+    x = torch.rand(3, 32, 32)
+
+    def twin() -> Tensor:
+        batch = x.repeat((400, 1, 1, 1))
+        if law == "uniform":
+            noise = torch.empty_like(batch).uniform_(-(3**0.5) * 0.25, 3**0.5 * 0.25)
+        else:
+            noise = torch.distributions.Laplace(0.0, 0.25 / 2**0.5).sample(batch.shape)
+        return (batch + noise).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+    options = {"seed": 0, "dtype": torch.bfloat16, "memory_format": torch.channels_last, "law": law}
+    versus(benchmark, lambda: ck.smoothing_noise(x, 400, 0.25, **options), twin, rounds=101)
+
+
 def test_smoothing_noise_float32(benchmark: Any) -> None:
     x = torch.rand(3, 32, 32)
 

@@ -72,6 +72,10 @@ def noise_cases(device: torch.device) -> Iterator[Case]:
     ):
         x = _rand(3, size, size, device=device)
         yield Case("smoothing_noise", name, (x, n, 0.25, 7, 0, 0, dtype, layout), noisy)
+    x = _rand(3, 32, 32, device=device)
+    for law in ("uniform", "laplace"):
+        noise = (x, 400, 0.25, 7, 0, 0, torch.bfloat16, torch.channels_last, law)
+        yield Case("smoothing_noise", f"400x3x32x32 bf16 channels_last {law}", noise)
 
     def votes(logits: Tensor, out: Tensor) -> None:
         out += torch.bincount(logits.argmax(1), minlength=len(out))

@@ -14,6 +14,7 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 
 from csam_kernels import _C
 from csam_kernels.cells import cells, steps
+from csam_kernels.laws import scaled
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride, wide
 from csam_kernels.ops.sample_network import ENGINES, Program, Value
@@ -53,6 +54,7 @@ def smoothing_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
 ) -> Tensor:
     channels, height, width = x.shape
     image = x.to(torch.float32).contiguous()
@@ -60,7 +62,9 @@ def smoothing_noise(
     out = _new(shape, dtype)
     channels_last = memory_format is torch.channels_last
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], channels_last)
-    _C.smoothing_noise(image.data_ptr(), n, channels, height * width, sigma, *where, _threads(16 * out.numel()))
+    _C.smoothing_noise(
+        image.data_ptr(), n, channels, height * width, *scaled(law, sigma), *where, _threads(16 * out.numel())
+    )
     return out
 
 
@@ -74,13 +78,14 @@ def grid_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
 ) -> Tensor:
     channels, height, width = x.shape
-    law, numbers = cells(sigma, grid), steps(x, grid).contiguous()
+    table, numbers = cells(sigma, grid, law), steps(x, grid).contiguous()
     shape = torch.empty((n, channels, height, width), device="meta", memory_format=memory_format)
     out = _new(shape, dtype)
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], memory_format is torch.channels_last)
-    _C.grid_noise(numbers.data_ptr(), n, channels, height * width, law.native, *where, _threads(16 * out.numel()))
+    _C.grid_noise(numbers.data_ptr(), n, channels, height * width, *table.native, *where, _threads(16 * out.numel()))
     return out
 
 

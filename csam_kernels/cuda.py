@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import _CUDA
+from csam_kernels.laws import scaled
 from csam_kernels.layout import MaskLayout, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride
 
@@ -71,12 +72,13 @@ def smoothing_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
 ) -> Tensor:
     channels, height, width = x.shape
     image = x.to(torch.float32).contiguous()
     out = torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
     channels_last = memory_format is torch.channels_last
-    what = (image.data_ptr(), n, channels, height * width, sigma, seed & WORD, first_sample, stream)
+    what = (image.data_ptr(), n, channels, height * width, *scaled(law, sigma), seed & WORD, first_sample, stream)
     _run(_CUDA.smoothing_noise, x.device, *what, out.data_ptr(), DTYPE[dtype], channels_last)
     return out
 

@@ -64,6 +64,23 @@ def normal_deviates(words: Tensor) -> Tensor:
     return torch.stack((r * torch.cos(angle), r * torch.sin(angle)), dim=-1).flatten(-2)
 
 
+def uniform_deviates(words: Tensor) -> Tensor:
+    """The top bit of each word is the sign, the others are the size: float64 on [-sqrt(3), sqrt(3)]."""
+    return math.sqrt(3) * _signed(words, (words % 2**31 + 0.5) * 2.0**-31)
+
+
+def laplace_deviates(words: Tensor) -> Tensor:
+    """The same by the inverse of the distribution function; float64, of scale 1 / sqrt(2)."""
+    return _signed(words, -torch.log((words % 2**31 + 0.5) * 2.0**-31)) / math.sqrt(2)
+
+
+def _signed(words: Tensor, size: Tensor) -> Tensor:
+    return torch.where(words >= 2**31, -size, size)
+
+
+DEVIATES = {"gaussian": normal_deviates, "uniform": uniform_deviates, "laplace": laplace_deviates}
+
+
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
     samples = torch.arange(n) + first_sample
     words = philox_words(k, samples, seed=seed, stream=stream, domain=UNIFORM_DOMAIN)
@@ -79,11 +96,12 @@ def smoothing_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
 ) -> Tensor:
     samples = torch.arange(n, device=x.device) + first_sample
     elements = x.numel()
     words = philox_words(4 * ((elements + 3) // 4), samples, seed=seed, stream=stream)
-    noise = normal_deviates(words)[:, :elements].float().reshape(n, *x.shape)
+    noise = DEVIATES[law](words)[:, :elements].float().reshape(n, *x.shape)
     return (x.float() + sigma * noise).to(dtype).contiguous(memory_format=memory_format)
 
 
@@ -97,18 +115,19 @@ def grid_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
 ) -> Tensor:
-    law, numbers = cells(sigma, grid), steps(x, grid)
+    table, numbers = cells(sigma, grid, law), steps(x, grid)
     samples = torch.arange(n, device=x.device) + first_sample
     words = philox_words(x.numel(), samples, seed=seed, stream=stream)
-    column, fraction = words >> (32 - law.bits), (words << law.bits) & _WORD
-    entry, low = law.columns.long().to(x.device)[column] & _WORD, 2**law.bits - 1
+    column, fraction = words >> (32 - table.bits), (words << table.bits) & _WORD
+    entry, low = table.columns.long().to(x.device)[column] & _WORD, 2**table.bits - 1
     own, tied = fraction < (entry & ~low), fraction == (entry & ~low)
     for i, e in tied.nonzero().tolist():
         counter = torch.tensor([e, int(samples[i]) & _WORD, int(samples[i]) >> 32, stream])
         first, second, *_ = philox4x32(counter, (seed & _WORD, ((seed >> 32) & _WORD) ^ CELL_DOMAIN)).tolist()
-        own[i, e] = (first << 32 | second) < int(law.rest[column[i, e]]) % 2**64
-    number = torch.where(own, column, entry & low) - 2 ** (law.bits - 1)
+        own[i, e] = (first << 32 | second) < int(table.rest[column[i, e]]) % 2**64
+    number = torch.where(own, column, entry & low) - 2 ** (table.bits - 1)
     out = (number.reshape(n, *x.shape) + numbers) / grid
     return out.to(dtype).contiguous(memory_format=memory_format)
 

@@ -78,12 +78,12 @@ std::unique_ptr<csam::SampleNetwork> sample_network(int dtype, std::array<int64_
        int64_t(steps.size()), places[0], places[1], places[2], places[3], draft}));
 }
 
-// (columns, rest, bits, grid)
-using CellsTuple = std::tuple<Address, Address, int, float>;
+// (columns, rest, bits)
+using CellsTuple = std::tuple<Address, Address, int>;
 
-csam::Cells cells(const CellsTuple& law) {
-  const auto& [columns, rest, bits, grid] = law;
-  return {at<uint32_t>(columns), at<uint64_t>(rest), bits, grid};
+csam::Cells cells(const CellsTuple& table) {
+  const auto& [columns, rest, bits] = table;
+  return {at<uint32_t>(columns), at<uint64_t>(rest), bits};
 }
 
 struct Block {
@@ -114,21 +114,21 @@ PYBIND11_MODULE(_C, m) {
       Nogil());
   m.def(
       "smoothing_noise",
-      [](Address x, int64_t n, int64_t channels, int64_t pixels, float sigma, uint64_t seed, uint64_t first,
+      [](Address x, int64_t n, int64_t channels, int64_t pixels, int law, float scale, uint64_t seed, uint64_t first,
          uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
-        kernels().smoothing_noise({at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype,
-                                   channels_last, nullptr},
+        kernels().smoothing_noise({at<float>(x), n, channels, pixels, csam::Law(law), scale, seed, first, stream,
+                                   at<void>(out), dtype, channels_last, nullptr},
                                   threads);
       },
       Nogil());
   m.def(
       "grid_noise",
-      [](Address x, int64_t n, int64_t channels, int64_t pixels, const CellsTuple& law, uint64_t seed, uint64_t first,
-         uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
-        const csam::Cells c = cells(law);
-        kernels().smoothing_noise(
-            {at<float>(x), n, channels, pixels, 0, seed, first, stream, at<void>(out), dtype, channels_last, &c},
-            threads);
+      [](Address x, int64_t n, int64_t channels, int64_t pixels, const CellsTuple& table, float grid, uint64_t seed,
+         uint64_t first, uint32_t stream, Address out, int dtype, bool channels_last, int threads) {
+        const csam::Cells c = cells(table);
+        kernels().smoothing_noise({at<float>(x), n, channels, pixels, csam::Law::kCells, grid, seed, first, stream,
+                                   at<void>(out), dtype, channels_last, &c},
+                                  threads);
       },
       Nogil());
   m.def(
@@ -225,16 +225,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("memory", &csam::SampleNetwork::memory)
       .def(
           "votes",
-          [](const csam::SampleNetwork& s, Address x, float sigma, uint64_t seed, uint32_t stream, uint64_t first,
-             int64_t n,
-             Address out) { s.votes(at<float>(x), sigma, seed, stream, first, n, nullptr, at<int64_t>(out)); },
+          [](const csam::SampleNetwork& s, Address x, int law, float scale, uint64_t seed, uint32_t stream,
+             uint64_t first, int64_t n, Address out) {
+            s.votes(at<float>(x), csam::Law(law), scale, nullptr, seed, stream, first, n, at<int64_t>(out));
+          },
           Nogil())
       .def(
           "grid_votes",
-          [](const csam::SampleNetwork& s, Address x, const CellsTuple& law, uint64_t seed, uint32_t stream,
-             uint64_t first, int64_t n, Address out) {
-            const csam::Cells c = cells(law);
-            s.votes(at<float>(x), 0, seed, stream, first, n, &c, at<int64_t>(out));
+          [](const csam::SampleNetwork& s, Address x, const CellsTuple& table, float grid, uint64_t seed,
+             uint32_t stream, uint64_t first, int64_t n, Address out) {
+            const csam::Cells c = cells(table);
+            s.votes(at<float>(x), csam::Law::kCells, grid, &c, seed, stream, first, n, at<int64_t>(out));
           },
           Nogil())
       .def(

@@ -171,6 +171,37 @@ def test_certify_with_sound_float_is_recorded_and_goes_on_in_no_other_mode(
     assert (code, "certify.sound_float: None there, True now" in err) == (2, True), err
 
 
+@pytest.mark.parametrize("noise", ["uniform", "laplace"])
+def test_training_certificates_and_reports_are_of_the_law(
+    csam: Command, trained: Path, tmp_path: Path, noise: str
+) -> None:
+    short = ("--methods", "dense", "--noise", noise, "--out", tmp_path / "demo")
+    code, out, err = csam(*DEMO, *short)
+    assert code == 0, err
+    assert f"ℓ1 radii by smoothing with {noise} noise" in out
+    model, run = tmp_path / "demo" / "models" / "start.safetensors", tmp_path / "run"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--out", run]
+    code, out, err = csam(*command, "--adaptive", "--target-radius", 0.1)  # under the law that the model names
+    assert code == 0, err
+    assert "ℓ1" in out
+    recipe = evaluation.read_votes(run / "certificates" / "smoothing.tsv")[0]
+    assert (recipe["noise"], recipe["norm"], recipe["sigma"]) == (noise, "l1", 0.25)
+    for other in {"gaussian", "uniform", "laplace"} - {noise}:
+        code, _, err = csam(*command, "--adaptive", "--target-radius", 0.1, "--noise", other)
+        there = f"train.noise: '{noise}' there, {None if other == 'gaussian' else repr(other)} now"
+        assert (code, there in err) == (2, True), err
+    code, out, err = csam("report", run, trained, "--plot", tmp_path / "p.png")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert any(line[:2] == ["run/smoothing", "ℓ1"] for line in lines)
+    assert any(line[:2] == ["demo/dense", "ℓ2"] for line in lines)
+    assert "ℓ2 radii by smoothing with gaussian noise" in out
+
+
+def test_a_folder_from_before_there_were_laws_goes_on(trained: Path) -> None:
+    assert "noise" not in json.loads((trained / "config.json").read_text())["config"]["settings"]["train"]
+
+
 def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> None:
     code, out, err = csam("train", *TINY, "--method", "magnitude", "--sparsity", 0.8, "--out", tmp_path)
     assert code == 0, err

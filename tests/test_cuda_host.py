@@ -21,6 +21,7 @@ from torch import Tensor
 import cuda_host
 from conftest import assert_close
 from csam_kernels import cpu, reference
+from csam_kernels.laws import LAWS
 from csam_kernels.ops.binarize import kept
 from csam_kernels.ops.semantic_batch import SEMANTIC_NEUTRAL
 from test_masks_ops import BLOCK, GRANULARITIES, layers, mask_shape
@@ -44,8 +45,11 @@ def cuda(request: pytest.FixtureRequest, built: ModuleType, monkeypatch: pytest.
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 5, 7), (2, 1, 1), (5, 3, 3), (4, 8, 8)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_noise(cuda: Any, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    args = (torch.rand(shape), 7, 0.5, -5, 2**32 - 3, 7, dtype, memory_format)
+@pytest.mark.parametrize("law", LAWS)
+def test_noise(
+    cuda: Any, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, law: str
+) -> None:
+    args = (torch.rand(shape), 7, 0.5, -5, 2**32 - 3, 7, dtype, memory_format, law)
     out = cuda.smoothing_noise(*args)
     assert torch.equal(out, cpu.smoothing_noise(*args))
     assert out.is_contiguous(memory_format=memory_format)

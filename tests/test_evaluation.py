@@ -305,6 +305,10 @@ def whole(shade: float = 0.0) -> Smooth:
     return Smooth(Net(), 3, 0.5, dtype="int8", choices="dense", calibration=images)
 
 
+def laplace() -> Smooth:
+    return lanes(noise="laplace")
+
+
 def modules() -> Smooth:
     """The same, run by torch."""
     return Smooth(Net(), 3, 0.5, tile=8)

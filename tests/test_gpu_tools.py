@@ -79,6 +79,7 @@ CONVOLUTIONS = {
 CHOICES = {  # of the kernels' constants that are no sizes and more than true or false
     "PRECISION": {"ieee", "tf32"},
     "KIND": {"plain", "uniform", "adversarial"},
+    "LAW": {0, 1, 2},
     "SUMS": {"none", "rows", "columns"},
     "COVER_BLOCK": {16, 64, 512},
     "BINS": {0, 16},

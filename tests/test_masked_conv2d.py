@@ -312,7 +312,7 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
     ),
     "binarize": (torch.ops.csam.binarize, ([T(4, 3), T(7)], [9], "global")),
     "percentile_init": (torch.ops.csam.percentile_init, ([T(4, 3)], 0.9)),
-    "smoothing_noise": (torch.ops.csam.smoothing_noise, (T(3, 4, 4), 5, 0.5, 1, 0, 0, torch.bfloat16, True)),
+    "smoothing_noise": (torch.ops.csam.smoothing_noise, (T(3, 4, 4), 5, 0.5, 1, 0, 0, torch.bfloat16, True, "laplace")),
     "grid_noise": (torch.ops.csam.grid_noise, (T(3, 4, 4).round(), 5, 0.5, 255, 1, 0, 0, torch.bfloat16, True)),
     "count_votes": (torch.ops.csam.count_votes, (T(9, 4), torch.zeros(4, dtype=torch.int64))),
     "semantic_batch": (

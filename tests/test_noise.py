@@ -13,6 +13,7 @@ from scipy import stats
 import csam_kernels as ck
 from conftest import ISAS, assert_close
 from csam_kernels import _C, reference
+from csam_kernels.laws import LAWS
 
 # Random123 1.09, kat_vectors: philox4x32 10 rounds.
 KNOWN_ANSWERS = [
@@ -35,26 +36,30 @@ def test_philox_known_answers(counter: list[int], key: list[int], words: list[in
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 5, 7), (2, 1, 1), (5, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_matches_reference(isa: str, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool) -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_matches_reference(
+    isa: str, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, law: str
+) -> None:
     x = torch.rand(shape)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    options = {"seed": 2**64 - 5, "first_sample": 2**32 - 2, "stream": 7}
+    options = {"seed": 2**64 - 5, "first_sample": 2**32 - 2, "stream": 7, "law": law}
     out = ck.smoothing_noise(x, 5, 0.5, dtype=dtype, memory_format=memory_format, **options)
-    expected = reference.smoothing_noise(x, 5, 0.5, 2**64 - 5, 2**32 - 2, 7, dtype, memory_format)
+    expected = reference.smoothing_noise(x, 5, 0.5, 2**64 - 5, 2**32 - 2, 7, dtype, memory_format, law)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=memory_format)
     assert_close(out, expected)
 
 
-def test_same_bits_on_every_isa_thread_count_and_split() -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_same_bits_on_every_isa_thread_count_and_split(law: str) -> None:
     x = torch.rand(3, 33, 31)
     results = []
     for name in ISAS:
         _C.set_isa(name)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            whole = ck.smoothing_noise(x, 64, 0.25, seed=11, first_sample=100)
-            split = [ck.smoothing_noise(x, 16, 0.25, seed=11, first_sample=100 + 16 * i) for i in range(4)]
+            whole = ck.smoothing_noise(x, 64, 0.25, seed=11, first_sample=100, law=law)
+            split = [ck.smoothing_noise(x, 16, 0.25, seed=11, first_sample=100 + 16 * i, law=law) for i in range(4)]
             results += [whole, torch.cat(split)]
     _C.set_isa("auto")
     assert all(torch.equal(r, results[0]) for r in results)
@@ -102,6 +107,53 @@ def test_normal_deviates_pass_kolmogorov_smirnov(isa: str) -> None:
     assert abs(noise.var() - 1) < 5 * math.sqrt(2 / noise.size)
 
 
+LAMBDA = {"uniform": math.sqrt(3), "laplace": 1 / math.sqrt(2)}  # of standard deviation 1
+
+
+@pytest.mark.parametrize("law", LAMBDA)
+def test_other_laws_pass_kolmogorov_smirnov(isa: str, law: str) -> None:
+    noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 40, 1.0, seed=123, law=law).double().flatten().numpy()
+    wanted = stats.uniform(-LAMBDA[law], 2 * LAMBDA[law]) if law == "uniform" else stats.laplace(scale=LAMBDA[law])
+    assert stats.kstest(noise, wanted.cdf).pvalue > 1e-3
+    assert abs(noise.mean()) < 5 / math.sqrt(noise.size)
+    assert abs(noise.var() - 1) < 5 * math.sqrt((wanted.stats("k") + 2) / noise.size)
+
+
+def test_laplace_noise_has_the_right_tails() -> None:
+    """As for normal deviates; sizes are exponential, so counts beyond t are binomial with exp(-t / lambda)."""
+    noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 2000, 1.0, seed=5, law="laplace").abs()
+    for t in (4.0, 7.0, 9.0):
+        count = int((noise > t).sum())
+        assert stats.binomtest(count, noise.numel(), math.exp(-t / LAMBDA["laplace"])).pvalue > 1e-4, (t, count)
+    assert 11 < noise.max() <= 32 * math.log(2) * LAMBDA["laplace"] + 1e-5
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.25, 0.1, 1e-3])
+def test_uniform_noise_is_its_words_and_never_leaves_its_interval(isa: str, sigma: float) -> None:
+    """To the last bit: sign and size of a word, so that the law is symmetric; lambda itself is the most."""
+    noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 40, sigma, seed=9, law="uniform").flatten(1)
+    words = reference.philox_words(noise.shape[1], torch.arange(40), seed=9, stream=0)
+    size = ((words % 2**31).float().double() * 2.0**-31 + 2.0**-32).float()
+    bound = torch.tensor(math.sqrt(3) * sigma, dtype=torch.float32)
+    assert torch.equal(noise, torch.where(words >= 2**31, -1.0, 1.0) * (bound.double() * size.double()).float())
+    assert noise.abs().max() <= bound
+
+
+def test_laplace_noise_is_symmetric_in_its_words(isa: str) -> None:
+    """Its sign is the top bit, and its size falls with the other bits."""
+    noise = ck.smoothing_noise(torch.zeros(3, 64, 64), 40, 1.0, seed=9, law="laplace").flatten()
+    words = reference.philox_words(3 * 64 * 64, torch.arange(40), seed=9, stream=0).flatten()
+    assert torch.equal(noise < 0, (words >= 2**31) & (noise != 0))
+    assert (noise.abs()[(words % 2**31).argsort()].diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("law", LAMBDA)
+def test_bfloat16_of_other_laws_is_the_rounded_float32(isa: str, law: str) -> None:
+    x = torch.rand(3, 11, 13)
+    wide, narrow = (ck.smoothing_noise(x, 33, 0.5, seed=4, law=law, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert torch.equal(narrow, wide.to(torch.bfloat16))
+
+
 def test_normal_deviates_have_the_right_tails() -> None:
     """Counts beyond 3, 4 and 4.5 sigma in 30 million draws against the exact binomial law, both sides."""
     beyond = {3.0: 0, 4.0: 0, 4.5: 0}
@@ -130,6 +182,17 @@ def test_extreme_words_stay_finite_and_reach_the_stated_tail(isa: str, sample: i
         reference.smoothing_noise(x, 1, 1.0, 0, sample, 0, torch.float32, torch.contiguous_format),
     ):
         assert math.hypot(*noise.flatten().tolist()) == pytest.approx(radius, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sample", "uniform", "laplace"),
+    [(1477427040, math.sqrt(3) * 2.0**-32, 32 * math.log(2) / math.sqrt(2)), (12543781886, -math.sqrt(3), 0)],
+)
+def test_extreme_words_of_other_laws(isa: str, sample: int, uniform: float, laplace: float) -> None:
+    """The same two words: sign + and the smallest size, sign - and the largest."""
+    for law, wanted in (("uniform", uniform), ("laplace", laplace)):
+        noise = ck.smoothing_noise(torch.zeros(1, 1, 1), 1, 1.0, seed=0, first_sample=sample, law=law)
+        assert float(noise) == pytest.approx(wanted, rel=1e-6, abs=0)
 
 
 def test_uniform_matches_reference_and_range() -> None:
@@ -164,6 +227,8 @@ def test_empty_batch_and_non_contiguous_image() -> None:
         ({"sigma": float("nan")}, "sigma must be finite"),
         ({"sigma": 1e-46}, "sigma must be in float32's range"),
         ({"sigma": 1e39}, "sigma must be in float32's range"),
+        ({"sigma": 2e38, "law": "uniform"}, r"sigma must be in float32's range .*, 1\.96462e\+38\]"),
+        ({"law": "cauchy"}, "law must be one of 'gaussian', 'uniform', 'laplace', got 'cauchy'"),
         ({"sigma": "0.5"}, "sigma must be a number"),
         ({"sigma": True}, "sigma must be a number"),
         ({"n": -1}, r"n must be in \[0"),

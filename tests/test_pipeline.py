@@ -54,7 +54,7 @@ def test_rows_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
         ("csam", 0.9),
     ]
     for row in summary["rows"]:
-        assert set(row) == {"method", "sparsity", "clean_accuracy", "pca", "certified_accuracy", "seconds"}
+        assert set(row) == {"method", "sparsity", "clean_accuracy", "pca", "norm", "certified_accuracy", "seconds"}
         assert list(row["certified_accuracy"]) == ["0", "0.1"]
         assert row["seconds"] > 0
     assert (folder / "summary.csv").exists()

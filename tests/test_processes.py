@@ -138,7 +138,7 @@ def saved_often(folder: Path, **kwargs: Any) -> None:
 FIXED = {"adaptive": False, "rtol": None}
 
 
-@pytest.mark.parametrize("make", ["lanes", "modules"])
+@pytest.mark.parametrize("make", ["lanes", "modules", "laplace"])
 @pytest.mark.parametrize("stop", [{}, FIXED], ids=["adaptive", "fixed"])
 def test_any_number_of_processes_writes_the_rows_of_one(
     tmp_path: Path, together: Together, make: str, stop: dict[str, Any]

@@ -23,6 +23,7 @@ def row(method: str, sparsity: float, accuracy: float) -> dict[str, Any]:
         "sparsity": sparsity,
         "clean_accuracy": accuracy,
         "pca": {"0.01": 0.5, "0.1": 1.0},
+        "norm": "l1",
         "certified_accuracy": {"0": accuracy, "0.25": accuracy / 2},
         "seconds": 12.34,
     }
@@ -47,11 +48,34 @@ def test_table_shows_every_number_in_80_columns() -> None:
 
 
 def test_table_of_certificates_shows_samples_where_they_are_known() -> None:
-    curves = [Curve("a", [0.5], 2, samples=(250.0, 1000)), Curve("b", [], 1)]
+    curves = [Curve("a", [0.5], 2, samples=(250.0, 1000), norm="l1"), Curve("b", [], 1)]
     lines = [line.split() for line in printed(report.certificates_table(curves, [0.25])).splitlines()]
-    assert ["a", "2", "50.0", "%", "0.250", "250", "4.0×"] in lines
-    assert ["b", "1", "0.0", "%", "0.000"] in lines
+    assert ["a", "ℓ1", "2", "50.0", "%", "0.250", "250", "4.0×"] in lines
+    assert ["b", "?", "1", "0.0", "%", "0.000"] in lines
     assert "samples" not in printed(report.certificates_table(curves[1:], [0.25]))
+
+
+def axis_and_labels(curves: list[Curve], monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[str, list[str]]:
+    """What a picture says of its horizontal axis and of its curves."""
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
+    report.plot_curves(curves, path)
+    (axis,) = seen[0].axes
+    return axis.get_xlabel(), axis.get_legend_handles_labels()[1]
+
+
+def test_radii_of_different_norms_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, foreign = Curve("a", [0.1], 1, norm="l1"), Curve("b", [0.1], 1, norm="l2"), Curve("c", [], 1)
+    for curves, axis, labels in (
+        ([first], "certified ℓ1 radius (pixels in [0, 1])", ["a"]),
+        ([second, second], "certified ℓ2 radius (pixels in [0, 1])", ["b", "b"]),
+        ([first, second], "certified radius, norm as labelled (pixels in [0, 1])", ["a, ℓ1", "b, ℓ2"]),
+        ([second, foreign], "certified radius, norm as labelled (pixels in [0, 1])", ["b, ℓ2", "c, norm not recorded"]),
+        ([foreign], "certified radius, norm not recorded (pixels in [0, 1])", ["c"]),
+    ):
+        assert axis_and_labels(curves, monkeypatch, tmp_path / "a.png") == (axis, labels)
 
 
 def test_summary_files_hold_the_rows_exactly(tmp_path: Path) -> None:
@@ -61,7 +85,7 @@ def test_summary_files_hold_the_rows_exactly(tmp_path: Path) -> None:
         read = list(csv.DictReader(file))
     assert [float(r["certified_accuracy@0.25"]) for r in read] == [0.45, 0.4, 0.425]
     assert read[0].keys() == {
-        *("method", "sparsity", "clean_accuracy", "pca@0.01", "pca@0.1"),
+        *("method", "sparsity", "clean_accuracy", "pca@0.01", "pca@0.1", "norm"),
         *("certified_accuracy@0", "certified_accuracy@0.25", "seconds"),
     }
 

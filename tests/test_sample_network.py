@@ -246,8 +246,10 @@ DRAWS = pytest.mark.parametrize(
         {"seed": 0},
         {"seed": 2**64 - 1, "first_sample": 2**32 - 19, "stream": 2**32 - 1},
         {"seed": 12345678901234567890, "first_sample": 2**61 + 3, "stream": 7},
+        {"seed": 5, "first_sample": 2**32 - 19, "law": "uniform"},
+        {"seed": 5, "first_sample": 2**32 - 19, "law": "laplace"},
     ],
-    ids=["from-0", "across-2^32", "far"],
+    ids=["from-0", "across-2^32", "far", "uniform", "laplace"],
 )
 
 

@@ -21,6 +21,7 @@ from csam.runs import RunError
 from csam.smoothing import Smooth
 from csam_kernels import _C, reference
 from csam_kernels.cells import WEIGHT, Cells, cells, steps
+from csam_kernels.laws import LAWS
 
 F32, NCHW = torch.float32, torch.contiguous_format
 
@@ -46,8 +47,9 @@ def unpacked(law: Cells) -> list[int]:
 @pytest.mark.parametrize(
     ("sigma", "grid"), [(0.25, 255), (0.12, 255), (1.0, 255), (0.01, 255), (0.002, 255), (1e-9, 255), (0.1, 1)]
 )
-def test_the_table_is_the_rounded_gaussian_within_its_distance(sigma: float, grid: int) -> None:
-    law = cells(sigma, grid)
+@pytest.mark.parametrize("name", LAWS)
+def test_the_table_is_the_rounded_noise_within_its_distance(sigma: float, grid: int, name: str) -> None:
+    law = cells(sigma, grid, name)
     weights, half = unpacked(law), 2 ** (law.bits - 1)
     assert weights == list(law.weights)
     assert sum(weights) == 2**WEIGHT
@@ -55,7 +57,12 @@ def test_the_table_is_the_rounded_gaussian_within_its_distance(sigma: float, gri
     away = Fraction(0)
     with mpmath.workprec(400):
         s = mpmath.mpf(sigma) * grid
-        ends = [mpmath.erfc((k + mpmath.mpf(0.5)) / s / mpmath.sqrt(2)) / 2 for k in range(half)]  # upper tails
+        tail = {
+            "gaussian": lambda z: mpmath.erfc(z / mpmath.sqrt(2)) / 2,
+            "uniform": lambda z: max(1 - z / mpmath.sqrt(3), mpmath.mpf(0)) / 2,
+            "laplace": lambda z: mpmath.exp(-mpmath.sqrt(2) * z) / 2,
+        }[name]
+        ends = [tail((k + mpmath.mpf(0.5)) / s) for k in range(half)]
         inside = [1 - 2 * ends[0], *(a - b for a, b in pairwise(ends))]
         for k, p in enumerate(inside):
             wanted = Fraction(int(mpmath.floor(p * 2**200)), 2**200)
@@ -69,6 +76,8 @@ def test_the_table_is_the_rounded_gaussian_within_its_distance(sigma: float, gri
 def test_a_sigma_too_wide_for_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sigma must be at most 11.1\d* on a grid of 255 steps, got 12"):
         cells(12.0, 255)
+    with pytest.raises(ValueError, match=r"sigma must be at most 2.62\d* on a grid of 255 steps, got 3"):
+        cells(3.0, 255, "laplace")
 
 
 @pytest.mark.parametrize("sigma", [0.25, 0.004])
@@ -93,15 +102,15 @@ def test_numbers_follow_the_law(isa: str, sigma: float) -> None:
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 5, 7), (2, 1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("law", LAWS)
 def test_same_bits_as_the_reference(
-    isa: str, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool
+    isa: str, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, law: str
 ) -> None:
     form = torch.channels_last if channels_last else NCHW
-    out = ck.grid_noise(
-        picture(*shape), 50, 0.5, seed=2**64 - 5, first_sample=2**32 - 20, stream=7, dtype=dtype, memory_format=form
-    )
+    where = {"seed": 2**64 - 5, "first_sample": 2**32 - 20, "stream": 7}
+    out = ck.grid_noise(picture(*shape), 50, 0.5, **where, dtype=dtype, memory_format=form, law=law)
     assert out.is_contiguous(memory_format=form)
-    expected = reference.grid_noise(picture(*shape), 50, 0.5, 255, 2**64 - 5, 2**32 - 20, 7, dtype, form)
+    expected = reference.grid_noise(picture(*shape), 50, 0.5, 255, 2**64 - 5, 2**32 - 20, 7, dtype, form, law)
     assert out.dtype == dtype
     assert torch.equal(out, expected)
 
@@ -195,9 +204,10 @@ def test_last_bits_break_the_plain_certificate_and_not_the_sound_one() -> None:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_certificates_of_a_linear_classifier_are_wrong_at_most_alpha_often(adaptive: bool) -> None:
+@pytest.mark.parametrize("noise", LAWS)
+def test_certificates_of_a_linear_classifier_are_wrong_at_most_alpha_often(noise: str, adaptive: bool) -> None:
     """A threshold between two steps: g's radius at the number k is (k - 127.5) / 255, to the last digit."""
-    smooth, alpha, wrong, trials = Smooth(Two(), 2, 0.25, sound_float=True), 0.1, 0, 300
+    smooth, alpha, wrong, trials = Smooth(Two(), 2, 0.25, noise=noise, sound_float=True), 0.1, 0, 300
     for stream in range(trials):
         k = 128 + 3 * (stream % 30)
         x = torch.full((1, 1, 1), k) / 255
@@ -233,13 +243,14 @@ def test_votes_depend_on_neither_batch_size_nor_threads(dtype: torch.dtype | str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_engine_draws_the_same_noise(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_the_engine_draws_the_same_noise(isa: str, dtype: torch.dtype, law: str) -> None:
     x = picture(3, 8, 8)
     sampler = sampling.plan(network(), x, dtype=dtype, choices="sparse").prepared.sampler
     assert sampler is not None
-    for sigma, first in ((0.25, 2**32 - 33), (10.0, 0)):
-        votes = sampler.votes(x, sigma, 70, seed=5, first_sample=first, stream=3, grid=255)
-        noisy = ck.grid_noise(x, 70, sigma, seed=5, first_sample=first, stream=3, dtype=dtype)
+    for sigma, first in ((0.25, 2**32 - 33), (2.5, 0)):
+        votes = sampler.votes(x, sigma, 70, seed=5, first_sample=first, stream=3, grid=255, law=law)
+        noisy = ck.grid_noise(x, 70, sigma, seed=5, first_sample=first, stream=3, dtype=dtype, law=law)
         assert torch.equal(votes, ck.count_votes(sampler.logits(noisy)))
 
 

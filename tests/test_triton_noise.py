@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import csam_kernels as ck
+from csam_kernels.laws import LAWS
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import philox, rounding
 from csam_kernels.triton.launch import record
@@ -74,11 +75,12 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("law", LAWS)
 def test_noise_has_the_bits_of_the_cpu(
-    fma: None, small: None, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format
+    fma: None, small: None, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, law: str
 ) -> None:
     x = torch.rand(shape)
-    arguments = (x, 5, 0.3, SEED, FIRST, STREAM, dtype, memory_format)
+    arguments = (x, 5, 0.3, SEED, FIRST, STREAM, dtype, memory_format, law)
     out = smoothing_noise(*arguments)
     assert out.is_contiguous(memory_format=memory_format)
     assert torch.equal(out, cpu.smoothing_noise(*arguments))
@@ -91,9 +93,10 @@ def test_noise_of_the_table_s_tiles(fma: None) -> None:
         assert torch.equal(smoothing_noise(*arguments), cpu.smoothing_noise(*arguments))
 
 
-def test_noise_without_fused_multiply_adds_is_within_tolerance() -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_noise_without_fused_multiply_adds_is_within_tolerance(law: str) -> None:
     x = torch.rand(3, 16, 16)
-    arguments = (x, 3, 0.5, SEED, FIRST, STREAM, F32, NCHW)
+    arguments = (x, 3, 0.5, SEED, FIRST, STREAM, F32, NCHW, law)
     assert_close(smoothing_noise(*arguments), reference.smoothing_noise(*arguments))
 
 
@@ -159,6 +162,9 @@ def test_constants_are_those_of_the_header() -> None:
             scale * c for c in constants
         ]
     assert [philox.LN2.value] == [-2 * c for c in of("kLn2")]
+    codes = {name.upper(): int(code) for name, code in re.findall(r"k(\w+) = (\d),", header)}
+    for law, (code, _) in LAWS.items():
+        assert getattr(philox, law.upper()).value == codes[law.upper()] == code
 
 
 @pytest.mark.parametrize("name", tuning.CLASSES.values())

@@ -22,19 +22,20 @@ def grid_noise(
     grid: int = 255,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    law: str = "gaussian",
 ) -> Tensor:
     """n noisy copies of one image whose pixels are whole numbers / grid: out[i] = (x * grid + k_i) / grid.
 
-    k_i is sigma * grid * eps rounded to whole numbers, eps ~ N(0, I), within 2^-79 in total variation a coordinate
-    (`csam_kernels.cells`). It is drawn from the words of `smoothing_noise`, by (seed, stream, first_sample + i) alone.
-    The sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
+    k_i is sigma * grid * eps rounded to whole numbers, eps as in `smoothing_noise`, within 2^-79 in total variation a
+    coordinate (`csam_kernels.cells`). It is drawn from the same words, by (seed, stream, first_sample + i) alone. The
+    sum is exact, the quotient rounded to float32, then to `dtype`: equal numbers have equal bits, whatever image
     and noise they came from.
 
     Args:
         x: image [C, H, W] in float32, bfloat16 or float16, each value the float32 nearest to a whole number / grid,
             such as uint8 / 255.
         grid: steps to 1, 1 .. 2^16.
-        n, sigma, seed, first_sample, stream, dtype, memory_format: as in `smoothing_noise`; sigma in the unit of x.
+        n, sigma, seed, first_sample, stream, dtype, memory_format, law: as in `smoothing_noise`; sigma in x's unit.
 
     Returns:
         [n, C, H, W].
@@ -42,11 +43,11 @@ def grid_noise(
     Raises:
         TypeError, ValueError: a wrong shape, dtype or range, by name; x off the grid; sigma too large for a table.
     """
-    n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream)
+    n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream, law)
     dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
     memory_format = memory_format or torch.contiguous_format
     checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
-    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, dtype, memory_format is torch.channels_last)
+    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, dtype, memory_format is torch.channels_last, law)
     return result
 
 
@@ -65,9 +66,10 @@ def _op(
     stream: int,
     dtype: torch.dtype,
     channels_last: bool,
+    law: str = "gaussian",
 ) -> Tensor:
     serve = backend.serve("grid_noise", x.device)
-    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, format_of(channels_last))
+    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, format_of(channels_last), law)
 
 
 @_op.register_fake
@@ -81,6 +83,7 @@ def _(
     stream: int,
     dtype: torch.dtype,
     channels_last: bool,
+    law: str = "gaussian",
 ) -> Tensor:
     memory_format = format_of(channels_last)
     return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)

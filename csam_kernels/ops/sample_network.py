@@ -13,6 +13,7 @@ from torch import Tensor
 
 from csam_kernels import backend, checks
 from csam_kernels.cells import cells, steps
+from csam_kernels.laws import scaled
 from csam_kernels.ops.grid_noise import checked_grid
 from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_noise
@@ -241,6 +242,7 @@ class SampleNetwork:
         first_sample: int = 0,
         stream: int = 0,
         grid: int | None = None,
+        law: str = "gaussian",
     ) -> Tensor:
         """Votes int64 [K] of the noisy samples first_sample .. first_sample + n - 1 of an image, on one thread.
 
@@ -251,15 +253,15 @@ class SampleNetwork:
         checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
         if tuple(x.shape) != self.shape or x.device.type != "cpu":
             raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
-        n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream)
+        n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream, law)
         out = torch.zeros(self.classes, dtype=torch.int64)
         which = (seed % 2**64, stream, first_sample, n, out.data_ptr())
         if grid is None:
             x = x.detach().contiguous()
-            self._native.votes(x.data_ptr(), sigma, *which)
+            self._native.votes(x.data_ptr(), *scaled(law, sigma), *which)
         else:
-            law, x = cells(sigma, checked_grid(grid)), steps(x.detach(), grid).contiguous()
-            self._native.grid_votes(x.data_ptr(), law.native, *which)
+            table, x = cells(sigma, checked_grid(grid), law), steps(x.detach(), grid).contiguous()
+            self._native.grid_votes(x.data_ptr(), *table.native, *which)
         return out
 
     def times(self, rounds: int = 5) -> list[float]:

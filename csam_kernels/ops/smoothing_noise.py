@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.laws import LAWS, checked_law
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.finfo(torch.float32)
@@ -21,13 +22,18 @@ def smoothing_noise(
     stream: int = 0,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    law: str = "gaussian",
 ) -> Tensor:
-    """n noisy copies of one image: out[i] = x + sigma * eps_i, eps_i ~ N(0, I).
+    """n noisy copies of one image: out[i] = x + sigma * eps_i, the coordinates of eps_i independent, of variance 1.
 
     The noise batch of Cohen, Rosenfeld and Kolter (2019), drawn without materialising eps: Philox-4x32-10 with
-    key `seed` and counter (element//4, sample low, sample high, stream), Box-Muller in float32, added in float32,
-    then rounded to `dtype`. Copy i depends on (seed, stream, first_sample + i) alone, so counts over any split of
-    the samples add up. |eps| <= sqrt(2 ln 2^32) = 6.66 (the tail that 32-bit uniforms reach).
+    key `seed` and counter (element//4, sample low, sample high, stream), deviates in float32 (Box-Muller, or as
+    `csam_kernels.laws` says), added in float32, then rounded to `dtype`. Copy i depends on (seed, stream,
+    first_sample + i) alone, so counts over any split of the samples add up.
+
+    The tails are those that 32-bit words reach: |eps| <= sqrt(2 ln 2^32) = 6.66 in a Gaussian, 32 ln(2) / sqrt(2) =
+    15.7 in a Laplace law. Uniform sigma * eps is never outside [-lambda, lambda], lambda the float32 nearest to
+    sqrt(3) sigma; its sum with x is rounded.
 
     Args:
         x: image [C, H, W] in float32, bfloat16 or float16.
@@ -38,6 +44,7 @@ def smoothing_noise(
         stream: 0 .. 2^32-1; the image's index in its data set.
         dtype: of the result; default x's.
         memory_format: torch.contiguous_format (default) or torch.channels_last.
+        law: "gaussian", "uniform" or "laplace".
 
     Returns:
         [n, C, H, W].
@@ -45,23 +52,25 @@ def smoothing_noise(
     Raises:
         TypeError, ValueError: a wrong shape, dtype or range, by name.
     """
-    noise = checked_noise(x, n, sigma, seed, first_sample, stream)
+    noise = checked_noise(x, n, sigma, seed, first_sample, stream, law)
     dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
     memory_format = memory_format or torch.contiguous_format
     checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
-    result: Tensor = _op(x, *noise, dtype, memory_format is torch.channels_last)
+    result: Tensor = _op(x, *noise, dtype, memory_format is torch.channels_last, law)
     return result
 
 
 def checked_noise(
-    x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int
+    x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int, law: str = "gaussian"
 ) -> tuple[int, float, int, int, int]:
     """(n, sigma, seed, first_sample, stream) as operators take them."""
+    unit = LAWS[checked_law("law", law)].unit
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n = checks.integer("n", n, low=0)
     sigma = checks.real("sigma", sigma, above=0)
-    if not FLOAT32.tiny <= sigma <= FLOAT32.max:
-        raise ValueError(f"sigma must be in float32's range [{FLOAT32.tiny:g}, {FLOAT32.max:g}], got {sigma:g}")
+    if not FLOAT32.tiny <= sigma * unit <= FLOAT32.max:
+        low, high = FLOAT32.tiny / unit, FLOAT32.max / unit
+        raise ValueError(f"sigma must be in float32's range [{low:g}, {high:g}], got {sigma:g}")
     signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
     return n, sigma, signed_seed, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)
@@ -77,9 +86,10 @@ def _op(
     stream: int,
     dtype: torch.dtype,
     channels_last: bool,
+    law: str = "gaussian",
 ) -> Tensor:
     serve = backend.serve("smoothing_noise", x.device)
-    return serve(x, n, sigma, seed, first_sample, stream, dtype, format_of(channels_last))
+    return serve(x, n, sigma, seed, first_sample, stream, dtype, format_of(channels_last), law)
 
 
 @_op.register_fake
@@ -92,6 +102,7 @@ def _(
     stream: int,
     dtype: torch.dtype,
     channels_last: bool,
+    law: str = "gaussian",
 ) -> Tensor:
     memory_format = format_of(channels_last)
     return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)

@@ -1,4 +1,4 @@
-// Polynomials of the normal deviates, shared by every provider so that their bits agree.
+// Laws of noise, and the polynomials of their deviates, shared by every provider so that their bits agree.
 //
 // Minimax fits (Remez) made for this library; largest error on the interval, before rounding:
 //   sin(2 pi t) / t in t^2, |t| <= 1/8: 2e-8          cos(2 pi t) in t^2, |t| <= 1/8: 5e-11
@@ -6,6 +6,15 @@
 #pragma once
 
 namespace csam {
+
+// Deviates of these laws are drawn in the unit that is the least work; the caller's scale makes up for it
+// (csam_kernels/laws.py).
+enum class Law : int {
+  kGaussian = 0,  // of standard deviation 1
+  kUniform = 1,   // on [-1, 1]
+  kLaplace = 2,   // of scale 2
+  kCells = 3,     // whole numbers by a table (csam_kernels/cells.py), of the CPU's kernels alone
+};
 
 constexpr float kSin[4] = {0x1.921fb6p+2f, -0x1.4abbbap+5f, 0x1.465ec6p+6f, -0x1.2d9bb8p+6f};
 constexpr float kCos[5] = {0x1.0p+0f, -0x1.3bd3ccp+4f, 0x1.03c1dcp+6f, -0x1.55c57cp+6f, 0x1.d9c364p+5f};

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/deviates.h"
 #include "../common/mask_math.h"
 
 namespace csam {
@@ -16,19 +17,19 @@ struct Cells {
   const uint32_t* columns;  // the threshold's first 32 - bits bits, then the other number
   const uint64_t* rest;     // the threshold's next 64 bits
   int bits;
-  float grid;  // steps to 1
 };
 
 struct NoiseArgs {
   const float* x;  // with cells in steps of the grid: whole numbers
   int64_t n, channels, pixels;
-  float sigma;
+  Law law;
+  float scale;  // of the law's deviates; with cells the grid, in steps to 1
   uint64_t seed, first_sample;
   uint32_t stream;
   void* out;
   int dtype;
   bool channels_last;
-  const Cells* cells;  // what is drawn in place of normal deviates, or null
+  const Cells* cells;  // of Law::kCells, or null
 };
 
 enum Perturbation : int { kPlain = 0, kUniform = 1, kAdversarial = 2 };
@@ -128,10 +129,10 @@ class SampleNetwork {  // readied for one instruction set; its methods may run o
   virtual const char* format() const = 0;  // of the values, and how they are multiplied
   virtual int64_t lanes() const = 0;
   virtual int64_t memory() const = 0;  // bytes of a thread
-  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none. `cells` as
-  // in NoiseArgs.
-  virtual void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n,
-                     const Cells* cells, int64_t* out) const = 0;
+  // Adds the votes of noisy samples first .. first + n - 1 of x [C, H, W] to out [classes]; NaN casts none. `law`,
+  // `scale` and `cells` as in NoiseArgs.
+  virtual void votes(const float* x, Law law, float scale, const Cells* cells, uint64_t seed, uint32_t stream,
+                     uint64_t first, int64_t n, int64_t* out) const = 0;
   // x [n, C, H, W] in the network's dtype, float of integers -> out [n, classes].
   virtual void logits(const void* x, int64_t n, float* out) const = 0;
   // What each step should cost, in multiply-adds of a vector a sample.

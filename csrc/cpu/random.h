@@ -1,4 +1,4 @@
-// Vector Philox and Box-Muller: W quads at a time, the bits of common/philox.h in every lane.
+// Vector Philox and deviates: W quads at a time, the bits of common/philox.h and common/normal.h in every lane.
 #pragma once
 #include "../common/deviates.h"
 #include "../common/philox.h"
@@ -118,19 +118,23 @@ CSAM_INLINE WordVectors philox_samples(uint32_t quad, uint64_t first, uint32_t s
   return words;
 }
 
-// Two independent standard normal deviates a lane from two words: u1 = (a+1)/2^32, angle = 2 pi b/2^32.
-CSAM_INLINE void box_muller(vu a, vu b, vf& first, vf& second) {
-  const vf tiny = splat(0x1p-32f);
-  const vf u1 = fma(to_float(a), tiny, tiny);
-  const vi bits = (vi)u1;
+// -2 ln u for u in [2^-32, 1].
+CSAM_INLINE vf minus_2_log(vf u) {
+  const vi bits = (vi)u;
   const vi exponent = (bits - 0x3F3504F3) >> 23;
   const vf f = (vf)(bits - (exponent << 23)) - 1.0f;
   // The polynomial of -2 ln: doubling is exact, so its bits are those of the logarithm's.
   vf p = splat(-2.0f * kLog[7]);
   for (int i = 6; i >= 0; --i) p = fma(p, f, splat(-2.0f * kLog[i]));
   const vf f2 = f * f;
-  const vf square = fma(p, f2 * f, fma(f, splat(-2.0f), f2));  // +0 at u1 = 1, above 0 elsewhere
-  const vf radius = square_root(fma(to_float(exponent), splat(-2.0f * kLn2), square));
+  const vf square = fma(p, f2 * f, fma(f, splat(-2.0f), f2));  // +0 at u = 1, above 0 elsewhere
+  return fma(to_float(exponent), splat(-2.0f * kLn2), square);
+}
+
+// Two independent standard normal deviates a lane from two words: u1 = (a+1)/2^32, angle = 2 pi b/2^32.
+CSAM_INLINE void box_muller(vu a, vu b, vf& first, vf& second) {
+  const vf tiny = splat(0x1p-32f);
+  const vf radius = square_root(minus_2_log(fma(to_float(a), tiny, tiny)));
 
   // Range reduction on integers is exact: the two top bits of b, rounded, are the nearest quarter turn, and the rest
   // as a signed number is what is left of the angle.
@@ -167,13 +171,6 @@ CSAM_INLINE void interleave(const V in[4], V out[4]) {
   out[3] = __builtin_shuffle(a1, b1, pair_high);
 }
 
-// 4*W standard normal deviates; out[j] lane i = deviate j of quad i.
-CSAM_INLINE void normals(const Quads& q, const Counter& c, vf out[4]) {
-  const WordVectors w = philox(q, c);
-  box_muller(w.v[0], w.v[1], out[0], out[1]);
-  box_muller(w.v[2], w.v[3], out[2], out[3]);
-}
-
 // The 64 bits that come after an element's word where that does not decide: of a generator of its own.
 __attribute__((noinline, cold)) static uint64_t bits_after(uint64_t seed, uint64_t sample, uint32_t stream,
                                                            uint64_t element) {
@@ -197,10 +194,30 @@ CSAM_INLINE vf steps(const Cells& cells, vu word, const After& after) {
   return to_float((vi)number - int32_t(1u << (bits - 1)));
 }
 
-// x + sigma * eps; or the point of the grid that is so many steps from x, by its number, which is exact.
-template <bool gridded>
-CSAM_INLINE vf noisy(vf noise, vf x, vf scale) {
-  return gridded ? (x + noise) / scale : fma(scale, noise, x);
+// The deviates of W quads: out[j] lane i = deviate j of quad i, whose word is w.v[j] lane i. Those of `cells` take 64
+// more bits where a word does not decide: after(j, lane).
+template <Law law, class After>
+CSAM_INLINE void deviates(const WordVectors& w, const Cells* cells, const After& after, vf out[4]) {
+  if constexpr (law == Law::kGaussian) {
+    box_muller(w.v[0], w.v[1], out[0], out[1]);
+    box_muller(w.v[2], w.v[3], out[2], out[3]);
+  } else {
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (law == Law::kCells) {
+        out[j] = steps(*cells, w.v[j], [&](int lane) { return after(j, lane); });
+      } else {
+        const vf u = fma(to_float((vi)(w.v[j] & 0x7FFFFFFFu)), splat(0x1p-31f), splat(0x1p-32f));
+        out[j] = flip_sign(law == Law::kUniform ? u : minus_2_log(u), w.v[j]);
+      }
+    }
+  }
+}
+
+// x + scale * deviate; or the point of a grid of `scale` steps to 1 that is so many steps from x, whose number is
+// exact.
+template <Law law>
+CSAM_INLINE vf noisy(vf deviate, vf x, vf scale) {
+  return law == Law::kCells ? (x + deviate) / scale : fma(scale, deviate, x);
 }
 
 }  // namespace CSAM_ISA

@@ -58,12 +58,15 @@ class Network final : public SampleNetwork {
   int64_t lanes() const override { return S; }
   int64_t memory() const override { return a.arena * S * int64_t(sizeof(Element)) + sizes.bytes(); }
 
-  void votes(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, int64_t n, const Cells* cells,
-             int64_t* out) const override {
+  void votes(const float* x, Law law, float scale, const Cells* cells, uint64_t seed, uint32_t stream, uint64_t first,
+             int64_t n, int64_t* out) const override {
     Arena arena(*this);
+    const auto draws = law == Law::kUniform   ? &Network::draw<Law::kUniform>
+                       : law == Law::kLaplace ? &Network::draw<Law::kLaplace>
+                       : law == Law::kCells   ? &Network::draw<Law::kCells>
+                                              : &Network::draw<Law::kGaussian>;
     for (int64_t done = 0; done < n; done += S) {
-      if (cells) draw<true>(x, sigma, seed, stream, first + done, cells, arena.at(a.in));
-      else draw<false>(x, sigma, seed, stream, first + done, cells, arena.at(a.in));
+      (this->*draws)(x, scale, cells, seed, stream, first + done, arena.at(a.in));
       run(arena);
       count(arena.at(a.out), n - done < S ? n - done : S, out);
     }
@@ -107,7 +110,7 @@ class Network final : public SampleNetwork {
   void times(int64_t rounds, double* seconds) const override {
     Arena arena(*this);
     Array<float> x(a.channels * a.height * a.width);
-    draw<false>(x.data, 1, 0, 0, 0, nullptr, arena.at(a.in));
+    draw<Law::kGaussian>(x.data, 1, nullptr, 0, 0, 0, arena.at(a.in));
     for (int64_t round = 0; round < rounds; ++round)
       for (int64_t i = 0; i < a.count; ++i) {
         const double start = now();
@@ -175,27 +178,21 @@ class Network final : public SampleNetwork {
   static Keys greater(Keys a, Keys b) { return a > b ? a : b; }
 
   // Noisy pixels, rounded, then normalised and rounded again.
-  template <bool gridded>
-  void draw(const float* x, float sigma, uint64_t seed, uint32_t stream, uint64_t first, const Cells* cells,
+  template <Law law>
+  void draw(const float* x, float scale, const Cells* cells, uint64_t seed, uint32_t stream, uint64_t first,
             Element* out) const {
     const int64_t pixels = a.height * a.width, elements = a.channels * pixels;
-    const vf scale = splat(gridded ? cells->grid : sigma);
     for (int64_t quad = 0; quad * 4 < elements; ++quad)
       for (int64_t v = 0; v < S; v += W) {
         const WordVectors w = philox_samples(uint32_t(quad), first + v, stream, seed);
         vf noise[4];
-        if constexpr (gridded) {
-          for (int j = 0; j < 4; ++j)
-            noise[j] = csam::CSAM_ISA::steps(*cells, w.v[j], [&](int lane) {
-              return bits_after(seed, first + uint64_t(v + lane), stream, uint64_t(quad * 4 + j));
-            });
-        } else {
-          box_muller(w.v[0], w.v[1], noise[0], noise[1]);
-          box_muller(w.v[2], w.v[3], noise[2], noise[3]);
-        }
+        const auto after = [&](int j, int lane) {
+          return bits_after(seed, first + uint64_t(v + lane), stream, uint64_t(quad * 4 + j));
+        };
+        deviates<law>(w, cells, after, noise);
         for (int64_t j = 0, e = quad * 4; j < 4 && e < elements; ++j, ++e) {
           const int64_t c = e / pixels;
-          const vf pixel = Format::rounded(noisy<gridded>(noise[j], splat(x[e]), scale));
+          const vf pixel = Format::rounded(noisy<law>(noise[j], splat(x[e]), splat(scale)));
           Format::put(scaled((pixel - splat(mean[c])) / splat(spread[c])), out + e * S + v);
         }
       }

@@ -18,44 +18,39 @@ struct Sample {
   }
 };
 
-// The noise of elements e .. e + 4*W - 1, value j of each quad in out[j]: deviates, or steps of the grid.
-template <bool gridded>
+// The deviates of elements e .. e + 4*W - 1, that of value j of each quad in out[j].
+template <Law law>
 CSAM_INLINE void draw(const Quads& q, const Sample& s, int64_t e, vf out[4]) {
-  if constexpr (gridded) {
-    const WordVectors w = philox(q, s.counter);
-    for (int j = 0; j < 4; ++j)
-      out[j] = steps(*s.args.cells, w.v[j], [&](int lane) {
-        return bits_after(s.args.seed, s.index, s.args.stream, uint64_t(e + 4 * lane + j));
-      });
-  } else {
-    normals(q, s.counter, out);
-  }
+  const auto after = [&](int j, int lane) {
+    return bits_after(s.args.seed, s.index, s.args.stream, uint64_t(e + 4 * lane + j));
+  };
+  deviates<law>(philox(q, s.counter), s.args.cells, after, out);
 }
 
 // x, table and out have room for whole groups of 4*W values.
-template <bool gridded>
+template <Law law>
 CSAM_INLINE void noisy_row(const float* x, const Quads* table, int64_t elements, const Sample& s, float* out) {
-  const vf scale = splat(gridded ? s.args.cells->grid : s.args.sigma);
+  const vf scale = splat(s.args.scale);
   for (int64_t e = 0; e < elements; e += 4 * W) {
     vf lanes[4], noise[4];
-    draw<gridded>(*table++, s, e, lanes);
+    draw<law>(*table++, s, e, lanes);
     interleave(lanes, noise);
-    for (int j = 0; j < 4; ++j) store(out + e + j * W, noisy<gridded>(noise[j], load<vf>(x + e + j * W), scale));
+    for (int j = 0; j < 4; ++j) store(out + e + j * W, noisy<law>(noise[j], load<vf>(x + e + j * W), scale));
   }
 }
 
 // The same rounded to bfloat16, for finite x that lies as the lanes do: value j of each quad of a group, j = 0..3.
-template <bool gridded>
+template <Law law>
 CSAM_INLINE void noisy_row_bf16(const float* x, const Quads* table, int64_t elements, const Sample& s, uint16_t* out) {
-  const vf scale = splat(gridded ? s.args.cells->grid : s.args.sigma);
+  const vf scale = splat(s.args.scale);
   vi low, high;
   for (int i = 0; i < W; ++i) low[i] = (i & 1) * W + i / 2, high[i] = low[i] + W / 2;
   for (int64_t e = 0; e < elements; e += 4 * W) {
     vf noise[4];
     vu rounded[4];
-    draw<gridded>(*table++, s, e, noise);
+    draw<law>(*table++, s, e, noise);
     for (int j = 0; j < 4; ++j) {
-      const vu bits = (vu)noisy<gridded>(noise[j], load<vf>(x + e + j * W), scale);
+      const vu bits = (vu)noisy<law>(noise[j], load<vf>(x + e + j * W), scale);
       rounded[j] = bits + 0x7FFFu + ((bits >> 16) & 1u);
     }
     const vu first = (rounded[1] & 0xFFFF0000u) | (rounded[0] >> 16);
@@ -139,7 +134,7 @@ struct Shared {
   }
 };
 
-template <bool gridded>
+template <Law law>
 static void smoothing_noise(const NoiseArgs& a, int threads) {
   const int64_t to_turn = int64_t((uint64_t(1) << 32) - uint32_t(a.first_sample));
   if (a.n > to_turn) {  // the shared part of the generator is that of one high half of the sample index
@@ -148,8 +143,8 @@ static void smoothing_noise(const NoiseArgs& a, int threads) {
     tail.n = a.n - to_turn;
     tail.first_sample += to_turn;
     tail.out = static_cast<char*>(a.out) + to_turn * a.channels * a.pixels * element_size(a.dtype);
-    smoothing_noise<gridded>(head, threads);
-    smoothing_noise<gridded>(tail, threads);
+    smoothing_noise<law>(head, threads);
+    smoothing_noise<law>(tail, threads);
     return;
   }
   const int64_t elements = a.channels * a.pixels, group = 4 * W;
@@ -169,13 +164,13 @@ static void smoothing_noise(const NoiseArgs& a, int threads) {
       uint16_t* out16 = static_cast<uint16_t*>(a.out) + i * elements;
       if (shared.by_lane) {
         uint16_t* noisy = direct ? out16 : half;
-        noisy_row_bf16<gridded>(shared.x, shared.table, elements, sample, noisy);
+        noisy_row_bf16<law>(shared.x, shared.table, elements, sample, noisy);
         if (transposed) transpose(noisy, a.channels, a.pixels, out16);
         else if (!direct) memcpy(out16, noisy, elements * sizeof(uint16_t));
         continue;
       }
       float* noisy = a.dtype == kF32 && direct ? out32 : scratch;
-      noisy_row<gridded>(shared.x, shared.table, elements, sample, noisy);
+      noisy_row<law>(shared.x, shared.table, elements, sample, noisy);
       if (a.dtype == kF32) {
         if (transposed) transpose(noisy, a.channels, a.pixels, out32);
         else if (!direct) memcpy(out32, noisy, elements * sizeof(float));
@@ -192,8 +187,12 @@ static void smoothing_noise(const NoiseArgs& a, int threads) {
 }
 
 void smoothing_noise(const NoiseArgs& a, int threads) {
-  if (a.cells) smoothing_noise<true>(a, threads);
-  else smoothing_noise<false>(a, threads);
+  switch (a.law) {
+    case Law::kUniform: return smoothing_noise<Law::kUniform>(a, threads);
+    case Law::kLaplace: return smoothing_noise<Law::kLaplace>(a, threads);
+    case Law::kCells: return smoothing_noise<Law::kCells>(a, threads);
+    default: return smoothing_noise<Law::kGaussian>(a, threads);
+  }
 }
 
 void philox_uniform(float* out, int64_t n, int64_t k, uint64_t seed, uint64_t first, uint32_t stream) {

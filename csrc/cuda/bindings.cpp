@@ -62,11 +62,11 @@ PYBIND11_MODULE(_CUDA, m) {
 
   m.def(
       "smoothing_noise",
-      [](Address x, int64_t n, int64_t channels, int64_t pixels, float sigma, uint64_t seed, uint64_t first,
+      [](Address x, int64_t n, int64_t channels, int64_t pixels, int law, float scale, uint64_t seed, uint64_t first,
          uint32_t stream, Address out, int dtype, bool channels_last, int multiprocessors, Address on) {
-        check(smoothing_noise(
-            {at<float>(x), n, channels, pixels, sigma, seed, first, stream, at<void>(out), dtype, channels_last},
-            device(multiprocessors, on)));
+        check(smoothing_noise({at<float>(x), n, channels, pixels, csam::Law(law), scale, seed, first, stream,
+                               at<void>(out), dtype, channels_last},
+                              device(multiprocessors, on)));
       },
       Nogil());
   m.def(

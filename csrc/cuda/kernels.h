@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/deviates.h"
 #include "../common/dtype.h"
 #include "../common/mask_math.h"
 
@@ -19,7 +20,8 @@ struct Device {
 struct NoiseArgs {
   const float* x;  // [channels, pixels]
   int64_t n, channels, pixels;
-  float sigma;
+  Law law;      // any but kCells
+  float scale;  // of its deviates
   uint64_t seed, first_sample;
   uint32_t stream;
   void* out;  // [n, channels, pixels], or [n, pixels, channels] when channels_last

@@ -12,13 +12,14 @@ constexpr int kThreads = 128;
 constexpr int kResident = 8;
 constexpr int resident(int planes) { return planes == 1 ? 6 : 4; }  // leaves 80 and 128 registers a thread
 
-__device__ inline void quad_normals(int64_t quad, uint64_t sample, const NoiseArgs& a, float out[4]) {
+template <int law>
+__device__ inline void quad_deviates(int64_t quad, uint64_t sample, const NoiseArgs& a, float out[4]) {
   const Words start = {{uint32_t(quad), uint32_t(sample), uint32_t(sample >> 32), a.stream}};
-  normals(philox4x32(start, uint32_t(a.seed), uint32_t(a.seed >> 32)), out);
+  deviates<Law(law)>(philox4x32(start, uint32_t(a.seed), uint32_t(a.seed >> 32)), out);
 }
 
 // PLANES == 1: out[i][e], pixels stands for all elements. PLANES == 3: out[i][pixel][channel].
-template <int dtype, int PLANES, int COPIES>
+template <int dtype, int PLANES, int law, int COPIES>
 __device__ inline void noisy_group(const NoiseArgs& a, int64_t pixels, int64_t group, int64_t sample, int copies) {
   float x[PLANES][kGroup];
   for (int plane = 0; plane < PLANES; ++plane) {
@@ -36,10 +37,10 @@ __device__ inline void noisy_group(const NoiseArgs& a, int64_t pixels, int64_t g
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float eps[4];
-        quad_normals((plane * pixels + group * kGroup) / 4 + half, a.first_sample + sample + copy, a, eps);
+        quad_deviates<law>((plane * pixels + group * kGroup) / 4 + half, a.first_sample + sample + copy, a, eps);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          noisy[(4 * half + j) * PLANES + plane] = fmaf(a.sigma, eps[j], x[plane][4 * half + j]);
+          noisy[(4 * half + j) * PLANES + plane] = fmaf(a.scale, eps[j], x[plane][4 * half + j]);
       }
     const int64_t at = ((sample + copy) * pixels + group * kGroup) * PLANES;
 #pragma unroll
@@ -47,7 +48,7 @@ __device__ inline void noisy_group(const NoiseArgs& a, int64_t pixels, int64_t g
   }
 }
 
-template <int dtype, int PLANES>
+template <int dtype, int PLANES, int law>
 __global__ void __launch_bounds__(kThreads, resident(PLANES)) noise_kernel(NoiseArgs a, int64_t pixels) {
   constexpr int COPIES = PLANES == 1 ? 2 : 1;
   const int64_t groups = pixels / kGroup, stride = int64_t(gridDim.x) * kThreads;
@@ -56,14 +57,14 @@ __global__ void __launch_bounds__(kThreads, resident(PLANES)) noise_kernel(Noise
   int64_t sample = first / groups * COPIES, group = first % groups;
   while (sample < a.n) {
     const int64_t left = a.n - sample;
-    noisy_group<dtype, PLANES, COPIES>(a, pixels, group, sample, left < COPIES ? int(left) : COPIES);
+    noisy_group<dtype, PLANES, law, COPIES>(a, pixels, group, sample, left < COPIES ? int(left) : COPIES);
     sample += sample_step;
     group += group_step;
     if (group >= groups) group -= groups, sample += COPIES;
   }
 }
 
-template <int dtype>
+template <int dtype, int law>
 __global__ void __launch_bounds__(kThreads, kResident) ragged_noise_kernel(NoiseArgs a) {
   const int64_t elements = a.channels * a.pixels, quads = (elements + 3) / 4;
   const int64_t stride = int64_t(gridDim.x) * kThreads, first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -71,12 +72,12 @@ __global__ void __launch_bounds__(kThreads, kResident) ragged_noise_kernel(Noise
   int64_t sample = first / quads, quad = first % quads;
   while (sample < a.n) {
     float eps[4];
-    quad_normals(quad, a.first_sample + sample, a, eps);
+    quad_deviates<law>(quad, a.first_sample + sample, a, eps);
     for (int j = 0; j < 4; ++j) {
       const int64_t e = 4 * quad + j;
       if (e >= elements) break;
       const int64_t at = a.channels_last ? e % a.pixels * a.channels + e / a.pixels : e;
-      store1<dtype>(a.out, sample * elements + at, fmaf(a.sigma, eps[j], a.x[e]));
+      store1<dtype>(a.out, sample * elements + at, fmaf(a.scale, eps[j], a.x[e]));
     }
     sample += sample_step;
     quad += quad_step;
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 int64_t blocks_for(int64_t items) { return (items + kThreads - 1) / kThreads; }
 
-template <int dtype>
+template <int dtype, int law>
 cudaError_t noise(const NoiseArgs& a, Device device) {
   const bool interleaved = a.channels_last && a.channels > 1 && a.pixels > 1;
   const int64_t elements = a.channels * a.pixels, pixels = interleaved ? a.pixels : elements;
@@ -106,19 +107,29 @@ cudaError_t noise(const NoiseArgs& a, Device device) {
   const int64_t items = a.n * (pixels / kGroup);
   const bool whole = pixels % kGroup == 0 && aligned(a.x) && aligned(a.out);
   if (whole && !interleaved)
-    return launch(noise_kernel<dtype, 1>, blocks_for((items + 1) / 2), kThreads, resident(1), device, a, pixels);
+    return launch(noise_kernel<dtype, 1, law>, blocks_for((items + 1) / 2), kThreads, resident(1), device, a, pixels);
   if (whole && a.channels == 3)
-    return launch(noise_kernel<dtype, 3>, blocks_for(items), kThreads, resident(3), device, a, pixels);
-  return launch(ragged_noise_kernel<dtype>, blocks_for(a.n * ((elements + 3) / 4)), kThreads, kResident, device, a);
+    return launch(noise_kernel<dtype, 3, law>, blocks_for(items), kThreads, resident(3), device, a, pixels);
+  return launch(ragged_noise_kernel<dtype, law>, blocks_for(a.n * ((elements + 3) / 4)), kThreads, kResident, device,
+                a);
+}
+
+template <int law>
+cudaError_t noise(const NoiseArgs& a, Device device) {
+  switch (a.dtype) {
+    case kF32: return noise<kF32, law>(a, device);
+    case kBF16: return noise<kBF16, law>(a, device);
+    default: return noise<kF16, law>(a, device);
+  }
 }
 
 }  // namespace
 
 cudaError_t smoothing_noise(const NoiseArgs& a, Device device) {
-  switch (a.dtype) {
-    case kF32: return noise<kF32>(a, device);
-    case kBF16: return noise<kBF16>(a, device);
-    default: return noise<kF16>(a, device);
+  switch (a.law) {
+    case Law::kUniform: return noise<int(Law::kUniform)>(a, device);
+    case Law::kLaplace: return noise<int(Law::kLaplace)>(a, device);
+    default: return noise<int(Law::kGaussian)>(a, device);
   }
 }
 

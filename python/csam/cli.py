@@ -33,6 +33,7 @@ from rich.table import Table
 
 import csam_kernels
 from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training
+from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
 Command = Callable[..., Any]
@@ -89,7 +90,8 @@ CORRUPTION_OPTIONS = (
 )
 TRAIN_OPTIONS = (
     ("--weights", "weights", FILE, "Start from this safetensors file (then --epochs 3, --lr 0.02 if not given)."),
-    ("--sigma", "train.sigma", float, "Gaussian noise of training and smoothing, pixels in [0, 1]."),
+    ("--sigma", "train.sigma", float, "Standard deviation of the noise of training and smoothing, pixels in [0, 1]."),
+    ("--noise", "train.noise", click.Choice(list(LAWS)), "Its law. Radii are l2 under Gaussian noise, l1 otherwise."),
     ("--epochs", "train.epochs", int, "Epochs of the dense network."),
     ("--search-epochs", "train.search_epochs", int, "Epochs of the mask search."),
     ("--finetune-epochs", "train.finetune_epochs", int, "Epochs of fine-tuning after the search."),
@@ -328,6 +330,8 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
     certify, images = settings["certify"], len(settings["certified_images"])
     most = "<" if certify.get("adaptive") else ""
     proved = ", proved for floating point" if certify.get("sound_float") else ""
+    noise = settings["train"].get("noise", "gaussian")
+    norm = report.NORMS[LAWS[noise].norm]
     titles = {name: method.title for name, method in pipeline.METHODS.items()}
     show(report.summary_table(summary["rows"], titles))
     results.print(
@@ -335,7 +339,8 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
         f"{settings['dataset']['test_images']} test images, "
         f"certificates on {images} of them (standard error <= {100 * report.standard_error(images):.1f} points). "
         f"PCA: CC-Cert under {settings['transform']}, n={certify['cc_n']}, k={certify['cc_k']}, "
-        f"δ={certify['delta']:g}. cert.: smoothing with σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
+        f"δ={certify['delta']:g}. cert.: {norm} radii by smoothing with {noise} noise, "
+        f"σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
         f"n{most}={certify['n']}, α={certify['alpha']:g}{proved}. One seed ({settings['seed']}).",
         soft_wrap=True,
     )
@@ -379,12 +384,14 @@ def train(
     "--architecture", type=click.Choice(list(models.ARCHITECTURES)), help="Network, if the file does not say."
 )
 @click.option("--sigma", type=float, help="Noise, pixels in [0, 1]  [the one the model was trained with]")
+@click.option("--noise", type=click.Choice(list(LAWS)), help="Its law  [the one the model was trained with]")
 @click.option("--cc-cert", is_flag=True, help="CC-Cert under --transform as well.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 def certify(
     model: Path,
     architecture: str | None,
     sigma: float | None,
+    noise: str | None,
     cc_cert: bool,
     out: Path,
     data: str | None,
@@ -397,7 +404,8 @@ def certify(
 
     Writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
     continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
-    Files made by csam say their architecture, normalisation and sigma themselves.
+    Files made by csam say their architecture, normalisation, noise and sigma themselves. Radii are in the l2 norm under
+    Gaussian noise, in the l1 norm under uniform and Laplace noise of standard deviation sigma.
     """
     said = runs.read_description(model)
     given["model"] = architecture or said.get("model")
@@ -406,6 +414,7 @@ def certify(
     given["train__sigma"] = sigma if sigma is not None else said.get("sigma")
     if given["train__sigma"] is None:
         raise click.UsageError(f"{model} does not say its sigma; give --sigma")
+    given["train__noise"] = noise or said.get("noise")
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
@@ -468,9 +477,10 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
 
 
 def curve_of(file: Path, label: str, rows: Sequence[evaluation.Row]) -> report.Curve:
-    """The curve of a record's rows, with their samples where its votes lie beside it."""
+    """The curve of a record's rows, with their samples and the norm of the radii where its votes lie beside it."""
     radii = [row.radius for row in rows if row.correct]
-    return report.Curve(label, radii, len(rows), samples=evaluation.mean_samples(file, rows))
+    norm = evaluation.read_votes(file)[0].get("norm", "")
+    return report.Curve(label, radii, len(rows), samples=evaluation.mean_samples(file, rows), norm=norm)
 
 
 @cli.command()

@@ -8,7 +8,8 @@ goes on.
 
 Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
 each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
-takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped.
+takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped. The law of the
+noise is there too, and the norm of the radii: the lines of the record itself have no place for it.
 
 Where torch.distributed is initialised, all its processes draw samples of whichever images are under way, and process 0
 alone reads and writes files and decides: votes add up, whoever counts them, so the rows are those of one process.
@@ -51,6 +52,7 @@ PIECE_SECONDS = 0.03  # of samples that a thread takes at a time
 Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
+GAUSSIAN = {"noise": "gaussian", "norm": "l2"}  # records that do not say are from before there were other laws
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, 
     """
     try:
         header, *records = Journal.read(votes_path(path)) or [{"recipe": {}}]
-        return dict(header["recipe"]), {int(record["idx"]): record for record in records}
+        recipe = dict(header["recipe"])
+        return {**GAUSSIAN, **recipe} if recipe else {}, {int(record["idx"]): record for record in records}
     except KeyError as error:
         raise RunError(f"{votes_path(path)} does not hold votes: {error} is missing") from error
 
@@ -503,12 +506,19 @@ def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Ten
     sampler, device = prepared.sampler, prepared.device
     if sampler is not None:
         return lambda x, n, first, stream: sampler.votes(
-            x, smooth.sigma, n, seed=smooth.seed, first_sample=first, stream=stream, grid=smooth.grid
+            x,
+            smooth.sigma,
+            n,
+            seed=smooth.seed,
+            first_sample=first,
+            stream=stream,
+            grid=smooth.grid,
+            law=smooth.noise,
         )
 
     def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first GPU
-            where = (smooth.seed, first, batch_size, stream, smooth.grid)
+            where = (smooth.seed, first, batch_size, stream, smooth.grid, smooth.noise)
             return smoothing.votes(prepared, x, smooth.sigma, n, *where).cpu()
 
     return vote

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from csam import data, evaluation, masks, models, report, runs, training, transforms
 from csam.cc_cert import CCCert
 from csam.engine import Choices
+from csam.laws import LAWS
 from csam.nn import convert, fold, masked_layers
 from csam.processes import Team
 from csam.search import MaskSearch
@@ -106,6 +107,7 @@ class Job:
             start=start,
             batch_size=train.batch_size,
             sigma=train.sigma,
+            noise=train.noise,
             padding=train.padding,
             flip=train.flip,
             transform=self.transform if train.augment else None,
@@ -139,6 +141,7 @@ class Job:
             "in_channels": self.dataset.in_channels,
             "normalization": self.settings.normalization,
             "sigma": self.settings.train.sigma,
+            "noise": self.settings.train.noise,
         }
         if self.run.team.first:
             runs.save_model(self.model_path(name), model, {**common, **description})
@@ -306,6 +309,7 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
         model,
         dataset.num_classes,
         settings.train.sigma,
+        noise=settings.train.noise,
         dtype=DTYPES[settings.certify.dtype],
         seed=derive_seed(settings.seed, "smoothing"),
         choices=choices,
@@ -471,8 +475,9 @@ def identity(command: str, settings: Settings, dataset: data.Dataset, **more: An
     """
     asked = asdict(settings)
     del asked["data_dir"]
-    if not settings.certify.sound_float:  # as in folders that were begun before there was such a setting
-        del asked["certify"]["sound_float"]
+    for group, name, before in (("certify", "sound_float", False), ("train", "noise", "gaussian")):
+        if asked[group][name] == before:  # as in folders that were begun before there was such a setting
+            del asked[group][name]
     if settings.weights is not None:
         asked["weights"] = _digest(Path(settings.weights).read_bytes())
     contents = [t.numpy().tobytes() for t in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)]
@@ -544,7 +549,8 @@ def demo(
         train_dense(job)
         trained = {variant_name(*variant): train_variant(job, *variant) for variant in todo}
         certified = {name: certify_variant(job, name) for name in trained}
-        rows = [_row(m, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
+        norm = LAWS[settings.train.noise].norm
+        rows = [_row(m, norm, trained[variant_name(m, s)], certified[variant_name(m, s)]) for m, s in todo]
         details = {name: {**trained[name], **_seconds(certified[name])} for name in trained}
         described = describe(job, details)
         if run.team.first:
@@ -554,13 +560,14 @@ def demo(
     return {"rows": rows, "settings": described}
 
 
-def _row(title: str, trained: Mapping[str, Any], certified: Mapping[str, Any]) -> dict[str, Any]:
+def _row(title: str, norm: str, trained: Mapping[str, Any], certified: Mapping[str, Any]) -> dict[str, Any]:
     parts = [*_seconds(trained).values(), *_seconds(certified).values()]
     return {
         "method": title,
         "sparsity": trained["sparsity"],
         "clean_accuracy": trained["clean_accuracy"],
         "pca": certified["pca"],
+        "norm": norm,
         "certified_accuracy": certified["certified_accuracy"],
         "seconds": round(sum(parts), 2),
     }
@@ -599,7 +606,7 @@ NOTES = {
     "pca": "fraction of the certified images with a CC-Cert bound < eps and a correct clean prediction, "
     "both of the base network",
     "certified_accuracy": "fraction of the certified images that the smoothed network classifies correctly with a "
-    "certified l2 radius >= r, pixels in [0, 1]",
+    "certified radius >= r in the row's norm, pixels in [0, 1]",
     "steps": "after the dense training every row has the same number of optimisation steps on the same batches: "
     "mask_steps + finetune_steps; a step of the mask search makes several passes over its batch",
     "seconds": "mask, fine-tuning and certification of the row; the dense training, shared by all rows, is apart",
@@ -613,15 +620,16 @@ def draw(folder: Path, settings: Settings) -> None:
         rows = evaluation.read_tsv(folder / "certificates" / f"{variant_name(method, sparsity)}.tsv")
         panel = f"{100 * sparsity:.10g} % of the weights removed" if METHODS[method].prunes else ""
         radii = [row.radius for row in rows if row.correct]
-        curves.append(report.Curve(METHODS[method].title, radii, len(rows), panel))
-    certify, sigma = settings.certify, settings.train.sigma
+        norm = LAWS[settings.train.noise].norm
+        curves.append(report.Curve(METHODS[method].title, radii, len(rows), panel, norm=norm))
+    certify, train = settings.certify, settings.train
     place = ", ".join(dict.fromkeys((settings.data, settings.model)))
     report.plot_curves(
         curves,
         folder / "certified_accuracy.png",
-        title=f"{place}, {curves[0].total} test images: smoothing with σ = {sigma:g}, "
+        title=f"{place}, {curves[0].total} test images: smoothing with {train.noise} noise, σ = {train.sigma:g}, "
         f"n = {certify.n}, α = {certify.alpha:g}",
-        limit=certified_radius(certify.n, certify.n, sigma, certify.alpha),
+        limit=certified_radius(certify.n, certify.n, train.sigma, certify.alpha, train.noise),
         limit_label="largest radius that n allows",
     )
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from csam import runs
 
+NORMS = {"l1": "ℓ1", "l2": "ℓ2", "": "norm not recorded"}
 FORMATS = (".png", ".pdf", ".svg")
 # Colour by method, dash by place within a method: still told apart without colour. Colours: Okabe & Ito 2008.
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,6 +30,7 @@ class Curve:
     total : all images, the abstained and the wrong ones included
     panel : curves of one panel are drawn together; those with panel "" in every panel
     samples : (mean noise samples an image, the most it may take), None if that is not known
+    norm    : of the radii, "l1" or "l2"; "" where the record does not say
     """
 
     label: str
@@ -36,6 +38,7 @@ class Curve:
     total: int
     panel: str = ""
     samples: tuple[float, int] | None = None
+    norm: str = ""
 
     def __post_init__(self) -> None:
         if self.total < 1 or len(self.radii) > self.total:
@@ -88,7 +91,7 @@ def _compact_table() -> Table:
 
 
 def summary_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV; columns method, sparsity, clean_accuracy, pca@ε…, certified_accuracy@r…, seconds."""
+    """The rows as CSV; columns method, sparsity, clean_accuracy, pca@ε…, norm, certified_accuracy@r…, seconds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     flat = [
@@ -97,6 +100,7 @@ def summary_csv(rows: Sequence[Mapping[str, Any]]) -> str:
             "sparsity": row["sparsity"],
             "clean_accuracy": row["clean_accuracy"],
             **{f"pca@{e}": value for e, value in row["pca"].items()},
+            "norm": row["norm"],
             **{f"certified_accuracy@{r}": value for r, value in row["certified_accuracy"].items()},
             "seconds": row["seconds"],
         }
@@ -124,21 +128,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def certificates_table(curves: Sequence[Curve], radii: Sequence[float]) -> Table:
-    """One line a curve: images, certified accuracy at each radius, average certified radius (ACR, Zhai et al. 2020).
+    """One line a curve: norm of the radii, images, certified accuracy at each radius, average radius (ACR, Zhai et al.
+    2020).
 
     Where samples are known: their mean an image, and how many times fewer that is than the most.
     """
     table = _compact_table()
     table.add_column("certificates", no_wrap=True)
     counted = ("samples", "saving") if any(curve.samples for curve in curves) else ()
-    for head in ("images", *(f"r={r:g}" for r in radii), "ACR", *counted):
+    for head in ("norm", "images", *(f"r={r:g}" for r in radii), "ACR", *counted):
         table.add_column(head, justify="right", no_wrap=True)
     for curve in curves:
         cells = [f"{100 * curve.at(r):.1f} %" for r in radii] + [f"{sum(curve.radii) / curve.total:.3f}"]
         if curve.samples:
             mean, most = curve.samples
             cells += [f"{mean:.0f}", f"{most / mean:.1f}×"]
-        table.add_row(curve.label, str(curve.total), *cells)
+        table.add_row(curve.label, NORMS[curve.norm] if curve.norm else "?", str(curve.total), *cells)
     return table
 
 
@@ -155,8 +160,8 @@ def plot_curves(
 ) -> None:
     """Draw certified accuracy over radius as step curves and write `path` (.png, .pdf or .svg) in one step.
 
-    One panel for each distinct `Curve.panel`; curves with the same label share a colour. `limit` marks the largest
-    radius that the number of samples allows.
+    One panel for each distinct `Curve.panel`; curves with the same label share a colour. Where norms differ, labels say
+    each curve's. `limit` marks the largest radius that the number of samples allows.
     """
     if not curves:
         raise ValueError("curves must hold at least one curve, got none")
@@ -166,6 +171,12 @@ def plot_curves(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    norms = sorted({curve.norm for curve in curves})
+    if len(norms) > 1:
+        curves = [replace(curve, label=f"{curve.label}, {NORMS[curve.norm]}") for curve in curves]
+        radius = "radius, norm as labelled"
+    else:
+        radius = f"{NORMS[norms[0]]} radius" if norms[0] else f"radius, {NORMS['']}"
     panels = list(dict.fromkeys(curve.panel for curve in curves if curve.panel)) or [""]
     labels = list(dict.fromkeys(curve.label for curve in curves))
     longest = max((max(curve.radii, default=0.0) for curve in curves), default=0.0)
@@ -193,7 +204,7 @@ def plot_curves(
             )
         if limit is not None:
             axis.axvline(limit, color="0.6", linewidth=1, zorder=0, label=limit_label or None)
-        axis.set(title=panel, xlabel="certified ℓ2 radius (pixels in [0, 1])", xlim=(0, right), ylim=(0, 102))
+        axis.set(title=panel, xlabel=f"certified {radius} (pixels in [0, 1])", xlim=(0, right), ylim=(0, 102))
         axis.grid(alpha=0.3)
     handles, names = axes[0][0].get_legend_handles_labels()
     for axis in axes[0][1:]:

@@ -24,6 +24,7 @@ from csam import engine, smoothing
 from csam.engine import Choices
 from csam.smoothing import Prepared
 from csam_kernels import checks
+from csam_kernels.laws import checked_law
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Plan:
         *,
         stream: int = 0,
         batch_size: int = 400,
+        noise: str = "gaussian",
     ) -> Tensor:
         """Votes of samples first_sample .. first_sample + n - 1 of x + sigma * eps, int64 [K], on the CPU.
 
@@ -98,10 +100,11 @@ class Plan:
                     "the plan's model has changed since it was planned (a weight or a mask): plan it again"
                 )
         x = smoothing.image(x)
-        sigma = checks.real("sigma", sigma, above=0)
+        sigma, noise = checks.real("sigma", sigma, above=0), checked_law("noise", noise)
         n = checks.integer("n", n, low=1)
         checks.seed(seed)
-        found = smoothing.votes(self.prepared, x, sigma, n, seed, first_sample, batch_size, stream)
+        where = (first_sample, batch_size, stream, None, noise)
+        found = smoothing.votes(self.prepared, x, sigma, n, seed, *where)
         return smoothing.checked(smoothing.read(x.to(found.device), [found])[0], n)
 
     def explain(self) -> str:
@@ -142,6 +145,7 @@ def plan(
     dtype: torch.dtype | str = torch.bfloat16,
     choices: Choices = "auto",
     sigma: float | None = None,
+    noise: str = "gaussian",
     memory: int | None = None,
 ) -> Plan:
     """What `csam.Smooth(model, ..., dtype=dtype)` runs on images like `example`, or another choice of it.
@@ -156,7 +160,8 @@ def plan(
         dtype: torch.bfloat16, float16 or float32, or "int8".
         choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense"
             or "sparse" is for all layers; or a plan's `choices`, to make that plan again.
-        sigma: noise of the calibration, > 0; for "int8" alone.
+        sigma: of the noise of the calibration, > 0; for "int8" alone.
+        noise: its law, as in `csam.Smooth`.
         memory: bytes that voting may take for values and sums, all threads together; fewer threads run if need be.
 
     Raises:
@@ -174,7 +179,8 @@ def plan(
     examples = examples[None] if examples.dim() == 3 else examples
     image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples)
     _check(model)
-    shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0))
+    noise = checked_law("noise", noise)
+    shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0), noise)
     prepared = smoothing.TiledClassifier(model, dtype, None, choices, shown).prepare(image)
     if prepared.sampler is None and (memory is not None or not isinstance(choices, str)):
         asked = "choices" if memory is None else "memory"

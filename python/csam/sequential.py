@@ -35,7 +35,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from scipy import optimize, special
 
+from csam.laws import LAWS
 from csam_kernels import checks
+from csam_kernels.laws import checked_law
 
 FIRST_LOOK, GROWTH = 100, 1.15
 RARE, OUTLOOK = 0.01, float(special.ndtri(5 / 6))
@@ -50,7 +52,7 @@ class Decision:
 
     Attributes:
         p_lower: lower bound on the probability of the class.
-        radius: sigma Phi^-1(p_lower), None (abstain) if p_lower < 1/2.
+        radius: that of p_lower under the law of noise, None (abstain) if p_lower < 1/2.
         samples: how many were looked at.
         reason: "abstain", "target", "below target", "rtol" or "n".
     """
@@ -69,6 +71,7 @@ class Rule(ABC):
         n: the most samples, 1 .. 10^7; of `Fixed` any number.
         alpha: probability of a wrong certificate, in (0, 1).
         sigma: standard deviation of the noise, > 0.
+        noise: its law, of `csam.laws.LAWS`, in whose norm radii are.
         target_radius: stop when this radius, > 0, is certified or out of reach; None for no such stop.
         rtol: stop within this share, in (0, 1), of the radius that n samples could still give; None for no such stop.
         tile, skip: looks, but for the last, are such that skip + look is a multiple of tile: where whole tiles of
@@ -90,6 +93,7 @@ class Rule(ABC):
         alpha: float,
         sigma: float,
         *,
+        noise: str = "gaussian",
         target_radius: float | None = None,
         rtol: float | None = None,
         tile: int = 1,
@@ -98,11 +102,16 @@ class Rule(ABC):
         self.n = checks.integer("n", n, low=1, high=self.most)
         self.alpha = fraction("alpha", alpha)
         self.sigma = checks.real("sigma", sigma, above=0)
+        self.law = LAWS[checked_law("noise", noise)]
         self.target_radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
+        most = self.sigma * self.law.largest
+        if (self.target_radius or 0.0) >= most:
+            asked = f"{self.target_radius:g} under {noise} noise of sigma {self.sigma:g}"
+            raise ValueError(f"target_radius must be below {most:g}, got {asked}")
         self.rtol = None if rtol is None else fraction("rtol", rtol)
         self.looks = self._grid(checks.integer("tile", tile, low=1), checks.integer("skip", skip, low=0))
         # Rounded up: a bound that reaches it certifies the wanted radius.
-        wanted = float(special.ndtr((self.target_radius or 0.0) / self.sigma))
+        wanted = float(self.law.probability((self.target_radius or 0.0) / self.sigma))
         self._p_wanted = 0.5 if self.target_radius is None else min(1.0, wanted * (1 + 1e-15))
         rare = RARE * np.sqrt(np.array(self.looks) / self.n)
         # At look k, images with up to _hopeless[k] votes and from _reached[k] votes on stop.
@@ -124,7 +133,7 @@ class Rule(ABC):
         if not last and not self.settled(k, np.array([counts]))[0]:
             return None
         p_lower = self.bound(counts)
-        radius = None if p_lower < 0.5 else self.sigma * float(special.ndtri(p_lower))
+        radius = None if p_lower < 0.5 else self.sigma * float(self.law.radius(p_lower))
         reason = "n" if last else "rtol"
         if radius is not None and self.target_radius is not None and p_lower >= self._p_wanted:
             radius, reason = max(radius, self.target_radius), "target"
@@ -152,7 +161,7 @@ class Rule(ABC):
         if self.target_radius is not None:
             stop |= count >= self._reached[k]
         if self.rtol is not None:
-            now, then = (special.ndtri(p) for p in (self._about(k, count), self._outlook(count, self.looks[k])))
+            now, then = (self.law.radius(p) for p in (self._about(k, count), self._outlook(count, self.looks[k])))
             stop |= (then > 0) & (now >= (1 - self.rtol) * then)
         return stop
 
@@ -295,11 +304,11 @@ class Pilot(Rule):
         """Look at which the fresh samples are expected to suffice, int [images]."""
         pilot, plan = self.looks[0], np.full(count.shape, len(self.looks) - 1)
         p = count / pilot
-        then = special.ndtri(about_clopper_pearson(p * self.n, self.n, self.alpha))
+        then = self.law.radius(about_clopper_pearson(p * self.n, self.n, self.alpha))
         for k in range(len(self.looks) - 2, 0, -1):
             fresh, enough = self.looks[k] - pilot, np.zeros(count.shape, bool)
             if self.rtol is not None:
-                now = special.ndtri(about_clopper_pearson(p * fresh, fresh, self.alpha))
+                now = self.law.radius(about_clopper_pearson(p * fresh, fresh, self.alpha))
                 enough |= (then > 0) & (now >= (1 - self.rtol) * then)
             if self.target_radius is not None:  # a target may be missed: two standard deviations to spare
                 votes = np.maximum(p * fresh - 2 * np.sqrt(fresh * p * (1 - p) * (1 + fresh / pilot)), 0)
@@ -334,12 +343,13 @@ class Exact(Rule):
         alpha: float,
         sigma: float,
         *,
+        noise: str = "gaussian",
         target_radius: float | None = None,
         rtol: float | None = None,
         tile: int = 1,
         skip: int = 0,
     ) -> None:
-        super().__init__(n, alpha, sigma, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
+        super().__init__(n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
         self._margin = rounding(self.n) * len(self.looks)
         self._bounds: dict[tuple[int, int], float] = {}
         if self.target_radius is not None and len(self.looks) > 1:
@@ -429,6 +439,7 @@ def rule(
     alpha: float,
     sigma: float,
     *,
+    noise: str = "gaussian",
     adaptive: bool = True,
     target_radius: float | None = None,
     rtol: float | None = None,
@@ -451,13 +462,13 @@ def rule(
     if method is None:
         method = DEFAULTS["target" if target_radius is not None else "rtol" if rtol is not None else "abstain"]
     made = METHODS[checks.choice("method", method, tuple(METHODS))]
-    return made(n, alpha, sigma, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
+    return made(n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
 
 
 class Certificate(NamedTuple):
     """Attributes:
     label: class of the smoothed classifier, -1 to abstain.
-    radius: l2 radius within which it is kept; 0 to abstain.
+    radius: within which it is kept, in the norm of the noise's law (`csam.laws`); 0 to abstain.
     samples: how many were drawn, those that chose the class included.
     reason: why no more were: see `Decision`.
     """

@@ -9,6 +9,8 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from csam import models, sequential, transforms
+from csam.laws import LAWS
+from csam_kernels.laws import checked_law
 
 T = TypeVar("T")
 DTYPES = (None, "float32", "bfloat16", "float16", "int8")
@@ -40,8 +42,9 @@ class SearchSettings:
 class TrainSettings:
     """Training: epochs of the dense network, then search_epochs + finetune_epochs more for every method.
 
-    sigma is the noise of training and of smoothing (pixel units); with `augment` training images also meet the
-    transform of the certificate. `threads`: torch threads while training, None = all.
+    noise and sigma are law and standard deviation of the noise of training and of smoothing (pixel units); with
+    `augment` training images also meet the transform of the certificate. `threads`: torch threads while training,
+    None = all.
     """
 
     epochs: int = 20
@@ -54,6 +57,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     sigma: float = 0.25
+    noise: str = "gaussian"
     padding: int = 0
     flip: bool = False
     precision: str = "float32"
@@ -147,6 +151,10 @@ class Settings:
                 raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
         if not (math.isfinite(self.train.sigma) and self.train.sigma > 0):
             raise ValueError(f"sigma must be > 0, got {self.train.sigma}")
+        most = self.train.sigma * LAWS[checked_law("noise", self.train.noise)].largest
+        if (self.certify.target_radius or 0.0) >= most:
+            asked = f"{self.certify.target_radius:g} under {self.train.noise} noise of sigma {self.train.sigma:g}"
+            raise ValueError(f"target_radius must be below {most:g}, got {asked}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.normalization is not None and self.normalization not in models.NORMALIZATION:

@@ -1,10 +1,11 @@
-"""Randomized smoothing (Cohen, Rosenfeld and Kolter, ICML 2019): predictions that hold in an l2 ball.
+"""Randomized smoothing (Cohen, Rosenfeld and Kolter, ICML 2019): predictions that hold in a ball.
 
 The base classifier f is a network; the smoothed classifier is g(x) = argmax_c P(f(x + sigma eps) = c) with
 eps ~ N(0, I). If g(x)'s class has probability at least p_A > 1/2, then g is constant in the open l2 ball of
-radius sigma Phi^-1(p_A) around x (their Theorem 1 with p_B = 1 - p_A).
+radius sigma Phi^-1(p_A) around x (their Theorem 1 with p_B = 1 - p_A). With uniform or Laplace noise the ball is
+one of the l1 norm (`csam.laws`).
 
-Certificates are a function of (network, x, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i
+Certificates are a function of (network, x, noise, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i
 of an image always has the same noise, and it is always evaluated in the same canonical tile: `tile`
 consecutive sample indices starting at a multiple of `tile`, in full even when only some of its rows are
 wanted, from the noise to the logits on one thread. So neither the batch size nor the number of threads can
@@ -29,14 +30,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy import special
 from torch import Tensor, nn
 
 import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
+from csam.laws import LAWS
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
+from csam_kernels.laws import checked_law
 from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
@@ -61,14 +63,15 @@ def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
     return sequential.clopper_pearson(successes, n, fraction("alpha", alpha))
 
 
-def certified_radius(successes: int, n: int, sigma: float, alpha: float) -> float | None:
-    """Radius sigma Phi^-1(p_A) from `successes` votes in n fresh samples; None (abstain) if p_A < 1/2.
+def certified_radius(successes: int, n: int, sigma: float, alpha: float, noise: str = "gaussian") -> float | None:
+    """Radius of p_A from `successes` votes in n fresh samples, in the norm of the noise; None (abstain) if p_A < 1/2.
 
-    Errors as in `lower_confidence_bound`, and a sigma that is not > 0.
+    Errors as in `lower_confidence_bound`, a sigma that is not > 0, and a noise that is not in `csam.laws.LAWS`.
     """
+    law = LAWS[checked_law("noise", noise)]
     sigma = checks.real("sigma", sigma, above=0)
     p_a = lower_confidence_bound(successes, n, alpha)
-    return None if p_a < 0.5 else float(sigma * special.ndtri(p_a))
+    return None if p_a < 0.5 else float(sigma * law.radius(p_a))
 
 
 class Smooth:
@@ -93,6 +96,7 @@ class Smooth:
             `csam.sampling.Plan`, which then runs as it is.
         num_classes: width of the logits, >= 2.
         sigma: standard deviation of the noise, in the pixels' unit, > 0.
+        noise: its law, "gaussian", "uniform" or "laplace" (`csam_kernels.laws`, which says how wide each is by sigma).
         dtype: None, or torch.float32, bfloat16 or float16 for the fast path; or "int8", on a CPU: what is certified is
             then the quantised network (`csam.quantization`).
         seed: 0 .. 2^64-1.
@@ -105,7 +109,8 @@ class Smooth:
             a CPU, for images uint8 / 255.
 
     Attributes:
-        grid: steps to 1 of the noise, None for normal deviates.
+        norm: of the radii: "l2" under Gaussian noise, "l1" under the others (`csam.laws`).
+        grid: steps to 1 of the noise, None for noise off the grid.
         distance: of the noise's law from the one of the proof, a coordinate; None if nothing is known of it.
 
     Raises:
@@ -123,6 +128,7 @@ class Smooth:
         num_classes: int,
         sigma: float,
         *,
+        noise: str = "gaussian",
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
         tile: int | None = None,
@@ -132,11 +138,13 @@ class Smooth:
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         self.sigma = checks.real("sigma", sigma, above=0)
+        self.noise = checked_law("noise", noise)
+        self.norm = LAWS[self.noise].norm
         checks.seed(seed)
         self.seed = operator.index(seed)
         self.grid = sound.GRID if checks.choice("sound_float", sound_float, (False, True)) else None
-        self.distance = None if self.grid is None else cells(self.sigma, self.grid).distance
-        shown = None if calibration is None else noisy("calibration", calibration, self.sigma)
+        self.distance = None if self.grid is None else cells(self.sigma, self.grid, self.noise).distance
+        shown = None if calibration is None else noisy("calibration", calibration, self.sigma, self.noise)
         self._classifier = TiledClassifier(model, dtype, tile, choices, shown)
 
     @property
@@ -147,8 +155,9 @@ class Smooth:
     @property
     def settings(self) -> dict[str, Any]:
         """What, besides the network, the image and n, fixes a result; plain values for a run's record."""
-        law = {} if self.grid is None else {"sound_float": {"grid": self.grid, "distance": self.distance}}
-        return {"sigma": self.sigma, "seed": self.seed, **self._classifier.settings, **law}
+        on_grid = {} if self.grid is None else {"sound_float": {"grid": self.grid, "distance": self.distance}}
+        law = {"noise": self.noise, "norm": self.norm, "sigma": self.sigma}
+        return {**law, "seed": self.seed, **self._classifier.settings, **on_grid}
 
     def certify(
         self,
@@ -164,12 +173,13 @@ class Smooth:
         rtol: float | None = None,
         method: str | None = None,
     ) -> tuple[int, float]:
-        """Class of g at x and an l2 radius within which g keeps it (Cohen et al., CERTIFY).
+        """Class of g at x and a radius within which g keeps it, in the norm `norm` (Cohen et al., CERTIFY).
 
         Samples 0 .. n0-1 choose the class, samples n0 .. n0+n-1 count it; the two sets are disjoint, so the
         count is binomial given the choice, and with probability at least 1 - alpha over the noise either the
         answer is correct or it is ABSTAIN. Unless `sound_float`, the guarantee takes arithmetic as exact and the
-        noise as Gaussian; it is float32 Box-Muller with |eps| <= 6.66.
+        noise as that of the law; it is float32 from 32-bit words, in a Gaussian |eps| <= 6.66
+        (`csam_kernels.smoothing_noise`).
 
         An adaptive certificate stops before n as soon as the answer is settled, with the same guarantee
         (`csam.sequential`): when n samples would hardly certify anything, when `target_radius` is certified or
@@ -183,7 +193,7 @@ class Smooth:
             batch_size: hint of how many samples are in flight; no effect on the result.
             stream: 0 .. 2^32-1, the image's index in its data set.
             adaptive: stop early; the rest is for that only.
-            target_radius: > 0, or None.
+            target_radius: > 0, or None; in the norm `norm`.
             rtol: in (0, 1), or None.
             method: of `csam.sequential.METHODS`; None for the one that measured best.
 
@@ -221,7 +231,7 @@ class Smooth:
         n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
         tile, skip = self._ends(x, n0)
         alpha, sigma = self._level(x, n0 + n, alpha), self.sigma if self.grid is None else sound.scale(self.sigma)
-        return sequential.rule(n, alpha, sigma, tile=tile, skip=skip, adaptive=adaptive, **stop)
+        return sequential.rule(n, alpha, sigma, noise=self.noise, tile=tile, skip=skip, adaptive=adaptive, **stop)
 
     def _level(self, x: Tensor, samples: int, alpha: float) -> float:
         """Of alpha what the noise's law leaves."""
@@ -300,7 +310,7 @@ class Smooth:
         x = sent(image(x), prepared.device)
         if self.grid is not None:
             steps(x, self.grid)  # refuses one off the grid
-        where = (batch_size, stream, self.grid)
+        where = (batch_size, stream, self.grid, self.noise)
         found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
         return [checked(v, n) for v, (n, _) in zip(read(x, found), ranges, strict=True)]
 
@@ -315,15 +325,16 @@ def votes(
     batch_size: int,
     stream: int,
     grid: int | None = None,
+    noise: str = "gaussian",
 ) -> Tensor:
     """Votes of the noisy samples first_sample .. first_sample + n - 1 of x [C, H, W], int64 [num_classes], on the
     network's device; samples with NaN logits cast none. With a grid the noise is on it (`csam_kernels.grid_noise`).
-    Other arguments and errors as in `Smooth.counts`.
+    Only Gaussian noise off the grid is drawn by a network's head. Other arguments and errors as in `Smooth.counts`.
     """
     batch_size = checks.integer("batch_size", batch_size, low=1)
     stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
-    x, head = sent(x, prepared.device), prepared.head if grid is None else None
+    x, head = sent(x, prepared.device), prepared.head if (grid, noise) == (None, "gaussian") else None
     out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
     counting = threading.Lock()
 
@@ -331,9 +342,8 @@ def votes(
         sampler, share = prepared.sampler, _SHARE * prepared.sampler.lanes
 
         def tally(start: int) -> None:
-            found = sampler.votes(
-                x, sigma, min(share, first_sample + n - start), seed=seed, first_sample=start, stream=stream, grid=grid
-            )
+            left = min(share, first_sample + n - start)
+            found = sampler.votes(x, sigma, left, seed=seed, first_sample=start, stream=stream, grid=grid, law=noise)
             with counting:
                 out.add_(found)
 
@@ -356,6 +366,7 @@ def votes(
             stream=stream,
             dtype=prepared.input_dtype,
             memory_format=prepared.memory_format,
+            law=noise,
         )
 
     def count(logits: Tensor, start: int) -> None:
@@ -366,13 +377,14 @@ def votes(
     return out
 
 
-def noisy(name: str, images: Tensor, sigma: float) -> quantization.Calibration:
-    """What int8 is calibrated on for noise of sigma. Arguments and errors as in `csam.quantization.calibration`."""
+def noisy(name: str, images: Tensor, sigma: float, noise: str = "gaussian") -> quantization.Calibration:
+    """What int8 is calibrated on for such noise. Arguments and errors as in `csam.quantization.calibration`."""
 
     def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
-        return csam_kernels.smoothing_noise(x, n, sigma, seed=0, first_sample=first_sample, stream=stream)
+        return csam_kernels.smoothing_noise(x, n, sigma, seed=0, first_sample=first_sample, stream=stream, law=noise)
 
-    return quantization.calibration(name, images, draw, f"noisy images of sigma {sigma:g}")
+    law = "" if noise == "gaussian" else f", {noise}"
+    return quantization.calibration(name, images, draw, f"noisy images of sigma {sigma:g}{law}")
 
 
 def checked(votes: Tensor, n: int) -> Tensor:

@@ -13,7 +13,8 @@ Then f(Q(.)) is a function on R^d, and its smoothed classifier is
     g(x) = argmax_c P(f(Q(x + sigma eps)) = c),  eps ~ N(0, I) in real numbers.
 
 Theorem 1 of Cohen et al. asks nothing of a base classifier: if g(x)'s class has probability p_A > 1/2, it is g's class
-at all real x' with |x' - x| < sigma Phi^-1(p_A), on the grid or not.
+at all real x' with |x' - x| < sigma Phi^-1(p_A), on the grid or not. So it is with the other laws of noise and their
+radii (`csam.laws`): what follows holds for eps of each.
 
 What is computed. If x is on the grid, Q(x + sigma eps) = x + Q(sigma eps) but for ties, which have probability 0. So
 the noise is a whole number of steps a coordinate, independent of x, and its sum with x is exact: `csam_kernels.cells`
@@ -26,7 +27,7 @@ What is drawn. Coordinates are independent and within `distance` of the law of Q
 errs with probability at most alpha' on ideal noise, choice of the class, early stops and PREDICT included, thus errs
 with probability at most alpha' + N * distance on this. So bounds are made at alpha' = alpha - N * distance, less a
 millionth of alpha for the rounding of the bound itself (a relative error of up to 10^-6 / n), and radii are made 10^-12
-smaller for the rounding of Phi^-1 and the product.
+smaller for their own rounding.
 
 What is left to trust:
 
@@ -36,10 +37,10 @@ What is left to trust:
   a batch alike.
 - float64 gives Clopper-Pearson's and the sequential bounds to 10^-6 / n.
 
-In the plain mode noise is float32 Box-Muller on 32-bit words (|eps| <= 6.66), x + sigma eps is rounded to float32, and
-nothing is proved about either: the certificate is one for real arithmetic, and carries over to the program only as far
-as the network makes nothing of last bits and of the missing tails. In both modes rounding to the network's dtype, its
-own rounding and its quantisation are parts of f.
+In the plain mode noise is float32 from 32-bit words (Gaussian: Box-Muller, |eps| <= 6.66), x + sigma eps is rounded to
+float32, and nothing is proved about either: the certificate is one for real arithmetic, and carries over to the program
+only as far as the network makes nothing of last bits and of the missing tails. In both modes rounding to the network's
+dtype, its own rounding and its quantisation are parts of f.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def level(alpha: float, draws: int, distance: float) -> float:
 
 
 def scale(sigma: float) -> float:
-    """What Phi^-1(p_A) is multiplied by."""
+    """What the radius at sigma = 1 is multiplied by."""
     return sigma * (1 - _RADIUS)
 
 

@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
+from csam_kernels import smoothing_noise
+from csam_kernels.laws import checked_law
 
 PRECISIONS = ("float32", "bfloat16")
 CHECKPOINT_SECONDS = 5.0
@@ -65,7 +67,8 @@ class Feed:
 
     epochs, batch_size : passes over the images, images a step (the last incomplete batch of an epoch is left out)
     start   : the epoch to begin with, where phases of one seed share one sequence of batches
-    sigma   : standard deviation of the Gaussian noise on each image, pixels in [0,1] (Cohen et al. 2019, sec. 3.3)
+    sigma   : standard deviation of the noise on each image, pixels in [0,1] (Cohen et al. 2019, sec. 3.3)
+    noise   : its law, of `csam_kernels.laws`
     padding : random crop of the zero-padded image, in pixels; 0 = none
     flip    : random horizontal flip
     transform : a `csam.transforms` transform that each image meets with parameters of its own, before the noise
@@ -77,6 +80,7 @@ class Feed:
     batch_size: int = 128
     start: int = 0
     sigma: float = 0.0
+    noise: str = "gaussian"
     padding: int = 0
     flip: bool = False
     transform: Callable[..., Tensor] | None = None
@@ -88,6 +92,7 @@ class Feed:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{name} must be >= {low}, got {value}")
+        checked_law("noise", self.noise)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be >= 1 or None, got {self.threads}")
 
@@ -145,12 +150,15 @@ def batches(
         share = len(chosen) // size
         mine = slice(rank * share, (rank + 1) * share)
         x = augment(images[chosen], feed.padding, feed.flip, draws)[mine].float().div_(255)
+        first = step * feed.batch_size + mine.start
         if feed.transform is not None:
-            first = step * feed.batch_size + mine.start
             x = feed.transform(x, seed=derive_seed(feed.seed, "transform", epoch), first_sample=first)
-        if feed.sigma > 0:
+        if feed.sigma > 0 and feed.noise == "gaussian":
             whole = torch.randn(len(chosen), *x.shape[1:], generator=noise)
             x.add_(whole[mine], alpha=feed.sigma)
+        elif feed.sigma > 0:
+            seed, blank = derive_seed(feed.seed, "noise", epoch), torch.zeros(x.shape[1:])
+            x.add_(smoothing_noise(blank, len(x), feed.sigma, seed=seed, first_sample=first, law=feed.noise))
         yield x, labels[chosen[mine]]
 
 

@@ -10,7 +10,8 @@ import triton.language as tl
 PERTURB_DOMAIN = tl.constexpr(0x6D61736B)  # xor into the high key word, as in csrc/common/philox.h
 UNIFORM_DOMAIN = tl.constexpr(0x756E6966)
 
-# csrc/common/deviates.h; the logarithm's are times -2, which is exact.
+# csrc/common/deviates.h: the laws, and their polynomials; the logarithm's are times -2, which is exact.
+GAUSSIAN, UNIFORM, LAPLACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SIN0, SIN1 = tl.constexpr(float.fromhex("0x1.921fb6p+2")), tl.constexpr(float.fromhex("-0x1.4abbbap+5"))
 SIN2, SIN3 = tl.constexpr(float.fromhex("0x1.465ec6p+6")), tl.constexpr(float.fromhex("-0x1.2d9bb8p+6"))
 COS0, COS1 = tl.constexpr(1.0), tl.constexpr(float.fromhex("-0x1.3bd3ccp+4"))
@@ -62,17 +63,22 @@ def flip_sign(x, word):
 
 
 @triton.jit
-def box_muller(a, b):
-    """Two independent standard normal deviates from two words: u1 = (a+1)/2^32, angle = 2 pi b/2^32."""
-    u1 = tl.fma(a.to(tl.float32), TINY, TINY)
-    bits = u1.to(tl.int32, bitcast=True)
+def minus_2_log(u):
+    """-2 ln u for u in [2^-32, 1]."""
+    bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     p = tl.fma(tl.fma(tl.fma(f, LOG7, LOG6), f, LOG5), f, LOG4)
     p = tl.fma(tl.fma(tl.fma(tl.fma(p, f, LOG3), f, LOG2), f, LOG1), f, LOG0)
     f2 = f * f
     square = tl.fma(p, f2 * f, tl.fma(f, -2.0, f2))
-    radius = tl.sqrt_rn(tl.fma(exponent.to(tl.float32), LN2, square))
+    return tl.fma(exponent.to(tl.float32), LN2, square)
+
+
+@triton.jit
+def box_muller(a, b):
+    """Two independent standard normal deviates from two words: u1 = (a+1)/2^32, angle = 2 pi b/2^32."""
+    radius = tl.sqrt_rn(minus_2_log(tl.fma(a.to(tl.float32), TINY, TINY)))
 
     quarter = b + 0x20000000
     s, c = sin_cos_turns((b << 2).to(tl.int32, bitcast=True).to(tl.float32) * TURN)
@@ -83,9 +89,19 @@ def box_muller(a, b):
 
 
 @triton.jit
-def normals(quad, sample_low, sample_high, stream, k0, k1):
+def signed(word, LAW: tl.constexpr):
+    """A uniform or Laplace deviate of a word: its top bit is the sign, the others are u = (m + 1/2) / 2^31."""
+    u = tl.fma((word & 0x7FFFFFFF).to(tl.int32, bitcast=True).to(tl.float32), 2 * TINY, TINY)
+    return flip_sign(u if LAW == UNIFORM else minus_2_log(u), word)
+
+
+@triton.jit
+def deviates(quad, sample_low, sample_high, stream, k0, k1, LAW: tl.constexpr):
     """Deviates 0, 1, 2, 3 of every quad: element e of a sample has deviate e % 4 of quad e // 4."""
     w0, w1, w2, w3 = philox_words(quad, sample_low, sample_high, stream, k0, k1)
-    n0, n1 = box_muller(w0, w1)
-    n2, n3 = box_muller(w2, w3)
-    return n0, n1, n2, n3
+    if LAW == GAUSSIAN:
+        n0, n1 = box_muller(w0, w1)
+        n2, n3 = box_muller(w2, w3)
+        return n0, n1, n2, n3
+    else:
+        return signed(w0, LAW), signed(w1, LAW), signed(w2, LAW), signed(w3, LAW)

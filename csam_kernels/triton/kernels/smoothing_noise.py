@@ -10,7 +10,7 @@ NORMALIZED: a factor and a summand a channel follow, before the one rounding.
 import triton
 import triton.language as tl
 
-from csam_kernels.triton.kernels.philox import normals, split_word
+from csam_kernels.triton.kernels.philox import deviates, split_word
 from csam_kernels.triton.kernels.rounding import narrow
 
 
@@ -28,15 +28,16 @@ def smoothing_noise(
     tile_quads,
     tiles,
     samples,
-    sigma: tl.float32,
+    scale: tl.float32,
     first_sample: tl.uint64,
     seed: tl.uint64,
     stream_word: tl.uint32,
+    LAW: tl.constexpr,
     QUADS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     NORMALIZED: tl.constexpr,
 ):
-    """out[i] = x + sigma * eps_i for one tile and `samples` values of i.
+    """out[i] = x + scale * deviates_i of the law for one tile and `samples` values of i.
 
     x: [channels, pixels], `plane` of them a channel of the image; out: [n, channels, pixels], or [n, pixels, channels]
     where CHANNELS_LAST: a tile is then tile_pixels of all channels, tile_quads quads each, otherwise 4 * QUADS values.
@@ -68,9 +69,9 @@ def smoothing_noise(
     row_ptr = out_ptr + begin.to(tl.int64) * elements + target
     for _ in range(begin, tl.minimum(begin + samples, n)):
         low, high = split_word(sample)
-        n0, n1, n2, n3 = normals(quad, low, high, stream_word, k0, k1)
+        n0, n1, n2, n3 = deviates(quad, low, high, stream_word, k0, k1, LAW)
         noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-        noisy = tl.fma(noise, sigma, x)
+        noisy = tl.fma(noise, scale, x)
         if NORMALIZED:
             noisy = tl.fma(noisy, input_scale, input_shift)
         noisy = narrow(noisy, out_ptr.dtype.element_ty)

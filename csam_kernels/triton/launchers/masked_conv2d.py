@@ -465,7 +465,7 @@ def smoothing_conv2d(
     """Two kernels: the batch between them, a few bytes a pixel, stays in the L2 cache. Drawn in the convolution's load
     path, a deviate was drawn again for every tap that reads it, which took twice as long in all (H200)."""
     options, normalization = (stride, padding, dilation, groups, block_size), (input_scale, input_shift)
-    noise = (n, sigma, seed, first_sample, stream, dtype or x.dtype, memory_format(weight), *normalization)
+    noise = (n, sigma, seed, first_sample, stream, dtype or x.dtype, memory_format(weight), "gaussian", *normalization)
     batch = smoothing_noise(x, *noise)
     return masked_conv2d_inference(batch, weight, mask, bias, scale, shift, relu, *options, None, tiles)
 

@@ -6,12 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
+from csam_kernels.laws import scaled
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels.smoothing_noise import smoothing_noise as kernel
 from csam_kernels.triton.launch import LIMIT, launch
 
 _WORD = 2**64 - 1
-_FLOPS = 40  # a deviate: 25 of Box-Muller and x + sigma * eps, 15 integer ones of Philox, which take the same slots
+# A deviate, and x + scale * that: 25, 4 and 20; 15 integer ones of Philox take the same slots.
+_FLOPS = {"gaussian": 40, "uniform": 19, "laplace": 35}
 
 
 def smoothing_noise(
@@ -23,6 +25,7 @@ def smoothing_noise(
     stream: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    law: str = "gaussian",
     input_scale: Tensor | None = None,
     input_shift: Tensor | None = None,
 ) -> Tensor:
@@ -31,6 +34,7 @@ def smoothing_noise(
     if max(elements, n) > LIMIT:
         raise ValueError(f"x and n must be at most 2^31 - 2^22 on a GPU, got {elements} elements and n={n}")
     out = torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
+    code, scale = scaled(law, sigma)
     row = tuning.SMOOTHING_NOISE[tuning.device_class(x.device)]
     quads = row["QUADS"]
     channels_last = memory_format is torch.channels_last and channels > 1 and pixels > 1
@@ -49,7 +53,7 @@ def smoothing_noise(
         (tiles * triton.cdiv(n, samples),),
         reads=[x],  # again for each group of samples, but then from the cache
         writes=[out],
-        flops=_FLOPS * out.numel(),
+        flops=_FLOPS[law] * out.numel(),
         num_warps=row["num_warps"],
         x_ptr=x.contiguous(),
         input_scale_ptr=x if input_scale is None else input_scale.float(),
@@ -63,10 +67,11 @@ def smoothing_noise(
         tile_quads=tile_quads,
         tiles=tiles,
         samples=samples,
-        sigma=sigma,
+        scale=scale,
         first_sample=first_sample,
         seed=seed & _WORD,
         stream_word=stream,
+        LAW=code,
         QUADS=quads,
         CHANNELS_LAST=channels_last,
         NORMALIZED=input_scale is not None,
