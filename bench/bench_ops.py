@@ -141,6 +141,18 @@ def test_count_votes(benchmark: Any) -> None:
     versus(benchmark, lambda: ck.count_votes(logits), lambda: torch.bincount(logits.argmax(1), minlength=10))
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_discrepancy(benchmark: Any, classes: int) -> None:
+    """1,000 rows, what CC-Cert draws of an image; bound: an exponential a logit."""
+    clean, logits = torch.randn(classes), torch.randn(1000, classes)
+
+    def twin() -> tuple[Tensor, Tensor]:
+        p, q = clean.double().softmax(0), logits.double().softmax(1)
+        return (q - p).abs().amax(1), q.argmax(1) != p.argmax()
+
+    versus(benchmark, lambda: ck.discrepancy(clean, logits), twin)
+
+
 def test_semantic_batch(benchmark: Any) -> None:
     """400 rotated and brightened copies of a 3x32x32 image against affine_grid + grid_sample; bound: 4.9 MB written."""
     x = torch.rand(3, 32, 32)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -183,11 +182,12 @@ class CCCert:
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
         x = smoothing.sent(x, prepared.device)
-        count, tile = self.k * self.n, prepared.tile
-        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64, device=prepared.device)
-        drawn = torch.empty(count, prepared.num_classes, dtype=torch.float64, device=prepared.device)
+        count, tile, device = self.k * self.n, prepared.tile, prepared.device
+        clean = torch.empty(prepared.num_classes, dtype=torch.float64, device=device)
+        moved = torch.empty(count, dtype=torch.float64, device=device)
+        flipped = torch.empty(count, dtype=torch.bool, device=device)
         draws = self.transform.parameters(-(-count // tile) * tile, seed=self.seed, stream=stream)
-        draws = smoothing.sent(draws, prepared.device)
+        draws = smoothing.sent(draws, device)
 
         def transformed(start: int) -> Tensor:
             batch = torch.ops.csam.semantic_batch(x, draws[start : start + tile])
@@ -197,15 +197,19 @@ class CCCert:
             copies = x.to(prepared.dtype).expand(tile, *x.shape)
             return inference.laid_out(copies, prepared.memory_format)
 
-        def keep(out: Tensor, logits: Tensor, start: int) -> None:
-            out[start : start + len(logits)] = logits.double().softmax(1)
+        def keep(logits: Tensor, start: int) -> None:
+            clean[:] = logits[0]
 
-        prepared.run(untouched, partial(keep, clean), 0, 1, batch_size)
-        prepared.run(transformed, partial(keep, drawn), 0, count, batch_size)
-        discrepancy = (drawn - clean).abs().amax(1).reshape(self.k, self.n)
-        flips = (drawn.argmax(1) != clean.argmax()).sum().double()
-        broken = torch.cat([clean, drawn]).isnan().any(1).sum().double()
-        results = [*x.double().aminmax(), clean[0], discrepancy, flips, broken]
+        def compare(logits: Tensor, start: int) -> None:
+            rows = slice(start, start + len(logits))
+            moved[rows], flipped[rows] = csam_kernels.discrepancy(clean, logits)
+
+        prepared.run(untouched, keep, 0, 1, batch_size)
+        prepared.run(transformed, compare, 0, count, batch_size)
+        probabilities = clean.softmax(0)
+        broken = probabilities.isnan().any() + moved.isnan().sum()
+        counts = [flipped.sum().double(), broken.double()]
+        results = [*x.double().aminmax(), probabilities, moved.reshape(self.k, self.n), *counts]
         low, high, *rest = smoothing.read(x, results)
         _in_range("x", low, high)
         return self._result(*rest)
