@@ -26,7 +26,7 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import inference, quantization, smoothing
+from csam import engine, inference, quantization, smoothing
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -113,7 +113,7 @@ class CCCert:
         delta: in (0, 1).
         t: grid of Chernoff parameters, > 0; default linspace(1e-4, 1e4, 500).
         seed: 0 .. 2^64-1.
-        dtype, tile: as in `csam.Smooth`.
+        dtype, tile, choices: as in `csam.Smooth`.
         calibration: images for dtype "int8", as there; pixels in [0, 1], to which draws of the transform are applied.
 
     Raises:
@@ -132,6 +132,7 @@ class CCCert:
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         tile: int | None = None,
+        choices: engine.Choices = "auto",
         calibration: Tensor | None = None,
     ) -> None:
         if not isinstance(transform, Transform):
@@ -144,7 +145,7 @@ class CCCert:
         checks.seed(seed)
         self.seed = operator.index(seed)
         shown = None if calibration is None else self._shown(calibration)
-        self._classifier = smoothing.TiledClassifier(model, dtype, tile, calibration=shown)
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile, choices, shown)
 
     @property
     def prepared(self) -> smoothing.Prepared | None:
@@ -163,6 +164,10 @@ class CCCert:
             "seed": self.seed,
             **self._classifier.settings,
         }
+
+    def recipe(self, x: Tensor) -> dict[str, Any]:
+        """What fixes the bound of an image like x; plain values for a run's record: `settings` and how layers run."""
+        return {**self.settings, **smoothing.executed(self._classifier.prepare(smoothing.image(x)))}
 
     def certify(self, x: Tensor, *, stream: int = 0, batch_size: int = 400) -> CCResult:
         """Bound the probability that a drawn transform changes the prediction at x.

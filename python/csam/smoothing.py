@@ -246,10 +246,7 @@ class Smooth:
         They are `settings`, with the layers' `choices` and the `fingerprint` of the plan, "module" and None where
         torch runs the network.
         """
-        sampler = self.prepare(x).sampler
-        steps = sampler.program.steps if sampler else []
-        kinds = {step.name: step.engine for step in steps if step.weight is not None}
-        return {**self.settings, "choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
+        return {**self.settings, **executed(self.prepare(x))}
 
     def _ends(self, x: Tensor, skip: int) -> tuple[int, int]:
         """(tile, skip) of `csam.sequential.Rule` for looks after `skip` samples: those of a sampler start anywhere."""
@@ -497,6 +494,14 @@ class Prepared:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             for start in tiles:
                 evaluate(start)
+
+
+def executed(prepared: Prepared) -> dict[str, Any]:
+    """How the layers run ("choices") and the "fingerprint" of the plan; "module" and None where torch runs them."""
+    sampler = prepared.sampler
+    steps = sampler.program.steps if sampler else []
+    kinds = {step.name: step.engine for step in steps if step.weight is not None}
+    return {"choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
 
 
 class TiledClassifier:
