@@ -196,6 +196,7 @@ class CCCert:
 
         def transformed(start: int) -> Tensor:
             batch = torch.ops.csam.semantic_batch(x, draws[start : start + tile])
+            batch = self.transform.corrupted(batch, seed=self.seed, first_sample=start, stream=stream)
             return inference.laid_out(batch.to(prepared.dtype), prepared.memory_format)
 
         def untouched(start: int) -> Tensor:
@@ -224,7 +225,8 @@ class CCCert:
 
         def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
             rows = self.transform.parameters(n, seed=0, first_sample=first_sample, stream=stream)
-            return csam_kernels.semantic_batch(x, rows)
+            copies = csam_kernels.semantic_batch(x, rows)
+            return self.transform.corrupted(copies, seed=0, first_sample=first_sample, stream=stream)
 
         shown = quantization.calibration("calibration", images, draw, f"images under {self.transform}")
         _in_range("calibration", *images.aminmax())
