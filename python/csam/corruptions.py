@@ -113,14 +113,15 @@ def _segment(length: Tensor, angle: Tensor) -> Tensor:
 def _spread(x: Tensor, weights: Tensor) -> Tensor:
     """Weighted means of each copy's neighbourhoods, edges replicated; weights [n, K, K] on the CPU, K odd."""
     reach = weights.shape[1] // 2
-    used = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1) if bool(weights[:, i, j].any())]
-    columns = [weights[:, i, j].clone() for i, j in used]
+    used = weights.flatten(1).any(0).nonzero().flatten().tolist()
+    columns = [weights.flatten(1)[:, k] for k in used]
     total = sum(columns, torch.zeros(len(x), device="cpu"))
-    edged, out = F.pad(x, (reach, reach, reach, reach), mode="replicate"), torch.zeros_like(x)
-    for (i, j), column in zip(used, columns, strict=True):
-        share = sent((column / total).view(-1, 1, 1, 1), x.device)
-        out = out + share * edged[:, :, i : i + x.shape[2], j : j + x.shape[3]]
-    return out.clamp(0, 1)  # the shares add up to 1 but for rounding
+    shares = [column / total for column in columns]
+    sums, edged = torch.zeros_like(x), F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    for k, share in zip(used, sent(torch.stack(shares), x.device) if shares else (), strict=True):
+        i, j = divmod(k, weights.shape[2])
+        sums = sums + share.view(-1, 1, 1, 1) * edged[:, :, i : i + x.shape[2], j : j + x.shape[3]]
+    return sums.clamp(0, 1)  # the shares add up to 1 but for rounding
 
 
 def _octaves(size: int) -> range:
