@@ -487,6 +487,12 @@ def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:
     code, out, _ = csam(*command, "--corruption", "fog", "--severity", 2, "--out", tmp_path / "run")
     assert code == 0
     assert [row.label for row in evaluation.read_tsv(Path(out.split()[-1]))] == [0, 2]
+    fog = [*command, "--corruption", "fog", "--severity", 2, "--cc-n", 5, "--cc-k", 2, "--certificate", "cc-cert"]
+    transform = "rotation:10,brightness:0.2,gaussian_noise:0.04,jpeg_compression:80"
+    code, out, err = csam(*fog, "--transform", transform, "--out", tmp_path / "bounded")
+    assert (code, transform in out) == (0, True), err
+    bounds = evaluation.read_bounds(tmp_path / "bounded" / "certificates" / "cc-cert.jsonl")[1]
+    assert [(b["idx"], b["label"]) for b in bounds.values()] == [(0, 0), (2, 2)]
     code, _, err = csam(*command, "--out", tmp_path / "other")
     assert (code, "corruption must be one of those in" in err) == (2, True), err
     code, _, err = csam(*command, "--corruption", "fog", "--dtype", "int8", "--out", tmp_path / "other")

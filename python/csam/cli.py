@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 import csam_kernels
-from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training
+from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training, transforms
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
 Command = Callable[..., Any]
@@ -80,7 +80,12 @@ DATA_OPTIONS = (
         click.Choice(list(models.NORMALIZATION)),
         "Pixel statistics of the network.",
     ),
-    ("--transform", "transform", str, "Semantic transforms of training and CC-Cert, as kind:value,..."),
+    (
+        "--transform",
+        "transform",
+        str,
+        f"Transforms of training and CC-Cert, as kind:value,...: {', '.join(transforms.KINDS)}.",
+    ),
     ("--seed", "seed", int, "Seed of everything random."),
 )
 CORRUPTION_OPTIONS = (
@@ -383,7 +388,7 @@ def train(
 @click.option(
     "--certificate",
     type=click.Choice(pipeline.CERTIFICATES),
-    help="Smoothing (l2 balls), CC-Cert (random semantic transforms, those of --transform), or both.  [smoothing]",
+    help="Smoothing (l2 balls), CC-Cert (random transforms, those of --transform), or both.  [smoothing]",
 )
 @click.option("--cc-cert", is_flag=True, help="The same as --certificate both.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
