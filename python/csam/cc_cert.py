@@ -187,7 +187,7 @@ class CCCert:
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
         x = smoothing.sent(x, prepared.device)
-        count, tile, device = self.k * self.n, prepared.tile, prepared.device
+        count, tile, device = self.k * self.n, prepared.rows, prepared.device
         clean = torch.empty(prepared.num_classes, dtype=torch.float64, device=device)
         moved = torch.empty(count, dtype=torch.float64, device=device)
         flipped = torch.empty(count, dtype=torch.bool, device=device)
@@ -200,7 +200,7 @@ class CCCert:
             return inference.laid_out(batch.to(prepared.dtype), prepared.memory_format)
 
         def untouched(start: int) -> Tensor:
-            copies = x.to(prepared.dtype).expand(tile, *x.shape)
+            copies = x.to(prepared.dtype).expand(tile if prepared.sampler is None else 1, *x.shape)
             return inference.laid_out(copies, prepared.memory_format)
 
         def keep(logits: Tensor, start: int) -> None:

@@ -454,6 +454,12 @@ class Prepared:
         """The dtype to draw inputs in: `dtype` where the kernels offer it."""
         return self.dtype if self.dtype in DTYPES else torch.float32
 
+    @property
+    def rows(self) -> int:
+        """Samples of a batch of `run`: the tile; in a sampler, which gives a sample the same bits in any batch, as much
+        as fills its tiles."""
+        return self.tile if self.sampler is None else self.tile + -self.tile % self.sampler.lanes
+
     def run(
         self,
         draw: Callable[[int], Tensor],
@@ -469,8 +475,8 @@ class Prepared:
         network's kernels as one CUDA graph once a second tile is labelled.
 
         Args:
-            draw: maps a sample index, a multiple of `tile`, to the `tile` inputs that start there, in
-                `memory_format`.
+            draw: maps a sample index, a multiple of `rows`, to the `rows` inputs that start there, in
+                `memory_format`; with a sampler to those that are wanted at least.
             use: takes logits [m, num_classes] and the index of their first sample; called once a tile, from
                 several threads, in any order.
             first, count: the wanted samples; a tile that sticks out is drawn in full and cut to them.
@@ -481,12 +487,12 @@ class Prepared:
 
         def evaluate(start: int) -> None:
             logits = label(draw(start).to(self.dtype))
-            low, high = max(first, start), min(first + count, start + self.tile)
+            low, high = max(first, start), min(first + count, start + self.rows)
             use(logits[low - start : high - start], low)
 
-        tiles = range(first - first % self.tile, first + count, self.tile)
+        tiles = range(first - first % self.rows, first + count, self.rows)
         if self.device.type == "cpu":
-            run_tiles(evaluate, tiles, math.ceil(batch_size / self.tile))
+            run_tiles(evaluate, tiles, math.ceil(batch_size / self.rows))
             return
         if torch.cuda.is_available():
             key = (label, threading.get_ident(), torch.cuda.current_stream(self.device))
