@@ -268,7 +268,7 @@ def discrepancy(clean: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     n, classes = logits.shape
     out, changed = (torch.empty(n, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.bool))
     rows = (logits.data_ptr(), n, classes, logits.stride(0), DTYPE[logits.dtype])
-    _C.discrepancy(clean.data_ptr(), *rows, out.data_ptr(), changed.data_ptr(), _threads(16 * logits.numel()))
+    _C.discrepancy(clean.data_ptr(), *rows, out.data_ptr(), changed.data_ptr(), _threads(4 * logits.numel()))
     return out, changed
 
 
