@@ -22,6 +22,7 @@ KERNELS = (
     "smoothing_noise",
     "masks",
     "count_votes",
+    "discrepancy",
     "semantic_batch",
     "sample_conv2d",
     "sample_network",

@@ -3,6 +3,7 @@
 from csam_kernels.backend import BackendUnavailable, backends, explain
 from csam_kernels.ops.binarize import binarize
 from csam_kernels.ops.count_votes import count_votes
+from csam_kernels.ops.discrepancy import discrepancy
 from csam_kernels.ops.effective_weights import effective_weights
 from csam_kernels.ops.grid_noise import grid_noise
 from csam_kernels.ops.mask_gradients import mask_gradients
@@ -31,6 +32,7 @@ OPERATIONS = (
     "grid_noise",
     "smoothing_conv2d",
     "count_votes",
+    "discrepancy",
     "semantic_batch",
     "philox_uniform",
     "sample_conv2d",

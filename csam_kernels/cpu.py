@@ -266,6 +266,17 @@ def count_votes(logits: Tensor, out: Tensor) -> None:
     _C.count_votes(logits.data_ptr(), n, classes, logits.stride(0), DTYPE[logits.dtype], out.data_ptr(), threads)
 
 
+def discrepancy(clean: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    clean = clean.double().contiguous()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    n, classes = logits.shape
+    out, changed = (torch.empty(n, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.bool))
+    rows = (logits.data_ptr(), n, classes, logits.stride(0), DTYPE[logits.dtype])
+    _C.discrepancy(clean.data_ptr(), *rows, out.data_ptr(), changed.data_ptr(), _threads(4 * logits.numel()))
+    return out, changed
+
+
 def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     x, params = x.contiguous(), params.to(torch.float32).contiguous()
     out = _new(torch.empty((len(params), *x.shape), device="meta"), torch.float32)

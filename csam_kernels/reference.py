@@ -246,6 +246,13 @@ def count_votes(logits: Tensor, out: Tensor) -> None:
         out += torch.bincount(winners, minlength=out.numel())
 
 
+def discrepancy(clean: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    clean, logits = clean.double(), logits.double()
+    moved = (logits.softmax(1) - clean.softmax(0)).abs().amax(1)
+    winners = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    return moved, (winners != (clean == clean.amax()).int().argmax()) & ~moved.isnan()
+
+
 def semantic_batch(x: Tensor, params: Tensor) -> Tensor:
     return torch.stack([_semantic_one(x.double(), row) for row in params.double()]).float()
 

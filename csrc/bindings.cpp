@@ -174,6 +174,15 @@ PYBIND11_MODULE(_C, m) {
       },
       Nogil());
   m.def(
+      "discrepancy",
+      [](Address clean, Address logits, int64_t n, int64_t classes, int64_t stride, int dtype, Address out,
+         Address changed, int threads) {
+        kernels().discrepancy(
+            {at<double>(clean), at<void>(logits), n, classes, stride, dtype, at<double>(out), at<bool>(changed)},
+            threads);
+      },
+      Nogil());
+  m.def(
       "semantic_batch",
       [](Address x, int64_t n, int64_t channels, int64_t height, int64_t width, Address params, Address out,
          int threads) {

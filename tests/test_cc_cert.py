@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import csam_kernels
 from csam.cc_cert import CCCert, cc_cert_bound, default_t
-from csam.transforms import Brightness, Rotation
+from csam.transforms import Brightness, Rotation, Transform, parse
 
 SHAPE = (1, 6, 6)
 MIX = Rotation(20) | Brightness(0.3)
+CORRUPT = Rotation(10) | parse("fog:0.5,shot_noise:100,gaussian_noise:0.05,impulse_noise:0.02,pixelate:0.6")
 
 
 class Net(nn.Module):
@@ -164,14 +165,25 @@ def test_certificate_is_the_definition() -> None:
     assert (result.n, result.k, result.delta, len(result.t)) == (n, k, 0.9, 500)
 
 
+def test_certificate_under_corruptions_is_the_definition() -> None:
+    model, x = Net().eval(), picture()
+    copies = CORRUPT(x.expand(21, *SHAPE), seed=5, stream=11)
+    with torch.no_grad():
+        moved, flips = csam_kernels.discrepancy(model(x[None])[0], model(copies))
+    result = CCCert(model, CORRUPT, n=7, k=3, seed=5, tile=8).certify(x, stream=11)
+    torch.testing.assert_close(result.discrepancy.flatten(), moved, rtol=0, atol=1e-5)
+    assert result.flips == int(flips.sum())
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_certificate_does_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("transform", [MIX, CORRUPT], ids=["semantic", "corruptions"])
+def test_certificate_does_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None, transform: Transform) -> None:
     model, x, before = Net(), picture(), torch.get_num_threads()
     results = []
     try:
         for threads, batch_size in ((1, 1), (1, 400), (2, 16), (2, 400)):
             torch.set_num_threads(threads)
-            cert = CCCert(model, MIX, n=20, k=3, dtype=dtype, tile=8)
+            cert = CCCert(model, transform, n=20, k=3, dtype=dtype, tile=8)
             results.append(cert.certify(x, stream=2, batch_size=batch_size))
     finally:
         torch.set_num_threads(before)

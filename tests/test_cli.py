@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
-from csam import cli, evaluation, microbench, models, pipeline, runs, training
+from csam import cli, evaluation, microbench, models, pipeline, report, runs, training
 from csam.settings import PRESETS, Settings
 
 TINY = [
@@ -128,6 +129,46 @@ def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path,
     assert (code, "certify.rtol: 0.2 there, None now" in err) == (2, True), err
     code, _, err = csam(*command, "--rtol", 0.1)
     assert (code, "rtol must be none unless adaptive is true" in err) == (2, True), err
+
+
+def test_cc_cert_alone_and_its_report(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model, run = trained / "models" / "dense.safetensors", tmp_path / "run"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--out", run]
+    alone = [*command, "--certificate", "cc-cert", "--transform", "rotation:10,brightness:0.2", "--eps", "0.3,1"]
+    code, out, err = csam(*alone)
+    assert code == 0, err
+    shown = csam("report", run, "--no-plot", "--eps", "0.3,1")[1]
+    for printed in (out, shown):
+        assert {"ε=0.3", "ε=1", "δ", "images", "clean"} <= set(printed.split())
+        line = next(line for line in printed.splitlines() if "rotation:10,brightness:0.2" in line)
+        assert line.split()[1:8] == ["rotation:10,brightness:0.2", "5", "2", "0.9", "0.0001..10000", "(500)", "2"]
+        assert report.SAMPLING_ERROR in printed
+        assert "ACR" not in printed
+    file = csam("report", run / "certificates" / "cc-cert.jsonl", "--no-plot", "--eps", "0.3,1")[1]
+    assert file.replace("─", "").split() == shown.replace("─", "").replace("run/cc-cert", "cc-cert").split()
+    _, known = evaluation.read_bounds(run / "certificates" / "cc-cert.jsonl")
+    pca = evaluation.pca([r["bound"] for r in known.values()], [r["correct"] for r in known.values()], 0.3)
+    assert f"{100 * pca:.1f} %" in shown
+    before = (run / "certificates" / "cc-cert.tsv").read_bytes()
+    assert csam(*alone)[0] == 0
+    assert (run / "certificates" / "cc-cert.tsv").read_bytes() == before
+    code, _, err = csam(*alone, "--cc-cert")
+    assert (code, "--cc-cert is --certificate both" in err) == (2, True), err
+    code, _, err = csam("report", run / "certificates" / "cc-cert.tsv", "--no-plot")
+    assert (code, "cc-cert.tsv, line 1: header must be idx label predict radius" in err) == (2, True), err
+    code, _, err = csam("report", run, "--no-plot", "--eps", "0")
+    assert (code, "eps must be in (0, 1], got 0" in err) == (2, True), err
+
+
+def test_cc_cert_alone_needs_no_sigma(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model = tmp_path / "foreign.safetensors"
+    tensors, _ = runs.read_safetensors(trained / "models" / "dense.safetensors")
+    model.write_bytes(to_safetensors(tensors))
+    command = ["certify", model, *CERTIFY, "--architecture", "digits", "--test-subset", 20, "--train-subset", 64]
+    code, _, err = csam(*command, "--out", tmp_path / "a")
+    assert (code, "does not say its sigma; give --sigma" in err) == (2, True), err
+    code, out, err = csam(*command, "--certificate", "cc-cert", "--out", tmp_path / "b")
+    assert (code, "PCA under" in out) == (0, True), err
 
 
 def test_certify_in_int8_is_calibrated_on_training_images(csam: Command, trained: Path, tmp_path: Path) -> None:
@@ -477,6 +518,12 @@ def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:
     code, out, _ = csam(*command, "--corruption", "fog", "--severity", 2, "--out", tmp_path / "run")
     assert code == 0
     assert [row.label for row in evaluation.read_tsv(Path(out.split()[-1]))] == [0, 2]
+    fog = [*command, "--corruption", "fog", "--severity", 2, "--cc-n", 5, "--cc-k", 2, "--certificate", "cc-cert"]
+    transform = "rotation:10,brightness:0.2,gaussian_noise:0.04,jpeg_compression:80"
+    code, out, err = csam(*fog, "--transform", transform, "--out", tmp_path / "bounded")
+    assert (code, transform in out) == (0, True), err
+    bounds = evaluation.read_bounds(tmp_path / "bounded" / "certificates" / "cc-cert.jsonl")[1]
+    assert [(b["idx"], b["label"]) for b in bounds.values()] == [(0, 0), (2, 2)]
     code, _, err = csam(*command, "--out", tmp_path / "other")
     assert (code, "corruption must be one of those in" in err) == (2, True), err
     code, _, err = csam(*command, "--corruption", "fog", "--dtype", "int8", "--out", tmp_path / "other")

@@ -315,6 +315,7 @@ OPCHECKS: dict[str, tuple[Any, tuple]] = {
     "smoothing_noise": (torch.ops.csam.smoothing_noise, (T(3, 4, 4), 5, 0.5, 1, 0, 0, torch.bfloat16, True, "laplace")),
     "grid_noise": (torch.ops.csam.grid_noise, (T(3, 4, 4).round(), 5, 0.5, 255, 1, 0, 0, torch.bfloat16, True)),
     "count_votes": (torch.ops.csam.count_votes, (T(9, 4), torch.zeros(4, dtype=torch.int64))),
+    "discrepancy": (torch.ops.csam.discrepancy, (T(4), T(9, 4))),
     "semantic_batch": (
         torch.ops.csam.semantic_batch,
         (torch.rand(3, 4, 4), torch.tensor([ck.SEMANTIC_NEUTRAL] * 2)),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from csam import data, models, pipeline, runs, training
+from csam import data, evaluation, models, pipeline, runs, training
 from csam.evaluation import read_tsv, read_votes
 from csam.settings import PRESETS, Settings, override
 
@@ -212,10 +212,61 @@ def test_train_then_certify(tmp_path: Path) -> None:
     path, result = pipeline.train(settings, tmp_path / "train")
     assert runs.read_description(path)["sigma"] == 0.25
     assert 0 <= result["clean_accuracy"] <= 1
-    rows, bounds = pipeline.certify(settings, path, tmp_path / "certify", cc_cert=True)
+    rows, bounds = pipeline.certify(settings, path, tmp_path / "certify", certificate="both")
     assert [r.idx for r in rows] == [b["idx"] for b in bounds] == [0, 10, 20]
-    again, _ = pipeline.certify(settings, path, tmp_path / "certify", cc_cert=True)
+    again, _ = pipeline.certify(settings, path, tmp_path / "certify", certificate="both")
     assert [replace(row, time=0) for row in again] == [replace(row, time=0) for row in rows]
+
+
+def test_cc_cert_alone_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
+    settings = override(replace(TINY, methods=("dense",)), {"certify": {"dtype": "bfloat16"}})
+    path, _ = pipeline.train(settings, tmp_path / "train")
+    rows, bounds = pipeline.certify(settings, path, tmp_path / "run", certificate="cc-cert")
+    both = pipeline.certify(settings, path, tmp_path / "both", certificate="both")[1]
+    assert rows == []
+    assert [{**b, "time": 0} for b in both] == [{**b, "time": 0} for b in bounds]
+    folder = tmp_path / "run" / "certificates"
+    assert {file.name for file in folder.iterdir()} == {"cc-cert.jsonl", "cc-cert.tsv"}
+    recipe, known = evaluation.read_bounds(folder / "cc-cert.jsonl")
+    assert list(known.values()) == bounds
+    assert (recipe["n"], recipe["k"], recipe["delta"]) == (settings.certify.cc_n, settings.certify.cc_k, 0.9)
+    assert (recipe["t"], recipe["transform"], recipe["dtype"]) == ([1e-4, 1e4, 500], settings.transform, "bfloat16")
+    head, *lines = (folder / "cc-cert.tsv").read_text().splitlines()
+    assert head.split() == list(evaluation.BOUND_COLUMNS)
+    for line, bound in zip(lines, bounds, strict=True):
+        assert [float(v) for v in line.split()[:7]] == [float(bound[name]) for name in evaluation.BOUND_COLUMNS[:7]]
+
+    journal = folder / "cc-cert.jsonl"
+    whole = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(whole[:2]) + whole[2][:9])  # killed while it wrote the second image
+    (folder / "cc-cert.tsv").unlink()
+    again = pipeline.certify(settings, path, tmp_path / "run", certificate="cc-cert")[1]
+    assert [{**b, "time": 0} for b in again] == [{**b, "time": 0} for b in bounds]
+    assert again[0] == bounds[0]
+    with pytest.raises(runs.RunError, match="smoothing"):  # the folder is of CC-Cert alone
+        pipeline.certify(settings, path, tmp_path / "run", certificate="both")
+    with pytest.raises(ValueError, match="certificate must be one of 'smoothing', 'cc-cert', 'both', got 'all'"):
+        pipeline.certify(settings, path, tmp_path / "run", certificate="all")
+
+
+def test_bounds_of_two_plans_are_not_mixed_and_older_journals_go_on(tmp_path: Path) -> None:
+    settings = override(replace(TINY, methods=("dense",)), {"certify": {"dtype": "bfloat16"}})
+    dataset = pipeline.load_data(settings)
+    cert = pipeline.make_cc_cert(pipeline.build(settings, dataset), dataset, settings)
+    other = pipeline.make_cc_cert(pipeline.build(settings, dataset), dataset, settings, "module")
+    journal = tmp_path / "a.jsonl"
+    first = pipeline.bound_images(cert, dataset, [0], journal)
+    with pytest.raises(runs.RunError, match="choices"):
+        pipeline.bound_images(other, dataset, [0, 1], journal)
+    assert pipeline.bound_images(cert, dataset, [0, 1], journal)[0] == first[0]
+    older = runs.Journal(tmp_path / "older.jsonl")  # begun before there were recipes
+    older.append(first[0])
+    assert pipeline.bound_images(cert, dataset, [0, 1], older.path)[0] == first[0]
+    assert evaluation.read_bounds(older.path)[0] == {}
+    foreign = runs.Journal(tmp_path / "foreign.jsonl")
+    foreign.append({"idx": 0})
+    with pytest.raises(runs.RunError, match="does not hold bounds of CC-Cert: bound, correct"):
+        pipeline.bound_images(cert, dataset, [0], foreign.path)
 
 
 def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_with(

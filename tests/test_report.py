@@ -14,7 +14,7 @@ from rich.console import Console
 
 from conftest import shared_data
 from csam import evaluation, report
-from csam.report import Curve
+from csam.report import Bounds, Curve
 
 
 def row(method: str, sparsity: float, accuracy: float) -> dict[str, Any]:
@@ -76,6 +76,16 @@ def test_radii_of_different_norms_are_told_apart(tmp_path: Path, monkeypatch: py
         ([foreign], "certified radius, norm not recorded (pixels in [0, 1])", ["c"]),
     ):
         assert axis_and_labels(curves, monkeypatch, tmp_path / "a.png") == (axis, labels)
+
+
+def test_table_of_bounds_has_what_they_were_computed_with() -> None:
+    recipe = {"transform": "blur:1", "n": 100, "k": 10, "delta": 0.9, "t": [1e-4, 1e4, 500]}
+    known = Bounds("a", [0.02, 1e-9, 0.5, 1e-9], [True, True, True, False], recipe)
+    older = Bounds("b", [1.0], [True], {})
+    lines = [line.split() for line in printed(report.bounds_table([known, older], [0.01, 0.1]), 120).splitlines()]
+    grid = ["0.0001..10000", "(500)"]
+    assert ["a", "blur:1", "100", "10", "0.9", *grid, "4", "75.0", "%", "25.0", "%", "50.0", "%"] in lines
+    assert ["b", *"?????", "1", "100.0", "%", "0.0", "%", "0.0", "%"] in lines
 
 
 def test_summary_files_hold_the_rows_exactly(tmp_path: Path) -> None:

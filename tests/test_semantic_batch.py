@@ -7,7 +7,7 @@ import torch
 
 import csam_kernels as ck
 from conftest import assert_close
-from csam_kernels import reference
+from csam_kernels import _C, reference
 
 NEUTRAL = list(ck.SEMANTIC_NEUTRAL)
 
@@ -27,10 +27,20 @@ def random_rows(n: int) -> torch.Tensor:
     return low + (high - low) * torch.rand(n, 8)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 5, 9), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 5, 9), (1, 1, 1), (5, 17, 33)], ids=str)
 def test_matches_reference(isa: str, threads: int, shape: tuple[int, int, int]) -> None:
     x, params = torch.rand(shape), random_rows(9)
-    assert_close(ck.semantic_batch(x, params), reference.semantic_batch(x, params))
+    out = ck.semantic_batch(x, params)
+    assert_close(out, reference.semantic_batch(x, params))
+    _C.set_isa("generic")
+    assert torch.equal(out, ck.semantic_batch(x, params))
+
+
+def test_copies_moved_out_of_the_image_are_dark() -> None:
+    x, params = torch.ones(3, 6, 7), torch.cat([row(translate_x=1e30), row(translate_y=-2.0), row(scale=1e-30)])
+    out = ck.semantic_batch(x, params)
+    assert not out[:2].any()
+    assert int((out[2] > 0).sum()) <= 3  # at most the pixel at the centre
 
 
 def test_neutral_row_is_the_identity() -> None:

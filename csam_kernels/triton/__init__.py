@@ -1,5 +1,9 @@
-"""The Triton provider: one launcher an operation, for any CUDA device, no toolkit needed."""
+"""The Triton provider: one launcher an operation, for any CUDA device, no toolkit needed.
 
+`discrepancy`, which sees one tile of logits at a time, is left to torch's own kernels.
+"""
+
+from csam_kernels.reference import discrepancy
 from csam_kernels.triton.launchers.binarize import binarize
 from csam_kernels.triton.launchers.count_votes import count_votes
 from csam_kernels.triton.launchers.effective_weights import effective_weights

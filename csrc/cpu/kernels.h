@@ -70,6 +70,15 @@ struct VoteArgs {
   int64_t* out;
 };
 
+struct DiscrepancyArgs {
+  const double* clean;  // logits [classes]
+  const void* logits;
+  int64_t n, classes, row_stride;
+  int dtype;
+  double* out;    // [n]
+  bool* changed;  // [n]
+};
+
 struct SemanticArgs {
   const float* x;
   int64_t n, channels, height, width;
@@ -150,6 +159,7 @@ struct Kernels {
   double (*mask_gradients)(const MaskPass&, int threads);
   void (*select_scan)(SelectScan&);
   void (*count_votes)(const VoteArgs&, int threads);
+  void (*discrepancy)(const DiscrepancyArgs&, int threads);
   void (*semantic_batch)(const SemanticArgs&, int threads);
   void (*sample_conv2d)(const SampleConvArgs&, int threads);
   SampleNetwork* (*sample_network)(const SampleNetworkArgs&);

@@ -15,6 +15,7 @@ void perturb_masks(const MaskPass&, int);
 double mask_gradients(const MaskPass&, int);
 void select_scan(SelectScan&);
 void count_votes(const VoteArgs&, int);
+void discrepancy(const DiscrepancyArgs&, int);
 void semantic_batch(const SemanticArgs&, int);
 void sample_conv2d(const SampleConvArgs&, int);
 SampleNetwork* sample_network(const SampleNetworkArgs&);
@@ -23,9 +24,9 @@ SampleNetwork* sample_network_tiles(const SampleNetworkArgs&);
 }  // namespace CSAM_ISA
 
 extern const Kernels CSAM_JOIN(CSAM_ISA, _kernels) = {
-    CSAM_TEXT(CSAM_ISA),      CSAM_ISA::philox_uniform, CSAM_ISA::smoothing_noise, CSAM_ISA::effective_weights,
-    CSAM_ISA::perturb_masks,  CSAM_ISA::mask_gradients, CSAM_ISA::select_scan,     CSAM_ISA::count_votes,
-    CSAM_ISA::semantic_batch, CSAM_ISA::sample_conv2d,  CSAM_ISA::sample_network};
+    CSAM_TEXT(CSAM_ISA),     CSAM_ISA::philox_uniform, CSAM_ISA::smoothing_noise, CSAM_ISA::effective_weights,
+    CSAM_ISA::perturb_masks, CSAM_ISA::mask_gradients, CSAM_ISA::select_scan,     CSAM_ISA::count_votes,
+    CSAM_ISA::discrepancy,   CSAM_ISA::semantic_batch, CSAM_ISA::sample_conv2d,   CSAM_ISA::sample_network};
 #if defined(__AVX512F__)
 extern const Kernels amx_kernels = {
     "amx",
@@ -36,6 +37,7 @@ extern const Kernels amx_kernels = {
     CSAM_ISA::mask_gradients,
     CSAM_ISA::select_scan,
     CSAM_ISA::count_votes,
+    CSAM_ISA::discrepancy,
     CSAM_ISA::semantic_batch,
     CSAM_ISA::sample_conv2d_tiles,
     CSAM_ISA::sample_network_tiles,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import inference, quantization, smoothing
+from csam import engine, inference, quantization, smoothing
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -114,7 +113,7 @@ class CCCert:
         delta: in (0, 1).
         t: grid of Chernoff parameters, > 0; default linspace(1e-4, 1e4, 500).
         seed: 0 .. 2^64-1.
-        dtype, tile: as in `csam.Smooth`.
+        dtype, tile, choices: as in `csam.Smooth`.
         calibration: images for dtype "int8", as there; pixels in [0, 1], to which draws of the transform are applied.
 
     Raises:
@@ -133,6 +132,7 @@ class CCCert:
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         tile: int | None = None,
+        choices: engine.Choices = "auto",
         calibration: Tensor | None = None,
     ) -> None:
         if not isinstance(transform, Transform):
@@ -145,7 +145,7 @@ class CCCert:
         checks.seed(seed)
         self.seed = operator.index(seed)
         shown = None if calibration is None else self._shown(calibration)
-        self._classifier = smoothing.TiledClassifier(model, dtype, tile, calibration=shown)
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile, choices, shown)
 
     @property
     def prepared(self) -> smoothing.Prepared | None:
@@ -165,6 +165,10 @@ class CCCert:
             **self._classifier.settings,
         }
 
+    def recipe(self, x: Tensor) -> dict[str, Any]:
+        """What fixes the bound of an image like x; plain values for a run's record: `settings` and how layers run."""
+        return {**self.settings, **smoothing.executed(self._classifier.prepare(smoothing.image(x)))}
+
     def certify(self, x: Tensor, *, stream: int = 0, batch_size: int = 400) -> CCResult:
         """Bound the probability that a drawn transform changes the prediction at x.
 
@@ -183,29 +187,35 @@ class CCCert:
         batch_size = checks.integer("batch_size", batch_size, low=1)
         prepared = self._classifier.prepare(x)
         x = smoothing.sent(x, prepared.device)
-        count, tile = self.k * self.n, prepared.tile
-        clean = torch.empty(1, prepared.num_classes, dtype=torch.float64, device=prepared.device)
-        drawn = torch.empty(count, prepared.num_classes, dtype=torch.float64, device=prepared.device)
+        count, tile, device = self.k * self.n, prepared.rows, prepared.device
+        clean = torch.empty(prepared.num_classes, dtype=torch.float64, device=device)
+        moved = torch.empty(count, dtype=torch.float64, device=device)
+        flipped = torch.empty(count, dtype=torch.bool, device=device)
         draws = self.transform.parameters(-(-count // tile) * tile, seed=self.seed, stream=stream)
-        draws = smoothing.sent(draws, prepared.device)
+        draws = smoothing.sent(draws, device)
 
         def transformed(start: int) -> Tensor:
             batch = torch.ops.csam.semantic_batch(x, draws[start : start + tile])
+            batch = self.transform.corrupted(batch, seed=self.seed, first_sample=start, stream=stream)
             return inference.laid_out(batch.to(prepared.dtype), prepared.memory_format)
 
         def untouched(start: int) -> Tensor:
-            copies = x.to(prepared.dtype).expand(tile, *x.shape)
+            copies = x.to(prepared.dtype).expand(tile if prepared.sampler is None else 1, *x.shape)
             return inference.laid_out(copies, prepared.memory_format)
 
-        def keep(out: Tensor, logits: Tensor, start: int) -> None:
-            out[start : start + len(logits)] = logits.double().softmax(1)
+        def keep(logits: Tensor, start: int) -> None:
+            clean[:] = logits[0]
 
-        prepared.run(untouched, partial(keep, clean), 0, 1, batch_size)
-        prepared.run(transformed, partial(keep, drawn), 0, count, batch_size)
-        discrepancy = (drawn - clean).abs().amax(1).reshape(self.k, self.n)
-        flips = (drawn.argmax(1) != clean.argmax()).sum().double()
-        broken = torch.cat([clean, drawn]).isnan().any(1).sum().double()
-        results = [*x.double().aminmax(), clean[0], discrepancy, flips, broken]
+        def compare(logits: Tensor, start: int) -> None:
+            rows = slice(start, start + len(logits))
+            moved[rows], flipped[rows] = csam_kernels.discrepancy(clean, logits)
+
+        prepared.run(untouched, keep, 0, 1, batch_size)
+        prepared.run(transformed, compare, 0, count, batch_size)
+        probabilities = clean.softmax(0)
+        broken = probabilities.isnan().any() + moved.isnan().sum()
+        counts = [flipped.sum().double(), broken.double()]
+        results = [*x.double().aminmax(), probabilities, moved.reshape(self.k, self.n), *counts]
         low, high, *rest = smoothing.read(x, results)
         _in_range("x", low, high)
         return self._result(*rest)
@@ -215,7 +225,8 @@ class CCCert:
 
         def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
             rows = self.transform.parameters(n, seed=0, first_sample=first_sample, stream=stream)
-            return csam_kernels.semantic_batch(x, rows)
+            copies = csam_kernels.semantic_batch(x, rows)
+            return self.transform.corrupted(copies, seed=0, first_sample=first_sample, stream=stream)
 
         shown = quantization.calibration("calibration", images, draw, f"images under {self.transform}")
         _in_range("calibration", *images.aminmax())

@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 import csam_kernels
-from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training
+from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training, transforms
 from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
@@ -81,7 +81,12 @@ DATA_OPTIONS = (
         click.Choice(list(models.NORMALIZATION)),
         "Pixel statistics of the network.",
     ),
-    ("--transform", "transform", str, "Semantic transforms of training and CC-Cert, as kind:value,..."),
+    (
+        "--transform",
+        "transform",
+        str,
+        f"Transforms of training and CC-Cert, as kind:value,...: {', '.join(transforms.KINDS)}.",
+    ),
     ("--seed", "seed", int, "Seed of everything random."),
 )
 CORRUPTION_OPTIONS = (
@@ -339,8 +344,8 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
         f"{settings['dataset']['test_images']} test images, "
         f"certificates on {images} of them (standard error <= {100 * report.standard_error(images):.1f} points). "
         f"PCA: CC-Cert under {settings['transform']}, n={certify['cc_n']}, k={certify['cc_k']}, "
-        f"δ={certify['delta']:g}. cert.: {norm} radii by smoothing with {noise} noise, "
-        f"σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
+        f"δ={certify['delta']:g}, t={report.grid_text(settings['cc_cert']['t'])}. "
+        f"cert.: {norm} radii by smoothing with {noise} noise, σ={settings['train']['sigma']:g}, n0={certify['n0']}, "
         f"n{most}={certify['n']}, α={certify['alpha']:g}{proved}. One seed ({settings['seed']}).",
         soft_wrap=True,
     )
@@ -385,13 +390,19 @@ def train(
 )
 @click.option("--sigma", type=float, help="Noise, pixels in [0, 1]  [the one the model was trained with]")
 @click.option("--noise", type=click.Choice(list(LAWS)), help="Its law  [the one the model was trained with]")
-@click.option("--cc-cert", is_flag=True, help="CC-Cert under --transform as well.")
+@click.option(
+    "--certificate",
+    type=click.Choice(pipeline.CERTIFICATES),
+    help="Smoothing (norm balls), CC-Cert (random transforms, those of --transform), or both.  [smoothing]",
+)
+@click.option("--cc-cert", is_flag=True, help="The same as --certificate both.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 def certify(
     model: Path,
     architecture: str | None,
     sigma: float | None,
     noise: str | None,
+    certificate: str | None,
     cc_cert: bool,
     out: Path,
     data: str | None,
@@ -400,37 +411,58 @@ def certify(
     threads: int | None,
     **given: Any,
 ) -> None:
-    """Certify MODEL, a safetensors file, by randomized smoothing.
+    """Certify MODEL, a safetensors file, by randomized smoothing, CC-Cert, or both.
 
-    Writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
+    Smoothing writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
     continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
+    CC-Cert writes cc-cert.jsonl, what decides its bounds and then a line an image, which it continues, and at the end
+    cc-cert.tsv (idx label predict bound correct margin flips time).
     Files made by csam say their architecture, normalisation, noise and sigma themselves. Radii are in the l2 norm under
     Gaussian noise, in the l1 norm under uniform and Laplace noise of standard deviation sigma.
     """
+    if cc_cert and certificate not in (None, "both"):
+        raise click.UsageError(f"--cc-cert is --certificate both; leave it out for --certificate {certificate}")
+    certificate = certificate or ("both" if cc_cert else "smoothing")
     said = runs.read_description(model)
     given["model"] = architecture or said.get("model")
     if given["normalization"] is None and "normalization" in said:
         given["normalization"] = said["normalization"] or "none"
     given["train__sigma"] = sigma if sigma is not None else said.get("sigma")
-    if given["train__sigma"] is None:
+    if given["train__sigma"] is None and certificate != "cc-cert":
         raise click.UsageError(f"{model} does not say its sigma; give --sigma")
     given["train__noise"] = noise or said.get("noise")
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
-        rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
-    record = out / "certificates" / "smoothing.tsv"
-    show(report.certificates_table([curve_of(record, model.stem, rows)], settings.certify.radii))
+        rows, bounds = pipeline.certify(settings, model, out, bar, certificate=certificate)
+    records = out / "certificates"
+    if rows:
+        curve = curve_of(records / "smoothing.tsv", model.stem, rows)
+        show(report.certificates_table([curve], settings.certify.radii))
+        results.print(str(records / "smoothing.tsv"), soft_wrap=True)
     if bounds:
-        correct = [bound["correct"] for bound in bounds]
-        values = [evaluation.pca([b["bound"] for b in bounds], correct, e) for e in settings.certify.eps]
-        shown = ", ".join(f"{100 * v:.1f} % at ε={e:g}" for e, v in zip(settings.certify.eps, values, strict=True))
-        results.print(f"PCA under {settings.transform}: {shown}", soft_wrap=True)
-    results.print(str(record), soft_wrap=True)
+        show_bounds([bounds_of(records / "cc-cert.jsonl", model.stem, bounds)], settings.certify.eps)
+        results.print(str(records / "cc-cert.tsv"), soft_wrap=True)
+
+
+def show_bounds(bounds: Sequence[report.Bounds], eps: Sequence[float]) -> None:
+    """Print PCA with what the bounds were computed from, and what they do not promise."""
+    show(report.bounds_table(bounds, eps))
+    results.print(report.SAMPLING_ERROR, soft_wrap=True)
+
+
+def bounds_of(file: Path, label: str, records: Sequence[dict[str, Any]] | None = None) -> report.Bounds:
+    """CC-Cert in the journal `file`: of these records, or of all. Raises ValueError if there is none."""
+    recipe, known = evaluation.read_bounds(file)
+    records = list(known.values()) if records is None else records
+    if not records:
+        raise ValueError(f"{file} holds no bounds yet")
+    return report.Bounds(label, [r["bound"] for r in records], [r["correct"] for r in records], recipe)
 
 
 @cli.command("report")
 @click.argument("places", metavar="RUN_OR_TSV...", nargs=-1, required=True, type=PLACE)
 @click.option("--radii", type=NUMBERS, default=(0.0, 0.25, 0.5, 0.75, 1.0), help="Radii of the table.  [0,0.25,...,1]")
+@click.option("--eps", type=NUMBERS, default=(0.01, 0.05, 0.1), help="CC-Cert: eps of the table.  [0.01,0.05,0.1]")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -439,19 +471,30 @@ def certify(
     help="Where to draw the curves (.png, .pdf, .svg).",
 )
 @click.option("--no-plot", is_flag=True, help="Print only.")
-def report_command(places: tuple[Path, ...], radii: tuple[float, ...], plot: Path, no_plot: bool) -> None:
-    """Tabulate and draw certificates: run folders of csam, and TSVs of any tool in the field's format."""
+def report_command(
+    places: tuple[Path, ...], radii: tuple[float, ...], eps: tuple[float, ...], plot: Path, no_plot: bool
+) -> None:
+    """Tabulate and draw certificates: run folders of csam, and TSVs of any tool in the field's format.
+
+    Of CC-Cert (certificates/*.jsonl of a run folder) it prints probabilistically certified accuracy (PCA).
+    """
     if not no_plot:
         report.check_picture(plot)
     curves = [
         curve for place, title in zip(places, titles_of(places), strict=True) for curve in curves_of(place, title)
     ]
-    table = report.certificates_table(curves, radii)
+    bounds = [b for place, title in zip(places, titles_of(places), strict=True) for b in all_bounds_of(place, title)]
+    tables = [report.certificates_table(curves, radii)] if curves else []
+    if bounds:
+        report.bounds_table(bounds, eps)  # refuses eps out of range before anything is printed
     demos = [place for place in places if (place / "summary.json").exists()]
     for place, summary in [(place, report.read_summary(place)) for place in demos]:
         show_demo(place, summary)
-    show(table)
-    if not no_plot:
+    for table in tables:
+        show(table)
+    if bounds:
+        show_bounds(bounds, eps)
+    if curves and not no_plot:
         report.plot_curves(curves, plot)
         results.print(str(plot), soft_wrap=True)
 
@@ -463,17 +506,34 @@ def titles_of(places: Sequence[Path]) -> list[str]:
 
 
 def curves_of(place: Path, title: str) -> list[report.Curve]:
-    """One curve for a TSV file, one for each TSV of a run folder. Raises ValueError if there is none."""
+    """One curve for a TSV file of smoothing, one for each of a run folder; none for a journal of CC-Cert.
+
+    Raises ValueError if a folder holds certificates of neither.
+    """
     files = sorted((place / "certificates").glob("*.tsv")) if place.is_dir() else [place]
-    if not files:
+    if place.is_dir():
+        files = [file for file in files if not evaluation.holds_bounds(file)]
+    if not files and not journals_of(place):
         raise ValueError(f"{place} holds no certificates (certificates/*.tsv); is it a csam run folder?")
     curves = []
-    for file in files:
+    for file in (file for file in files if file.suffix != ".jsonl"):
         rows = evaluation.read_tsv(file)
         if not rows:
             raise ValueError(f"{file} holds no certificates yet")
         curves.append(curve_of(file, f"{title}/{file.stem}" if place.is_dir() else title, rows))
     return curves
+
+
+def journals_of(place: Path) -> list[Path]:
+    """The journals of CC-Cert in a run folder; the place itself if it is one."""
+    if not place.is_dir():
+        return [place] if place.suffix == ".jsonl" else []
+    return sorted(p for p in (place / "certificates").glob("*.jsonl") if not p.name.endswith(".votes.jsonl"))
+
+
+def all_bounds_of(place: Path, title: str) -> list[report.Bounds]:
+    """What `bounds_of` makes of each journal of CC-Cert in a run folder, or of the one given."""
+    return [bounds_of(file, f"{title}/{file.stem}" if place.is_dir() else title) for file in journals_of(place)]
 
 
 def curve_of(file: Path, label: str, rows: Sequence[evaluation.Row]) -> report.Curve:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import math
 import os
 import time
@@ -362,16 +363,7 @@ def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dic
             )
         journal.append({"recipe": recipe})
     begun, known = read_votes(record.path)
-    different = differences(begun, recipe)
-    if different:
-        shown = "; ".join(f"{key}: {old!r:.40} there, {new!r:.40} now" for key, old, new in different[:4])
-        advice = "give the same settings to continue it, or choose another folder or file"
-        if {key.split(".")[0] for key, _, _ in different} <= {"choices", "fingerprint", "looks"}:
-            advice = (
-                "the network runs another way than when it was begun, and votes of two plans must not be mixed: "
-                "continue it with the model, processor and version that began it, or choose another folder or file"
-            )
-        raise RunError(f"{record.path} was made with other settings ({shown}); {advice}")
+    _same_recipe(record.path, begun, recipe)
     for row in record.rows:
         votes = known.get(row.idx, {})
         if (row.predict, row.radius) != (votes.get("predict"), votes.get("radius")):
@@ -380,6 +372,21 @@ def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dic
                 "without its row the image is written again"
             )
     return journal, known
+
+
+def _same_recipe(path: str | os.PathLike[str], begun: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Refuse to go on with the record at `path`, begun with one recipe, with another."""
+    different = differences(begun, json.loads(json.dumps(recipe)))
+    if not different:
+        return
+    shown = "; ".join(f"{key}: {old!r:.40} there, {new!r:.40} now" for key, old, new in different[:4])
+    advice = "give the same settings to continue it, or choose another folder or file"
+    if {key.split(".")[0] for key, _, _ in different} <= {"choices", "fingerprint", "looks"}:
+        advice = (
+            "the network runs another way than when it was begun, and votes of two plans must not be mixed: "
+            "continue it with the model, processor and version that began it, or choose another folder or file"
+        )
+    raise RunError(f"{path} was made with other settings ({shown}); {advice}")
 
 
 class _Image:
@@ -538,6 +545,53 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         total.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+BOUND_COLUMNS = ("idx", "label", "predict", "bound", "correct", "margin", "flips", "time")
+
+
+def read_bounds(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """What decides the bounds of CC-Cert in the journal at `path`, and the record of each image, by `BOUND_COLUMNS`.
+
+    The first is {} in a journal that was begun before it was kept. ({}, {}) where there is none.
+
+    Raises:
+        RunError: a damaged or foreign file.
+    """
+    records = Journal.read(Path(path))
+    recipe = dict(records.pop(0)["recipe"]) if records and "recipe" in records[0] else {}
+    missing = {name for record in records for name in BOUND_COLUMNS if name not in record}
+    if missing:
+        raise RunError(f"{path} does not hold bounds of CC-Cert: {', '.join(sorted(missing))} is missing")
+    return recipe, {int(record["idx"]): record for record in records}
+
+
+def open_bounds(path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> tuple[Journal, dict[int, dict[str, Any]]]:
+    """The journal at `path`, begun with the recipe if there is none, and the record of each image that it holds.
+
+    Raises:
+        RunError: a damaged or foreign file, or one that was begun with another recipe.
+    """
+    journal = Journal(Path(path))
+    if not journal.records:
+        journal.append({"recipe": recipe})
+    begun, known = read_bounds(path)
+    if begun:
+        _same_recipe(path, begun, recipe)
+    return journal, known
+
+
+def holds_bounds(path: str | os.PathLike[str]) -> bool:
+    """Whether the TSV at `path` is one that `bounds_tsv` made."""
+    with open(path, "rb") as file:
+        return file.readline().split() == [name.encode() for name in BOUND_COLUMNS]
+
+
+def bounds_tsv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records of CC-Cert as a table: idx label predict bound correct margin flips time, a line an image."""
+    shown = ({**record, "correct": int(record["correct"]), "time": round(record["time"], 3)} for record in records)
+    lines = ("\t".join(str(record[name]) for name in BOUND_COLUMNS) for record in shown)
+    return "\n".join(["\t".join(BOUND_COLUMNS), *lines]) + "\n"
 
 
 def certified_accuracy(rows: Sequence[Row], radius: float) -> float:

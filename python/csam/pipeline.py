@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from csam.search import MaskSearch
 from csam.settings import CertifySettings, Settings
 from csam.smoothing import Smooth, certified_radius
 from csam.training import Feed, Optimizer, derive_seed
+from csam_kernels import checks
 
 
 class Advance(Protocol):
@@ -49,6 +50,7 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+CERTIFICATES = ("smoothing", "cc-cert", "both")
 CALIBRATION = 64  # training images that int8 is calibrated on
 
 
@@ -284,14 +286,9 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     path = job.certificates(name)
     smooth = begun_smooth(job.run.team, model, job.dataset, job.settings, path)
     rows = smooth_images(smooth, job.dataset, chosen, certify, path, job.progress, f"{name}: smoothing")
-    bounds = bound_images(
-        make_cc_cert(model, job.dataset, job.settings),
-        job.dataset,
-        chosen,
-        job.bounds(name),
-        job.progress,
-        f"{name}: CC-Cert",
-    )
+    path = job.bounds(name)
+    cert = begun_cc_cert(job.run.team, model, job.dataset, job.settings, path)
+    bounds = bound_images(cert, job.dataset, chosen, path, job.progress, f"{name}: CC-Cert")
     correct = [bound["correct"] for bound in bounds]
     result = {
         "pca": {f"{e:.15g}": evaluation.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
@@ -320,11 +317,31 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
 
 def begun_smooth(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
     """The smoothed classifier that goes on with the record at `path`, its layers running alike in all processes."""
+    return _begun(team, dataset, partial(make_smooth, model, dataset, settings), partial(begun_choices, path))
+
+
+def begun_cc_cert(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> CCCert:
+    """CC-Cert that goes on with the journal at `path`, its layers running alike in all processes."""
+
+    def choices() -> Choices:
+        begun: Choices = evaluation.read_bounds(path)[0].get("choices", "auto")
+        return begun
+
+    return _begun(team, dataset, partial(make_cc_cert, model, dataset, settings), choices)
+
+
+Certifier = TypeVar("Certifier", Smooth, CCCert)
+
+
+def _begun(
+    team: Team, dataset: data.Dataset, make: Callable[[Choices], Certifier], choices: Callable[[], Choices]
+) -> Certifier:
+    """What the first process makes of the choices in its record, and the others of how its layers run."""
     if not team.first:
-        return make_smooth(model, dataset, settings, team.told("auto"))
-    smooth = make_smooth(model, dataset, settings, begun_choices(path))
-    team.told(smooth.recipe(data.to_unit(dataset.test_x[0]))["choices"])
-    return smooth
+        return make(team.told("auto"))
+    made = make(choices())
+    team.told(made.recipe(data.to_unit(dataset.test_x[0]))["choices"])
+    return made
 
 
 def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
@@ -346,7 +363,7 @@ def begun_choices(path: Path) -> Choices:
     return choices
 
 
-def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings) -> CCCert:
+def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> CCCert:
     """CC-Cert on the base network; its transforms have the same seed for every model of a run."""
     certify = settings.certify
     return CCCert(
@@ -357,6 +374,7 @@ def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings) ->
         delta=certify.delta,
         seed=derive_seed(settings.seed, "cc-cert"),
         dtype=DTYPES[certify.dtype],
+        choices=choices,
         calibration=calibration(dataset, settings),
     )
 
@@ -414,10 +432,12 @@ def bound_images(
 ) -> list[dict[str, Any]]:
     """CC-Cert of the chosen test images into the journal at `path`, which may hold some of them already.
 
-    Image i uses stream i. A record: idx, label, predict, bound, correct, margin, flips, time. Where torch.distributed
-    is initialised, its processes take an image each at a time, all have the same result, and `path` is process 0's.
+    The journal begins with what decides a bound (`CCCert.recipe`); a record has `evaluation.BOUND_COLUMNS`. Image i
+    uses stream i. Where torch.distributed is initialised, its processes take an image each at a time, all have the
+    same result, and `path` is process 0's.
 
-    Raises ValueError if the network runs another way in one process than in another.
+    Raises ValueError if the network runs another way in one process than in another, RunError for a journal that was
+    begun with other settings or another plan.
     """
 
     def bounded(i: int) -> dict[str, Any]:
@@ -436,8 +456,9 @@ def bound_images(
         }
 
     with Team() as team, progress(title, len(chosen)) as advance:
-        journal = runs.Journal(path) if team.first else None
-        done: dict[int, dict[str, Any]] = team.told({r["idx"]: r for r in journal.records} if journal else {})
+        recipe = cert.recipe(data.to_unit(dataset.test_x[0]))
+        journal, known = evaluation.open_bounds(path, recipe) if team.first else (None, {})
+        done: dict[int, dict[str, Any]] = team.told(known)
         advance(len(done))
         todo = [i for i in chosen if i not in done]
         for k in range(0, len(todo), team.size):
@@ -654,26 +675,33 @@ def certify(
     folder: str | Path,
     progress: Progress = silent,
     *,
-    cc_cert: bool = False,
+    certificate: str = "smoothing",
 ) -> tuple[list[evaluation.Row], list[dict[str, Any]]]:
     """Certify a safetensors file of `settings.model` in `folder`, or go on there.
 
-    Returns the rows of smoothing and the records of CC-Cert (none without `cc_cert`).
+    Returns the rows of smoothing and the records of CC-Cert; `certificate`, one of CERTIFICATES, says which to make.
     """
+    checks.choice("certificate", certificate, CERTIFICATES)
+    smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
     dataset = load_data(settings)
     check_certificates(settings, dataset)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
     digest = _digest(Path(model).read_bytes())
     network = build(settings, dataset)
     models.load_weights(network, model)
-    with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
+    asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
+    with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked)) as run:
         job = Job(settings, dataset, run, progress)
-        path = job.certificates("smoothing")
-        smooth = begun_smooth(run.team, network.eval(), dataset, settings, path)
-        rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
-        bounds = []
-        if cc_cert:
-            cert = make_cc_cert(network, dataset, settings)
-            bounds = bound_images(cert, dataset, chosen, job.bounds("cc-cert"), progress)
-        run.log(f"{len(rows)} images certified")
+        rows, bounds = [], []
+        if smoothed:
+            path = job.certificates("smoothing")
+            smooth = begun_smooth(run.team, network.eval(), dataset, settings, path)
+            rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
+        if bounded:
+            path = job.bounds("cc-cert")
+            cert = begun_cc_cert(run.team, network.eval(), dataset, settings, path)
+            bounds = bound_images(cert, dataset, chosen, path, progress)
+            if run.team.first:
+                runs.write_atomic(job.certificates("cc-cert"), evaluation.bounds_tsv(bounds))
+        run.log(f"{len(chosen)} images certified")
     return rows, bounds

@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from csam import runs
+from csam import evaluation, runs
 
 NORMS = {"l1": "ℓ1", "l2": "ℓ2", "": "norm not recorded"}
 FORMATS = (".png", ".pdf", ".svg")
@@ -58,6 +58,52 @@ class Curve:
         x = [0.0, *ordered]
         y = [(len(ordered) - max(0, i - 1)) / self.total for i in range(len(x))]
         return [*x, x[-1], max(right, x[-1])], [*y, 0.0, 0.0]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """CC-Cert of one classifier.
+
+    bounds, correct : of each image: on P(the prediction changes), and whether the clean prediction is right
+    recipe          : what decided the bounds (`csam.CCCert.recipe`); {} if that is not known
+    """
+
+    label: str
+    bounds: Sequence[float]
+    correct: Sequence[bool]
+    recipe: Mapping[str, Any]
+
+    def at(self, eps: float) -> float:
+        """Probabilistically certified accuracy; errors as in `csam.evaluation.pca`."""
+        return evaluation.pca(self.bounds, self.correct, eps)
+
+
+SAMPLING_ERROR = (
+    "A CC-Cert bound is a random estimate from n × k draws, not a confidence bound of a stated level: it lies below "
+    "the Chernoff bound only where all k blocks fall short of it by more than the factor δ, how rarely depends on a "
+    "spread that nobody knows, and below 1/(nδ) it says that no draw moved the probabilities by the margin."
+)
+
+
+def bounds_table(bounds: Sequence[Bounds], eps: Sequence[float]) -> Table:
+    """One line a classifier: the transform, n, k, δ, the t grid, images, clean accuracy, and PCA at each eps."""
+    table = _compact_table()
+    for head in ("CC-Cert", "PCA under"):
+        table.add_column(head, no_wrap=True)
+    for head in ("n", "k", "δ", "t", "images", "clean", *(f"ε={e:g}" for e in eps)):
+        table.add_column(head, justify="right", no_wrap=True)
+    for one in bounds:
+        made = [str(one.recipe.get(name, "?")) for name in ("transform", "n", "k", "delta")]
+        accuracies = [sum(one.correct) / len(one.correct), *map(one.at, eps)]
+        cells = [grid_text(one.recipe["t"]) if "t" in one.recipe else "?", str(len(one.bounds))]
+        table.add_row(one.label, *made, *cells, *(f"{100 * value:.1f} %" for value in accuracies))
+    return table
+
+
+def grid_text(t: Sequence[float]) -> str:
+    """A grid of Chernoff parameters (first, last, number) in words."""
+    first, last, number = t
+    return f"{first:g}..{last:g} ({number})"
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> Table:

@@ -8,7 +8,7 @@ A run folder holds
 - ``checkpoints/``    safetensors, one for each unfinished stage, replaced whole
 - ``models/``         safetensors, the plain state dict of each finished model
 - ``certificates/``   for each model one TSV (smoothing, a line an image) with its votes (see `csam.evaluation`) beside
-  it, and one JSON-lines file (CC-Cert, a line an image)
+  it, and one JSON-lines file (CC-Cert: what decides its bounds, then a line an image)
 - ``results/``        JSON, one for each finished stage
 
 Every file that is replaced is written to a temporary file beside it, flushed to the disk and renamed, so a reader

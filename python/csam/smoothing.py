@@ -256,10 +256,7 @@ class Smooth:
         They are `settings`, with the layers' `choices` and the `fingerprint` of the plan, "module" and None where
         torch runs the network.
         """
-        sampler = self.prepare(x).sampler
-        steps = sampler.program.steps if sampler else []
-        kinds = {step.name: step.engine for step in steps if step.weight is not None}
-        return {**self.settings, "choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
+        return {**self.settings, **executed(self.prepare(x))}
 
     def _ends(self, x: Tensor, skip: int) -> tuple[int, int]:
         """(tile, skip) of `csam.sequential.Rule` for looks after `skip` samples: those of a sampler start anywhere."""
@@ -469,6 +466,12 @@ class Prepared:
         """The dtype to draw inputs in: `dtype` where the kernels offer it."""
         return self.dtype if self.dtype in DTYPES else torch.float32
 
+    @property
+    def rows(self) -> int:
+        """Samples of a batch of `run`: the tile; in a sampler, which gives a sample the same bits in any batch, as much
+        as fills its tiles."""
+        return self.tile if self.sampler is None else self.tile + -self.tile % self.sampler.lanes
+
     def run(
         self,
         draw: Callable[[int], Tensor],
@@ -484,8 +487,8 @@ class Prepared:
         network's kernels as one CUDA graph once a second tile is labelled.
 
         Args:
-            draw: maps a sample index, a multiple of `tile`, to the `tile` inputs that start there, in
-                `memory_format`.
+            draw: maps a sample index, a multiple of `rows`, to the `rows` inputs that start there, in
+                `memory_format`; with a sampler to those that are wanted at least.
             use: takes logits [m, num_classes] and the index of their first sample; called once a tile, from
                 several threads, in any order.
             first, count: the wanted samples; a tile that sticks out is drawn in full and cut to them.
@@ -496,12 +499,12 @@ class Prepared:
 
         def evaluate(start: int) -> None:
             logits = label(draw(start).to(self.dtype))
-            low, high = max(first, start), min(first + count, start + self.tile)
+            low, high = max(first, start), min(first + count, start + self.rows)
             use(logits[low - start : high - start], low)
 
-        tiles = range(first - first % self.tile, first + count, self.tile)
+        tiles = range(first - first % self.rows, first + count, self.rows)
         if self.device.type == "cpu":
-            run_tiles(evaluate, tiles, math.ceil(batch_size / self.tile))
+            run_tiles(evaluate, tiles, math.ceil(batch_size / self.rows))
             return
         if torch.cuda.is_available():
             key = (label, threading.get_ident(), torch.cuda.current_stream(self.device))
@@ -509,6 +512,14 @@ class Prepared:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             for start in tiles:
                 evaluate(start)
+
+
+def executed(prepared: Prepared) -> dict[str, Any]:
+    """How the layers run ("choices") and the "fingerprint" of the plan; "module" and None where torch runs them."""
+    sampler = prepared.sampler
+    steps = sampler.program.steps if sampler else []
+    kinds = {step.name: step.engine for step in steps if step.weight is not None}
+    return {"choices": kinds or "module", "fingerprint": sampler.fingerprint if sampler else None}
 
 
 class TiledClassifier:

@@ -1,12 +1,14 @@
-"""Random semantic transforms of images: rotation, translation, scale, brightness, contrast, gamma, blur.
+"""Random transforms of images: geometry, blur and light, and corruptions in the manner of CIFAR-10-C.
 
 A transform is a set of intervals, one a parameter; a draw is uniform in each. Transforms compose with `|`:
 
-    Rotation(10) | Brightness(0.2)
+    Rotation(10) | Brightness(0.2) | GaussianNoise(0.04)
 
-draws both parameters for every copy. The order of composition does not matter: `csam_kernels.semantic_batch`
-applies geometry, blur, contrast, brightness and gamma in that order. The intervals are those of CC-Cert's
-public command line (Pautov et al., AAAI 2022); the fixed order is ours.
+draws all parameters for every copy. The order of composition does not matter: `csam_kernels.semantic_batch`
+applies geometry, blur, contrast, brightness and gamma in that order, then `csam.corruptions` defocus, motion blur, fog,
+shot, Gaussian and impulse noise, pixelation and JPEG; the fixed order is ours. The intervals of the former are those of
+CC-Cert's public command line (Pautov et al., AAAI 2022). The strength of a corruption is drawn from none to the one
+named; what CIFAR-10-C takes at severities 1 to 5 stands at each (Hendrycks and Dietterich, ICLR 2019; their code).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 import csam_kernels
+from csam import corruptions
 from csam_kernels import SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, checks
 
 
@@ -27,7 +30,8 @@ class Transform:
     """A distribution over transforms of an image; build one with the functions below or `parse`.
 
     Attributes:
-        ranges: column of `csam_kernels.SEMANTIC_COLUMNS` -> (low, high); the other columns stay neutral.
+        ranges: column of `csam_kernels.SEMANTIC_COLUMNS` or `csam.corruptions.COLUMNS` -> (low, high); the other
+            columns stay neutral.
 
     `str(transform)` is what `parse` reads. Two transforms are equal if they draw the same parameters.
     """
@@ -69,6 +73,24 @@ class Transform:
         low, high = torch.tensor(intervals, dtype=torch.float32, device=u.device).unbind(1)
         return torch.minimum(low + (high - low) * u, high)
 
+    def corrupted(self, copies: Tensor, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+        """Copies that `csam_kernels.semantic_batch` made, with their corruptions; themselves if there are none.
+
+        Strengths and noise of copy i depend on (seed, stream, first_sample + i) only, and the same holds for what they
+        are composed with as in `parameters`. Arguments and errors as in `csam.corruptions.corrupted`.
+        """
+        kinds = [name for name in corruptions.COLUMNS if name in self.ranges]
+        if not kinds:
+            return copies
+        where = {"seed": seed, "first_sample": first_sample, "stream": stream}
+        first, last = len(SEMANTIC_COLUMNS), len(SEMANTIC_COLUMNS) + len(corruptions.COLUMNS)
+        u = csam_kernels.philox_uniform(len(copies), last, **where)[:, first:]
+        drawn = {}
+        for name in kinds:
+            low, high = torch.tensor(self.ranges[name], dtype=torch.float32, device="cpu")
+            drawn[name] = torch.minimum(low + (high - low) * u[:, corruptions.COLUMNS.index(name)], high)
+        return corruptions.corrupted(copies, drawn, **where)
+
     def __call__(self, x: Tensor, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
         """Every image transformed by a draw of its own: image b takes row first_sample + b.
 
@@ -92,7 +114,7 @@ class Transform:
         out = torch.empty_like(pixels)
         for i, one in enumerate(pixels):
             out[i] = csam_kernels.semantic_batch(one, rows[i : i + 1])[0]
-        return out
+        return self.corrupted(out, seed=seed, first_sample=first_sample, stream=stream)
 
 
 def Rotation(degrees: float) -> Transform:
@@ -142,6 +164,74 @@ def Blur(sigma: float) -> Transform:
     return Transform(_text("blur", s), {"blur": (0.0, s)})
 
 
+def GaussianNoise(sigma: float) -> Transform:
+    """Normal noise with a standard deviation in [0, sigma]; sigma in (0, 1]. CIFAR-10-C: .04 .06 .08 .09 .10."""
+    s = _inside("gaussian_noise", sigma, 0, 1)
+    return Transform(_text("gaussian_noise", s), {"gaussian_noise": (0.0, s)})
+
+
+def ShotNoise(photons: float) -> Transform:
+    """Noise of counting at least `photons` photons at white, 1/photons drawn from [0, 1/photons]; photons > 0.
+
+    Normal of variance pixel / photons, the limit of Poisson's. CIFAR-10-C, by Poisson's: 500 250 100 75 50.
+    """
+    p = _inside("shot_noise", photons, 0, math.inf)
+    return Transform(_text("shot_noise", p), {"shot_noise": (0.0, 1 / p)})
+
+
+def ImpulseNoise(share: float) -> Transform:
+    """A share in [0, share] of the values made 0 or 1, as many of each; in (0, 1]. CIFAR-10-C: .01 .02 .03 .05 .07."""
+    s = _inside("impulse_noise", share, 0, 1)
+    return Transform(_text("impulse_noise", s), {"impulse_noise": (0.0, s)})
+
+
+def DefocusBlur(radius: float) -> Transform:
+    """Spread over a disk of a radius in [0, radius] pixels, smooth over a pixel at its edge; radius in (0, 32].
+
+    CIFAR-10-C: .3 .4 .5 1 1.5, its edges smoothed by a Gaussian of .4 .5 .6 .2 .1.
+    """
+    r = _inside("defocus_blur", radius, 0, 32)
+    return Transform(_text("defocus_blur", r), {"defocus_blur": (0.0, r)})
+
+
+def MotionBlur(length: float) -> Transform:
+    """Spread evenly along a segment of a length in [0, length] pixels, at an angle in ±45 degrees; in (0, 64].
+
+    CIFAR-10-C draws the same angles, but spreads to one side by a Gaussian of 1 1.5 2 2 2.5 pixels.
+    """
+    v = _inside("motion_blur", length, 0, 64)
+    return Transform(_text("motion_blur", v), {"motion_blur": (0.0, v), "motion_angle": (-45.0, 45.0)})
+
+
+def Fog(thickness: float) -> Transform:
+    """(x + t p) m / (m + t), p a random field from 0 to 1, m the brightest value, t in [0, thickness]; in (0, 10].
+
+    CIFAR-10-C: .2 .5 .75 1 1.5, with a field by midpoint displacement, whose detail grows with the severity.
+    """
+    t = _inside("fog", thickness, 0, 10)
+    return Transform(_text("fog", t), {"fog": (0.0, t)})
+
+
+def Pixelate(kept: float) -> Transform:
+    """Painted with the means of cells, a share in [kept, 1] of the pixels each way; kept in (0, 1).
+
+    CIFAR-10-C: .95 .9 .85 .75 .65, resampling by boxes down and up again.
+    """
+    k = _inside("pixelate", kept, 0, 1)
+    if k == 1:
+        raise ValueError("pixelate must be < 1: 1 leaves the image as it is")
+    return Transform(_text("pixelate", k), {"pixelate": (k, 1.0)})
+
+
+def JpegCompression(quality: float) -> Transform:
+    """JPEG at a quality in [quality, 100], rounded to whole numbers, 1 at least; in (0, 100].
+
+    For 1 or 3 channels; colours keep their resolution. CIFAR-10-C: 80 65 58 50 40, with half of it each way.
+    """
+    q = _inside("jpeg_compression", quality, 0, 100)
+    return Transform(_text("jpeg_compression", q), {"jpeg_compression": (q, 100.0)})
+
+
 KINDS: dict[str, Callable[[float], Transform]] = {
     "rotation": Rotation,
     "translation": Translation,
@@ -150,6 +240,14 @@ KINDS: dict[str, Callable[[float], Transform]] = {
     "contrast": Contrast,
     "gamma": Gamma,
     "blur": Blur,
+    "gaussian_noise": GaussianNoise,
+    "shot_noise": ShotNoise,
+    "impulse_noise": ImpulseNoise,
+    "defocus_blur": DefocusBlur,
+    "motion_blur": MotionBlur,
+    "fog": Fog,
+    "pixelate": Pixelate,
+    "jpeg_compression": JpegCompression,
 }
 
 
@@ -195,9 +293,17 @@ __all__ = [
     "Blur",
     "Brightness",
     "Contrast",
+    "DefocusBlur",
+    "Fog",
     "Gamma",
+    "GaussianNoise",
+    "ImpulseNoise",
+    "JpegCompression",
+    "MotionBlur",
+    "Pixelate",
     "Rotation",
     "Scale",
+    "ShotNoise",
     "Transform",
     "Translation",
     "parse",
