@@ -15,7 +15,7 @@ interval of a stated level. Report n, k, delta and the t grid with every number 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import csam_kernels
 from csam import inference, quantization, smoothing
+from csam.adapters import LAYOUTS
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -108,7 +109,8 @@ class CCCert:
     `csam.Smooth`; its logits go through a float64 softmax, and in a low `dtype` carry that dtype's rounding.
 
     Args:
-        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K]; or a `Prepared` network, as in `csam.Smooth`.
+        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K]; any callable or a `Prepared` network, as in
+            `csam.Smooth`.
         transform: distribution to draw from, e.g. `Rotation(10) | Brightness(0.2)`.
         n, k: draws a block, and blocks; >= 1.
         delta: in (0, 1).
@@ -116,6 +118,7 @@ class CCCert:
         seed: 0 .. 2^64-1.
         dtype, tile: as in `csam.Smooth`.
         calibration: images for dtype "int8", as there; pixels in [0, 1], to which draws of the transform are applied.
+        layout: as there.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, by name.
@@ -123,7 +126,7 @@ class CCCert:
 
     def __init__(
         self,
-        model: nn.Module | smoothing.Prepared,
+        model: nn.Module | smoothing.Prepared | Callable[[Tensor], Tensor],
         transform: Transform,
         *,
         n: int = 100,
@@ -134,6 +137,7 @@ class CCCert:
         dtype: torch.dtype | str | None = None,
         tile: int | None = None,
         calibration: Tensor | None = None,
+        layout: str = "NCHW",
     ) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a csam.transforms.Transform, got {type(transform).__name__}")
@@ -144,8 +148,9 @@ class CCCert:
         self.t = _grid(t)
         checks.seed(seed)
         self.seed = operator.index(seed)
-        shown = None if calibration is None else self._shown(calibration)
-        self._classifier = smoothing.TiledClassifier(model, dtype, tile, calibration=shown)
+        self.layout = checks.choice("layout", layout, LAYOUTS)
+        shown = None if calibration is None else self._shown(smoothing.nchw(calibration, layout))
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile, calibration=shown, layout=layout)
 
     @property
     def prepared(self) -> smoothing.Prepared | None:
@@ -176,7 +181,7 @@ class CCCert:
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
         """
-        x = smoothing.image(x)
+        x = smoothing.image(x, self.layout)
         if x.device.type == "cpu":
             _in_range("x", *x.aminmax())
         stream = checks.integer("stream", stream, low=0, high=2**32 - 1)

@@ -43,7 +43,7 @@ from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
 from csam.sequential import Certificate, Certification, Rule, fraction
-from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, one_intra_op_thread
+from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, nchw, one_intra_op_thread
 from csam_kernels import checks
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
@@ -211,7 +211,8 @@ def certify_dataset(
 
     Args:
         smooth: the smoothed classifier.
-        x: images [N, C, H, W]; uint8 (divided by 255) or floating point in the unit the model takes.
+        x: images [N, C, H, W], or in the layout of `smooth`; uint8 (divided by 255) or floating point in the unit the
+            model takes.
         y: labels [N], >= 0.
         path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
@@ -241,6 +242,8 @@ def certify_dataset(
     wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
     if not wanted:
         return []
+
+    smooth, x = smooth.nchw(), nchw(x, smooth.layout)
 
     def pixels(i: int) -> Tensor:
         return to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
