@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -531,6 +532,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ε still gets its table
+    warnings.formatwarning = lambda message, *_, **__: f"csam: {' '.join(str(message).split())}\n"
     try:
         code = cli.main(args=arguments, prog_name="csam", standalone_mode=False)
     except click.ClickException as error:

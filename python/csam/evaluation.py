@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
 from csam.sequential import Certificate, Certification, Rule, fraction
-from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, nchw, one_intra_op_thread
+from csam.smoothing import ABSTAIN, Prepared, Smooth, image, nchw, one_intra_op_thread
 from csam_kernels import checks
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
@@ -154,8 +155,8 @@ def votes_path(path: str | os.PathLike[str]) -> Path:
 def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """What decides the certificates of the record at `path`, and the last that is known of the votes of each image.
 
-    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time; one under way the state of
-    its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
+    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time, and nan where samples had NaN
+    logits; one under way the state of its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
 
     Raises:
         RunError: a damaged or foreign file.
@@ -183,6 +184,17 @@ def mean_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> tuple[flo
     return sum(drawn) / len(rows), int(recipe["n0"]) + int(recipe["n"])
 
 
+def nan_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> dict[int, int]:
+    """Samples of each of these rows' images that had NaN logits and voted for no class, where there were any.
+
+    Raises:
+        RunError: a damaged or foreign file.
+    """
+    known = read_votes(path)[1]
+    counted = {row.idx: int(known.get(row.idx, {}).get("nan", 0)) for row in rows}
+    return {i: n for i, n in counted.items() if n}
+
+
 def certify_dataset(
     smooth: Smooth,
     x: Tensor,
@@ -204,6 +216,9 @@ def certify_dataset(
     images are under way at once where samples of one are drawn by threads that do not wait for each other: on a CPU
     where the plan's samples lie innermost, and in several processes; `time` is then an image's part of the time that
     passed.
+
+    A sample with NaN logits votes for no class and counts among the n, so it can only lower a certificate; how many
+    there were is in the votes, and is warned of at the end.
 
     Where torch.distributed is initialised, all its processes call this with the same arguments and have the same rows;
     `path`, `on_result` and `on_samples` are process 0's. Choices of layers by measured times may differ from machine
@@ -286,6 +301,14 @@ def certify_dataset(
             draw = partial(_together, prepared, own + others)
         with team.asking(hands), TsvWriter(path) as record:
             rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        broken = nan_samples(path, [rows[i] for i in wanted])
+        if broken:
+            warnings.warn(
+                f"{sum(broken.values())} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
+                f"no class; {votes_path(path).name} has their numbers",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return team.told([rows[i] for i in wanted])
 
 
@@ -345,6 +368,8 @@ def _recorded(
             label, radius, samples, reason = one.certificate
             votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
             votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
+            if one.certification.nan:
+                votes["nan"] = one.certification.nan
             journal.append(votes)
             finish(votes)
     return rows
@@ -418,8 +443,7 @@ class _Image:
 
     def tell(self) -> None:
         """Hand over the votes of ranges that are complete."""
-        votes = [checked(v, n) for v, (n, _) in zip(self.votes, self.certification.wanted, strict=True)]
-        self.certificate = self.certification.tell([v.tolist() for v in votes])
+        self.certificate = self.certification.tell([v.tolist() for v in self.votes])
 
 
 def _one_by_one(
@@ -432,7 +456,7 @@ def _one_by_one(
             start = time.perf_counter()
             one.certification.most = most
             ranges = one.certification.wanted
-            one.votes = smooth.votes(one.x, ranges, batch_size, one.idx)
+            one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
             one.tell()
             seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
             one.seconds += seconds

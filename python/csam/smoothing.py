@@ -312,13 +312,18 @@ class Smooth:
 
     def votes(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
         """`counts` of every (n, first sample): all are under way before the one wait for the device."""
+        found = self.cast(x, ranges, batch_size, stream)
+        return [checked(v, n) for v, (n, _) in zip(found, ranges, strict=True)]
+
+    def cast(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
+        """`votes`, those of a range fewer than its samples where logits were NaN."""
         prepared = self.prepare(x)
         x = sent(image(x, self.layout), prepared.device)
         if self.grid is not None:
             steps(x, self.grid)  # refuses one off the grid
         where = (batch_size, stream, self.grid)
         found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
-        return [checked(v, n) for v, (n, _) in zip(read(x, found), ranges, strict=True)]
+        return read(x, found)
 
 
 def votes(
@@ -392,8 +397,7 @@ def noisy(name: str, images: Tensor, sigma: float) -> quantization.Calibration:
 
 
 def checked(votes: Tensor, n: int) -> Tensor:
-    """The votes on the host, all n of them."""
-    votes = votes.cpu()
+    """The votes, which must be n."""
     missing = n - int(votes.sum())
     if missing:
         raise ValueError(f"model returned NaN logits for {missing} of {n} samples; they cast no vote")
