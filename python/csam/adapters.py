@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from csam_kernels import checks
 
 LAYOUTS = ("NCHW", "NHWC")
+Classifier = nn.Module | Callable[[Tensor], Tensor]
 
 
 class Opaque(nn.Module):
@@ -101,4 +102,4 @@ def checked_logits(logits: Any, x: Tensor) -> Tensor:
     return found
 
 
-__all__ = ["LAYOUTS", "FromNCHW", "Opaque", "checked_logits", "opaque"]
+__all__ = ["LAYOUTS", "Classifier", "FromNCHW", "Opaque", "checked_logits", "opaque"]

@@ -15,7 +15,7 @@ interval of a stated level. Report n, k, delta and the t grid with every number 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
-from torch import Tensor, nn
+from torch import Tensor
 
 import csam_kernels
 from csam import inference, quantization, smoothing
-from csam.adapters import LAYOUTS
+from csam.adapters import LAYOUTS, Classifier
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -126,7 +126,7 @@ class CCCert:
 
     def __init__(
         self,
-        model: nn.Module | smoothing.Prepared | Callable[[Tensor], Tensor],
+        model: Classifier | smoothing.Prepared,
         transform: Transform,
         *,
         n: int = 100,

@@ -65,10 +65,22 @@ class Values(click.ParamType):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}", param, ctx)
 
 
+class Model(click.ParamType):
+    """A file that exists, or package.module:factory."""
+
+    name = "FILE or MODULE:FACTORY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        own = ":" in str(value) and not Path(str(value)).exists()
+        found: Path | str = str(value) if own else FILE.convert(value, param, ctx)
+        return found
+
+
 NUMBERS = Values(float, "NUMBER,...")
 NAMES = Values(str, "NAME,...")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PLACE = click.Path(exists=True, path_type=Path)
+MODEL = Model()
 
 # (flag, place in Settings, type, help): the options that change a preset.
 DATA_OPTIONS = (
@@ -373,7 +385,7 @@ def train(
 
 
 @cli.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @common_options
 @setting_options([option for option in DATA_OPTIONS if option[0] != "--model"], CORRUPTION_OPTIONS, CERTIFY_OPTIONS)
 @click.option(
@@ -383,7 +395,7 @@ def train(
 @click.option("--cc-cert", is_flag=True, help="CC-Cert under --transform as well.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 def certify(
-    model: Path,
+    model: Path | str,
     architecture: str | None,
     sigma: float | None,
     cc_cert: bool,
@@ -394,13 +406,19 @@ def certify(
     threads: int | None,
     **given: Any,
 ) -> None:
-    """Certify MODEL, a safetensors file, by randomized smoothing.
+    """Certify MODEL by randomized smoothing: a safetensors file, or package.module:factory for any classifier.
+
+    The factory is called without arguments and gives a torch.nn.Module or another callable (csam.Opaque gives that one
+    a name), which maps pixels in [0, 1] to logits; its code is run, so name only what you trust.
 
     Writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
     continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
     Files made by csam say their architecture, normalisation and sigma themselves.
     """
-    said = runs.read_description(model)
+    own = isinstance(model, str)
+    if own and (architecture or given["normalization"]):
+        raise click.UsageError(f"--architecture and --normalization are for files; {model} gives a whole classifier")
+    said = {"model": model} if isinstance(model, str) else runs.read_description(model)
     given["model"] = architecture or said.get("model")
     if given["normalization"] is None and "normalization" in said:
         given["normalization"] = said["normalization"] or "none"
@@ -411,7 +429,8 @@ def certify(
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, cc_cert=cc_cert)
     record = out / "certificates" / "smoothing.tsv"
-    show(report.certificates_table([curve_of(record, model.stem, rows)], settings.certify.radii))
+    title = model if isinstance(model, str) else model.stem
+    show(report.certificates_table([curve_of(record, title, rows)], settings.certify.radii))
     if bounds:
         correct = [bound["correct"] for bound in bounds]
         values = [evaluation.pca([b["bound"] for b in bounds], correct, e) for e in settings.certify.eps]

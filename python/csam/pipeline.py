@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from csam import data, evaluation, masks, models, report, runs, training, transforms
+from csam.adapters import Classifier
 from csam.cc_cert import CCCert
 from csam.engine import Choices
 from csam.nn import convert, fold, masked_layers
@@ -300,7 +301,7 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     return result
 
 
-def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> Smooth:
+def make_smooth(model: Classifier, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> Smooth:
     """The smoothed classifier; its noise has the same seed for every model of a run."""
     return Smooth(
         model,
@@ -314,7 +315,7 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
     )
 
 
-def begun_smooth(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
+def begun_smooth(team: Team, model: Classifier, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
     """The smoothed classifier that goes on with the record at `path`, its layers running alike in all processes."""
     if not team.first:
         return make_smooth(model, dataset, settings, team.told("auto"))
@@ -342,7 +343,7 @@ def begun_choices(path: Path) -> Choices:
     return choices
 
 
-def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings) -> CCCert:
+def make_cc_cert(model: Classifier, dataset: data.Dataset, settings: Settings) -> CCCert:
     """CC-Cert on the base network; its transforms have the same seed for every model of a run."""
     certify = settings.certify
     return CCCert(
@@ -486,6 +487,10 @@ def _digest(*parts: bytes) -> str:
     return total.hexdigest()
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def load_data(settings: Settings) -> data.Dataset:
     """The data set the settings name."""
     return data.load(
@@ -519,9 +524,9 @@ def check_training(settings: Settings, dataset: data.Dataset, todo: Sequence[tup
             job.searcher(masked, sparsity)
 
 
-def check_certificates(settings: Settings, dataset: data.Dataset) -> None:
-    """The same for certification."""
-    model = build(settings, dataset)
+def check_certificates(settings: Settings, dataset: data.Dataset, model: Classifier | None = None) -> None:
+    """The same for certification, of the settings' network unless a model is given."""
+    model = build(settings, dataset) if model is None else model
     evenly_spaced(len(dataset.test_x), settings.certify.images)
     make_smooth(model, dataset, settings)
     make_cc_cert(model, dataset, settings)
@@ -640,6 +645,18 @@ def train(settings: Settings, folder: str | Path, progress: Progress = silent) -
         return job.model_path("start"), {"sparsity": 0.0, **(run.stage("start").result() or {})}
 
 
+def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tuple[Classifier, str]:
+    """What `certify` is to certify, and a digest of its weights."""
+    if ":" in str(model) and not Path(model).exists():
+        found = models.imported(str(model))
+        tensors = chain(found.named_parameters(), found.named_buffers()) if isinstance(found, nn.Module) else ()
+        parts = ((f"{key} {t.dtype} {t.shape}".encode(), _bytes(t)) for key, t in tensors)
+        return found, _digest(str(model).encode(), *chain.from_iterable(parts))
+    network = build(settings, dataset)
+    models.load_weights(network, model)
+    return network, _digest(Path(model).read_bytes())
+
+
 def certify(
     settings: Settings,
     model: str | Path,
@@ -648,20 +665,20 @@ def certify(
     *,
     cc_cert: bool = False,
 ) -> tuple[list[evaluation.Row], list[dict[str, Any]]]:
-    """Certify a safetensors file of `settings.model` in `folder`, or go on there.
+    """Certify a safetensors file of `settings.model` in `folder`, or go on there; or what a factory gives
+    ("package.module:factory", see `csam.models.imported`), which is known again by that name, its weights and buffers,
+    and the name of a `csam.Opaque`.
 
     Returns the rows of smoothing and the records of CC-Cert (none without `cc_cert`).
     """
     dataset = load_data(settings)
-    check_certificates(settings, dataset)
+    network, digest = _given(settings, dataset, model)
+    check_certificates(settings, dataset, network)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
-    digest = _digest(Path(model).read_bytes())
-    network = build(settings, dataset)
-    models.load_weights(network, model)
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, cc_cert=cc_cert)) as run:
         job = Job(settings, dataset, run, progress)
         path = job.certificates("smoothing")
-        smooth = begun_smooth(run.team, network.eval(), dataset, settings, path)
+        smooth = begun_smooth(run.team, network, dataset, settings, path)
         rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
         bounds = []
         if cc_cert:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
-from csam.adapters import LAYOUTS, FromNCHW, Opaque, checked_logits, opaque
+from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
@@ -126,7 +126,7 @@ class Smooth:
 
     def __init__(
         self,
-        model: nn.Module | Prepared | Callable[[Tensor], Tensor],
+        model: Classifier | Prepared,
         num_classes: int,
         sigma: float,
         *,
@@ -548,7 +548,7 @@ class TiledClassifier:
 
     def __init__(
         self,
-        model: nn.Module | Prepared | Callable[[Tensor], Tensor],
+        model: Classifier | Prepared,
         dtype: torch.dtype | str | None,
         tile: int | None,
         choices: engine.Choices = "auto",
