@@ -228,7 +228,7 @@ def certify_dataset(
         smooth: the smoothed classifier.
         x: images [N, C, H, W], or in the layout of `smooth`; uint8 (divided by 255) or floating point in the unit the
             model takes.
-        y: labels [N], >= 0.
+        y: labels [N], classes of `smooth`.
         path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
@@ -242,14 +242,14 @@ def certify_dataset(
     Raises:
         OSError: a file cannot be read or written.
         TypeError: a label or an index that is not an integer.
-        ValueError: x and y of different length, a negative label, an index out of range, or a record that is
+        ValueError: x and y of different length, a label or an index out of range, or a record that is
             malformed or holds another label for an image (it is of another data set); processes whose networks,
             settings or images differ.
         Lost: another process has ended; what was finished is in the record (`csam.processes`).
         RunError: a record that another run is writing, that was begun with other settings or another plan, or whose
             votes are damaged, missing or not those of its rows.
     """
-    labels = [checks.integer("y", label, low=0) for label in y]
+    labels = [checks.integer("y", label, low=0, high=smooth.num_classes - 1) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
