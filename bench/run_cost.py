@@ -1,0 +1,154 @@
+"""What a data-set run costs beyond its forward passes: journal, TSV, packing of images, stopping rule, progress bar.
+
+    python bench/run_cost.py            # time: the run over the same samples drawn straight, ROUNDS in turn
+    python bench/run_cost.py memory     # resident memory while n = 10^7 samples of one image are drawn
+
+A run is `certify_dataset` with a record on the disk and the command line's progress bar on a terminal that nobody sees.
+Straight are the same samples of the same images, each thread its share of an image in one call, nothing kept. The ratio
+is the median over rounds, of the processor time of all threads and of the time that passed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import csam
+from csam import cli, evaluation, models
+from csam.smoothing import Smooth, one_intra_op_thread
+
+ROUNDS, SIGMA, ALPHA = 3, 0.25, 0.001
+
+
+def smoothed(removed: float, kind: str) -> Smooth:
+    """ResNet-20 with random weights, spread so that classes compete; `kind` "engine", "modules" or "callable"."""
+    torch.manual_seed(0)
+    model = models.build("resnet20").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand_like(p) >= removed if p.dim() == 4 else 1)
+    if kind == "engine":
+        return Smooth(model, 10, SIGMA, dtype=torch.bfloat16, choices="auto" if not removed else "sparse")
+    return Smooth(model if kind == "modules" else lambda x: model(x), 10, SIGMA)
+
+
+def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) -> list[int]:
+    """The samples of each image."""
+    with cli.bar("smoothing", len(x)) as advance:
+        evaluation.certify_dataset(
+            smooth,
+            x,
+            [0] * len(x),
+            place,
+            n=n,
+            alpha=ALPHA,
+            on_result=lambda row: advance(1),
+            on_samples=lambda drawn: advance(0, drawn),
+            **stop,
+        )
+    votes = evaluation.read_votes(place)[1]
+    return [int(votes[i]["samples"]) for i in range(len(x))]
+
+
+def straight(smooth: Smooth, x: Tensor, samples: list[int]) -> None:
+    sampler, threads = smooth.prepare(x[0]).sampler, torch.get_num_threads()
+    if sampler is None:
+        for i, n in enumerate(samples):
+            smooth.counts(x[i], n, batch_size=10**9, stream=i)
+        return
+
+    def share(i: int, k: int) -> None:
+        first, last = (samples[i] * j // threads for j in (k, k + 1))
+        if last > first:
+            sampler.votes(x[i], SIGMA, last - first, seed=0, first_sample=first, stream=i)
+
+    with ThreadPoolExecutor(threads, initializer=one_intra_op_thread) as pool:
+        for done in [pool.submit(share, i, k) for i in range(len(x)) for k in range(threads)]:
+            done.result()
+
+
+def took(call: Callable[[], object]) -> tuple[float, float]:
+    """(processor time, time that passed) in seconds."""
+    start = time.process_time(), time.perf_counter()
+    call()
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def cost(title: str, smooth: Smooth, images: int, n: int, **stop: Any) -> str:
+    x = torch.rand(images, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        samples = run(smooth, x, Path(folder) / "first.tsv", n, stop)
+        ratios = []
+        for k in range(ROUNDS):
+            before = took(lambda: straight(smooth, x, samples))
+            whole = took(lambda k=k: run(smooth, x, Path(folder) / f"{k}.tsv", n, stop))  # type: ignore[misc]
+            after = took(lambda: straight(smooth, x, samples))
+            ratios.append([2 * w / (b + a) for b, w, a in zip(before, whole, after, strict=True)])
+    cpu, wall = (statistics.median(r) for r in zip(*ratios, strict=True))
+    spread = max(r[0] for r in ratios) - min(r[0] for r in ratios)
+    return (
+        f"{title}: {images} images of {sum(samples) / images:,.0f} samples, {before[1]:.1f} s: processor time "
+        f"x {cpu:.4f} (rounds differ by {spread:.3f}), time x {wall:.4f}"
+    )
+
+
+def resident() -> float:
+    """MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def memory(kind: str, **stop: Any) -> str:
+    """Resident memory while one image is certified with n = 10^7, by a network that is fast enough for that."""
+    model = csam.models.build("digits", seed=0).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand_like(p) >= 0.99 if p.dim() == 4 else 1)
+    kinds: dict[str, Callable[[], Smooth]] = {
+        "engine": lambda: Smooth(model, 10, SIGMA, dtype=torch.bfloat16, choices="sparse"),
+        "callable": lambda: Smooth(lambda x: x.flatten(1)[:, :10], 10, SIGMA, tile=1000),
+    }
+    smooth, x, seen, drawn = kinds[kind](), torch.rand(1, 1, 8, 8), [], 0
+
+    def watch(n: int) -> None:
+        nonlocal drawn
+        drawn += n
+        seen.append((drawn, resident()))
+
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation.certify_dataset(
+            smooth, x, [0], Path(folder) / "r.tsv", n=10**7, alpha=ALPHA, on_samples=watch, **stop
+        )
+    early = next(mib for n, mib in seen if n >= 10**5)
+    most = max(mib for _, mib in seen)
+    return (
+        f"{kind} {stop or 'fixed'}: {drawn:,} samples in {time.perf_counter() - start:.0f} s, "
+        f"{early:.1f} MiB after 10^5, {most:.1f} at the most"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["memory"]:
+        print(memory("engine"), flush=True)
+        print(memory("engine", adaptive=True), flush=True)
+        print(memory("callable"), flush=True)
+    else:
+        torch.set_num_threads(1)  # two that share a core would slow each other down by more than what is measured
+        cli.messages = Console(file=io.StringIO(), force_terminal=True)
+        print(cost("fixed, engine", smoothed(0.0, "engine"), 2, 12_000), flush=True)
+        print(cost("fixed, engine, 99 % removed", smoothed(0.99, "engine"), 2, 50_000), flush=True)
+        far = {"adaptive": True, "target_radius": 0.5}
+        print(cost("target, engine, 99 % removed", smoothed(0.99, "engine"), 150, 100_000, **far), flush=True)
+        print(cost("fixed, callable", smoothed(0.0, "callable"), 1, 4_000), flush=True)
