@@ -165,6 +165,29 @@ def test_wrong_callables() -> None:
             Smooth(model, 5, SIGMA, dtype=torch.bfloat16)
 
 
+def exported(model: nn.Module) -> nn.Module:
+    return torch.export.export(model, (torch.rand(50, *SHAPE),)).module()
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model, torch.rand(50, *SHAPE))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit's of its age
+@pytest.mark.parametrize("make", [exported, scripted])
+def test_exported_modules_go_as_callables(make: Callable[[nn.Module], nn.Module]) -> None:
+    """Those that were made for a tile of their own, too."""
+    model, x = net().eval(), picture()
+    other = make(model)
+    assert torch.equal(Smooth(lambda x: other(x), 5, SIGMA).counts(x, 300), Smooth(model, 5, SIGMA).counts(x, 300))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_cannot_be_frozen_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"that can be put in eval mode and frozen, .* lambda x: model\(x\)"):
+        Smooth(scripted(net().eval()), 5, SIGMA).counts(picture(), 10)
+
+
 # In a data set: votes are kept, a run that was stopped goes on, images end when they are decided
 
 

@@ -679,7 +679,13 @@ def _prepare(
         raise ValueError(
             f"calibration must hold images like x, of shape {tuple(shape)}, got {tuple(calibration.images.shape[1:])}"
         )
-    network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"model must be a module that can be put in eval mode and frozen, got {type(model).__name__} ({error}); a "
+            "TorchScript or exported one in eval mode goes as a callable, lambda x: model(x)"
+        ) from error
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     # Two different rows, so that a rewrite which mixes samples up does not go unseen; and of no user's image, as one
