@@ -255,7 +255,7 @@ def test_wrong_types() -> None:
     with pytest.raises(TypeError, match=r"transform must be a csam.transforms.Transform, got str"):
         CCCert(Net(), "rotation:10")
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
-        CCCert(torch.sin, MIX)
+        CCCert("net", MIX)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,77 @@ def test_certify_writes_the_record_and_goes_on(csam: Command, trained: Path, tmp
     assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
 
 
+OWN = """
+import torch
+import csam
+
+def module():
+    return csam.models.build("digits", seed=SEED).eval()
+
+def function():
+    net = module()
+    return csam.Opaque(lambda x: net(x), name="net SEED")
+
+class Nothing:
+    pass
+
+def broken():
+    net = module()
+    return lambda x: torch.where(x.mean((1, 2, 3))[:, None] > 0.35, torch.nan, net(x))
+"""
+
+
+def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for seed in (1, 2):
+        (tmp_path / f"own{seed}.py").write_text(OWN.replace("SEED", str(seed)))
+    options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3]
+    rows = {}
+    for factory in ("module", "function"):
+        out = tmp_path / factory
+        code, printed, err = csam("certify", f"own1:{factory}", *options, "--cc-cert", "--out", out)
+        assert code == 0, err
+        assert f"own1:{factory}" in printed
+        record = out / "certificates" / "smoothing.tsv"
+        rows[factory] = [line.split()[:5] for line in record.read_text().splitlines()]
+        record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
+        assert csam("certify", f"own1:{factory}", *options, "--cc-cert", "--out", out)[0] == 0
+        assert [line.split()[:5] for line in record.read_text().splitlines()] == rows[factory]
+        assert evaluation.read_votes(record)[0].get("functions") == (["net 1"] if factory == "function" else None)
+    assert [(r[0], r[2]) for r in rows["module"]] == [(r[0], r[2]) for r in rows["function"]]
+    # another factory, other weights, another name
+    code, _, err = csam("certify", "own2:module", *options, "--cc-cert", "--out", tmp_path / "module")
+    assert (code, "made with other settings (model: '" in err) == (2, True), err
+    (tmp_path / "own1.py").write_text(OWN.replace("SEED", "2"))
+    monkeypatch.delitem(sys.modules, "own1")
+    for cache in tmp_path.glob("__pycache__/*"):
+        cache.unlink()
+    for factory, message in (("module", "(model: '"), ("function", "(functions: ['net 1'] there, ['net 2'] now)")):
+        code, _, err = csam("certify", f"own1:{factory}", *options, "--cc-cert", "--out", tmp_path / factory)
+        assert (code, f"made with other settings {message}" in err) == (2, True), err
+    with pytest.warns(RuntimeWarning, match=r"had NaN logits and voted for no class; smoothing\.votes\.jsonl"):
+        assert csam("certify", "own1:broken", *options, "--out", tmp_path / "nan")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("nowhere:net", [], "must be a file or package.module:factory, got 'nowhere:net' (No module named 'nowhere')"),
+        ("json:net", [], "module 'json' has no attribute 'net'"),
+        (":net", [], "Empty module name"),
+        ("json:__name__", [], "json:__name__ must give a torch.nn.Module or another callable, got NoneType"),
+        ("json:JSONDecoder", [], "must give a torch.nn.Module or another callable, got JSONDecoder"),
+        ("torch.nn:Identity", ["--architecture", "digits"], "--architecture and --normalization are for files"),
+        ("torch.nn:Identity", [], "model must map (2, 1, 8, 8) to logits"),
+    ],
+)
+def test_wrong_factories(csam: Command, tmp_path: Path, model: str, more: list[str], message: str) -> None:
+    options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3, *more, "--out", tmp_path / "run"]
+    code, _, err = csam("certify", model, *options)
+    assert code == 2
+    assert message in " ".join(err.split()), err
+
+
 def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path, tmp_path: Path) -> None:
     model, run = trained / "models" / "dense.safetensors", tmp_path / "run"
     command = ["certify", model, "--images", 2, "--n0", 5, "--test-subset", 20, "--train-subset", 64, "--out", run]

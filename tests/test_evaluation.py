@@ -229,6 +229,8 @@ def test_wrong_arguments(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
         certify(path, images, indices=[1.5])
     with pytest.raises(ValueError, match=r"y must be in .* got -1"):
         certify(path, (images[0], -torch.ones_like(images[1])))
+    with pytest.raises(ValueError, match=r"y must be in \[0, 1\], got 2"):
+        certify(path, (images[0], [2] * len(images[0])))
     with pytest.raises(TypeError, match=r"y must be an integer, got 0.5"):
         certify(path, (images[0], [0.5] * len(images[0])))
     with pytest.raises(ValueError, match="alpha must be in"):
@@ -561,3 +563,96 @@ def test_an_error_of_a_thread_is_raised(tmp_path: Path, images: tuple[Tensor, Te
     sampler.votes = broken  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError, match="in a thread"):
         certify_dataset(smooth, *images, tmp_path / "r.tsv", n0=5, n=50)
+
+
+# Samples without an answer
+
+
+class Overflowing(nn.Module):
+    """Three classes, and NaN logits where the mean pixel is above 1.13; `other`: a fourth class there."""
+
+    def __init__(self, other: bool = False) -> None:
+        super().__init__()
+        self.net, self.huge, self.other = Net(), nn.Linear(1, 3, bias=False), other
+        nn.init.constant_(self.huge.weight, 3e38)
+
+    def forward(self, x: Tensor) -> Tensor:
+        huge = self.huge(x.mean((2, 3)))
+        logits = self.net(x) + (huge - huge)
+        if not self.other:
+            return logits
+        none = logits.isnan().any(1, keepdim=True)
+        return torch.cat([logits.nan_to_num(0.0), torch.where(none, torch.inf, -torch.inf)], 1)
+
+
+def bright(images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return images[0] + torch.linspace(0, 0.6, 8).view(8, 1, 1, 1), images[1]
+
+
+STOPS = [{}, {"adaptive": False, "rtol": None}, {"target_radius": 0.2}]
+
+
+@pytest.mark.parametrize(
+    "options", [{"tile": 8}, {"dtype": torch.float32, "choices": "dense"}], ids=["torch", "engine"]
+)
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_nan_logits_count_as_votes_for_no_class(
+    tmp_path: Path, images: tuple[Tensor, Tensor], stop: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """All is as if they had voted for a fourth class, but that this one is never named."""
+    with pytest.warns(
+        RuntimeWarning, match=r"samples of \d of 8 images had NaN logits and voted for no class; r\.votes"
+    ):
+        rows = run(tmp_path / "r.tsv", bright(images), lambda: Smooth(Overflowing(), 3, 0.5, **options), **stop)
+    twin = run(tmp_path / "twin.tsv", bright(images), lambda: Smooth(Overflowing(other=True), 4, 0.5, tile=8), **stop)
+    silent = [row.idx for row in twin if row.predict == 3]
+    assert all(rows[i].predict == ABSTAIN for i in silent)
+    if "tile" in options:
+        assert [r for r in without_time(rows) if r[0] not in silent] == [r for r in without_time(twin) if r[2] != 3]
+    found = evaluation.nan_samples(tmp_path / "r.tsv", rows)
+    assert 3 <= len(found) <= 8
+    for row in rows:
+        sampled = Smooth(Overflowing(), 3, 0.5, **options)
+        samples = read_votes(tmp_path / "r.tsv")[1][row.idx]["samples"]
+        (votes,) = sampled.cast(bright(images)[0][row.idx], [(samples, 0)], 400, row.idx)
+        assert samples - int(votes.sum()) == found.get(row.idx, 0)
+
+
+def test_an_image_without_any_answer_is_no_class(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    def silent(x: Tensor) -> Tensor:
+        return x.new_full((len(x), 3), torch.nan)
+
+    with pytest.warns(RuntimeWarning, match="16160 samples of 8 of 8 images had NaN"):
+        rows = run(tmp_path / "r.tsv", images, lambda: Smooth(silent, 3, 0.5), adaptive=False, rtol=None)
+    assert {(row.predict, row.radius, row.correct) for row in rows} == {(ABSTAIN, 0.0, False)}
+
+
+@pytest.mark.filterwarnings("ignore:.* had NaN logits")
+def test_a_run_that_was_stopped_counts_each_nan_once(
+    tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, drawn = bright(images), []
+
+    def make() -> Smooth:
+        return Smooth(Overflowing(), 3, 0.5, tile=8)
+
+    run(tmp_path / "whole.tsv", images, make)
+    monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
+    for _ in range(100):
+        budget = len(drawn) + 3
+
+        def stopping(n: int, budget: int = budget) -> None:
+            drawn.append(n)
+            if len(drawn) >= budget:
+                raise Crash
+
+        try:
+            run(tmp_path / "r.tsv", images, make, on_samples=stopping)
+            break
+        except Crash:
+            pass
+    else:
+        raise AssertionError("it did not end")
+    assert len(drawn) > 10
+    assert kept(tmp_path / "r.tsv") == kept(tmp_path / "whole.tsv")
+    assert any("nan" in votes for votes in kept(tmp_path / "r.tsv"))

@@ -126,6 +126,7 @@ FUNCTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "pad": lambda net, x: F.pad(x, (1, 1, 2, 2, 3, 1)),
     "dropout": lambda net, x: F.dropout(x, 0.3, training=net.training),
     "contiguous": lambda net, x: x.contiguous(),
+    "permute": lambda net, x: torch.permute(x.permute(0, 2, 3, 1).contiguous(), (0, -1, 1, 2)),
 }
 
 
@@ -230,6 +231,10 @@ FORMS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, Any]]] = {
     "sum-with-itself": (lambda net, x: x + x, {}),
     "sum-of-two-convolutions": (lambda net, x: F.relu(net.second(x) + net.third(x)), {}),
     "sum-of-three": (lambda net, x: net.second(x) + x + net.third(x), {}),
+    "difference-of-two": (lambda net, x: F.relu(net.second(x) - net.third(x)), {}),
+    "difference-from-itself": (lambda net, x: (x - x) + net.second(x), {}),
+    "difference-in-place": (lambda net, x: net.second(x).sub_(x) + x, {}),
+    "residual-denoiser": (lambda net, x: net.third((torch.clamp(x - net.second(x), 0, 1) - net.scale) / net.scale), {}),
     "sum-with-numbers": (lambda net, x: 1 + (net.second(x) + 0.5) - 2 + net.scale, {}),
     "number-minus-values": (lambda net, x: 1 - net.second(x), {}),
     "number-times-values": (lambda net, x: 3 * x * net.scale * net.flat[0], {}),
@@ -358,7 +363,6 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "unknown-function": (lambda net, x: torch.sin(x), "sin: no step for sin"),
     "unknown-method": (lambda net, x: x.sigmoid(), "sigmoid: no step for sigmoid"),
     "product-of-two": (lambda net, x: x * net.second(x), "mul: a product of two values"),
-    "difference-of-two": (lambda net, x: x - net.second(x), "sub: a difference of two values"),
     "quotient-of-two": (lambda net, x: x / net.second(x), "truediv: a quotient of this form"),
     "sum-of-two-shapes": (lambda net, x: x + x.mean((2, 3), keepdim=True), "add: a sum of two shapes"),
     "sum-with-factor": (lambda net, x: torch.add(x, x, alpha=2), "add: add in a form that has no step"),
@@ -366,6 +370,9 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "concatenation-of-rows": (lambda net, x: torch.cat([x, x], 2), "cat: a concatenation along dimension 2"),
     "concatenation-of-samples": (lambda net, x: torch.cat([x, x]), "cat: a concatenation along dimension 0"),
     "concatenation-with-a-constant": (lambda net, x: torch.cat([x, torch.ones(5, 1, 8, 8)], 1), "cat: a concat"),
+    "permutation-of-rows": (lambda net, x: x.permute(0, 1, 3, 2), r"permute: a permutation to \(0, 1, 3, 2\)"),
+    "channels-last": (lambda net, x: x.permute(0, 2, 3, 1) * 2, "mul: mul in a form that has no step"),
+    "interpolation": (lambda net, x: F.interpolate(x, scale_factor=2), "interpolate: no step for interpolate"),
     "mean-over-channels": (lambda net, x: x.mean((1, 2)), r"mean: a mean over \(1, 2\)"),
     "mean-of-all": (lambda net, x: x.mean(), "mean: mean in a form that has no step"),
     "view-as-rows": (lambda net, x: x.view(-1, 8, 64).mean(2), "view: a view of 512 values an image as"),

@@ -86,19 +86,33 @@ def test_the_bound_is_too_high_with_probability_at_most_alpha(method: str, mode:
     assert max(errors) > alpha * TIGHT[method]
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_linear_classifier_is_certified_within_its_distance(bench: ModuleType, method: str) -> None:
-    """Certify on drawn votes, 10 of which choose the class: p_A = Phi(distance / sigma) in closed form."""
-    alpha, trials, wrong, rng = 0.05, 2000, 0, np.random.default_rng(0)
-    made = rule(500, alpha, SIGMA, method=method, rtol=0.2)
-    for distance in (0.0, 0.02, 0.2):
+def errors(bench: ModuleType, made: Rule, distances: Sequence[float], trials: int = 2000) -> float:
+    """p-value, under errors with probability alpha, of those made by certifying a linear classifier on drawn votes.
+
+    10 votes choose the class; p_A = Phi(distance / sigma) in closed form. An error is another class, or a radius beyond
+    the distance.
+    """
+    wrong, rng = 0, np.random.default_rng(0)
+    for distance in distances:
         p = stats.norm.cdf(distance / SIGMA)
         right = rng.binomial(10, p, trials) >= 5
         steps = rng.binomial(np.diff((0, *made.looks)), np.where(right, p, 1 - p)[:, None])
         counts = np.cumsum(steps, 1)
-        radii = bench.radii(made, counts, bench.stopped(made, counts))
+        at = bench.stopped(made, counts)
+        radii = bench.radii(made, counts, at)
         wrong += int(((radii > 0) & (~right | (radii > distance))).sum())
-    assert stats.binomtest(wrong, 3 * trials, alpha, alternative="greater").pvalue > 1e-3
+    return stats.binomtest(wrong, len(distances) * trials, made.alpha, alternative="greater").pvalue
+
+
+@pytest.mark.parametrize("mode", range(len(MODES)), ids=str)
+@pytest.mark.parametrize("method", list(METHODS))
+def test_linear_classifier_is_certified_within_its_distance(bench: ModuleType, method: str, mode: int) -> None:
+    made = rule(500, 0.05, SIGMA, method=method, **MODES[mode])
+    assert errors(bench, made, (0.0, 0.02, 0.0999, 0.2, 0.2499)) > 1e-3
+
+
+def test_repetitions_convict_naive_peeking(bench: ModuleType) -> None:
+    assert errors(bench, Peeking(500, 0.05, SIGMA, target_radius=0.25), [0.2499]) < 1e-12
 
 
 def certify(made: Rule, counts: Sequence[int]) -> sequential.Decision:

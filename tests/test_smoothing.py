@@ -549,7 +549,7 @@ def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="n must be an integer"):
         Smooth(Constant(), 4, SIGMA).certify(picture(), n=10.5)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
-        Smooth(lambda x: x, 4, SIGMA)
+        Smooth("net", 4, SIGMA)
 
 
 def test_wrong_models() -> None:

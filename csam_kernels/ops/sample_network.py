@@ -125,7 +125,7 @@ class Program:
     shift: float = 0.0
 
     def streams(self) -> dict[int, int]:
-        """Steps whose results the next one alone reads, a row at a time, and the rows that are kept: those of its window.
+        """Steps whose results the next one alone reads, a row at a time, and the rows kept: those of its window.
 
         They are the steps around a depthwise convolution, whose values would not stay in a second-level cache.
         """

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
-from torch import Tensor, nn
+from torch import Tensor
 
 import csam_kernels
 from csam import engine, inference, quantization, smoothing
+from csam.adapters import LAYOUTS, Classifier
 from csam.transforms import Transform
 from csam_kernels import checks
 
@@ -107,7 +108,8 @@ class CCCert:
     `csam.Smooth`; its logits go through a float64 softmax, and in a low `dtype` carry that dtype's rounding.
 
     Args:
-        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K]; or a `Prepared` network, as in `csam.Smooth`.
+        model: maps [B, C, H, W], pixels in [0, 1], to logits [B, K]; any callable or a `Prepared` network, as in
+            `csam.Smooth`.
         transform: distribution to draw from, e.g. `Rotation(10) | Brightness(0.2)`.
         n, k: draws a block, and blocks; >= 1.
         delta: in (0, 1).
@@ -115,6 +117,7 @@ class CCCert:
         seed: 0 .. 2^64-1.
         dtype, tile, choices: as in `csam.Smooth`.
         calibration: images for dtype "int8", as there; pixels in [0, 1], to which draws of the transform are applied.
+        layout: as there.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, by name.
@@ -122,7 +125,7 @@ class CCCert:
 
     def __init__(
         self,
-        model: nn.Module | smoothing.Prepared,
+        model: Classifier | smoothing.Prepared,
         transform: Transform,
         *,
         n: int = 100,
@@ -134,6 +137,7 @@ class CCCert:
         tile: int | None = None,
         choices: engine.Choices = "auto",
         calibration: Tensor | None = None,
+        layout: str = "NCHW",
     ) -> None:
         if not isinstance(transform, Transform):
             raise TypeError(f"transform must be a csam.transforms.Transform, got {type(transform).__name__}")
@@ -144,8 +148,9 @@ class CCCert:
         self.t = _grid(t)
         checks.seed(seed)
         self.seed = operator.index(seed)
-        shown = None if calibration is None else self._shown(calibration)
-        self._classifier = smoothing.TiledClassifier(model, dtype, tile, choices, shown)
+        self.layout = checks.choice("layout", layout, LAYOUTS)
+        shown = None if calibration is None else self._shown(smoothing.nchw(calibration, layout))
+        self._classifier = smoothing.TiledClassifier(model, dtype, tile, choices, shown, layout)
 
     @property
     def prepared(self) -> smoothing.Prepared | None:
@@ -167,7 +172,7 @@ class CCCert:
 
     def recipe(self, x: Tensor) -> dict[str, Any]:
         """What fixes the bound of an image like x; plain values for a run's record: `settings` and how layers run."""
-        return {**self.settings, **smoothing.executed(self._classifier.prepare(smoothing.image(x)))}
+        return {**self.settings, **smoothing.executed(self._classifier.prepare(smoothing.image(x, self.layout)))}
 
     def certify(self, x: Tensor, *, stream: int = 0, batch_size: int = 400) -> CCResult:
         """Bound the probability that a drawn transform changes the prediction at x.
@@ -180,7 +185,7 @@ class CCCert:
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
         """
-        x = smoothing.image(x)
+        x = smoothing.image(x, self.layout)
         if x.device.type == "cpu":
             _in_range("x", *x.aminmax())
         stream = checks.integer("stream", stream, low=0, high=2**32 - 1)

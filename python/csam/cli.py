@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,10 +66,22 @@ class Values(click.ParamType):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}", param, ctx)
 
 
+class Model(click.ParamType):
+    """A file that exists, or package.module:factory."""
+
+    name = "FILE or MODULE:FACTORY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        own = ":" in str(value) and not Path(str(value)).exists()
+        found: Path | str = str(value) if own else FILE.convert(value, param, ctx)
+        return found
+
+
 NUMBERS = Values(float, "NUMBER,...")
 NAMES = Values(str, "NAME,...")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PLACE = click.Path(exists=True, path_type=Path)
+MODEL = Model()
 
 # (flag, place in Settings, type, help): the options that change a preset.
 DATA_OPTIONS = (
@@ -263,7 +276,7 @@ def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=messages) as progress:
+    with Progress(*columns, console=messages, refresh_per_second=4) as progress:
         task, start, drawn = progress.add_task(title, total=total, speed=""), time.monotonic(), 0
 
         def advance(steps: int, samples: int = 0) -> None:
@@ -382,7 +395,7 @@ def train(
 
 
 @cli.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @common_options
 @setting_options([option for option in DATA_OPTIONS if option[0] != "--model"], CORRUPTION_OPTIONS, CERTIFY_OPTIONS)
 @click.option(
@@ -398,7 +411,7 @@ def train(
 @click.option("--cc-cert", is_flag=True, help="The same as --certificate both.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 def certify(
-    model: Path,
+    model: Path | str,
     architecture: str | None,
     sigma: float | None,
     noise: str | None,
@@ -411,7 +424,11 @@ def certify(
     threads: int | None,
     **given: Any,
 ) -> None:
-    """Certify MODEL, a safetensors file, by randomized smoothing, CC-Cert, or both.
+    """Certify MODEL by randomized smoothing, CC-Cert, or both: a safetensors file, or package.module:factory for any
+    classifier.
+
+    The factory is called without arguments and gives a torch.nn.Module or another callable (csam.Opaque gives that one
+    a name), which maps pixels in [0, 1] to logits; its code is run, so name only what you trust.
 
     Smoothing writes OUT/certificates/smoothing.tsv (idx label predict radius correct time), one line an image, and
     continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
@@ -423,7 +440,10 @@ def certify(
     if cc_cert and certificate not in (None, "both"):
         raise click.UsageError(f"--cc-cert is --certificate both; leave it out for --certificate {certificate}")
     certificate = certificate or ("both" if cc_cert else "smoothing")
-    said = runs.read_description(model)
+    own = isinstance(model, str)
+    if own and (architecture or given["normalization"]):
+        raise click.UsageError(f"--architecture and --normalization are for files; {model} gives a whole classifier")
+    said = {"model": model} if isinstance(model, str) else runs.read_description(model)
     given["model"] = architecture or said.get("model")
     if given["normalization"] is None and "normalization" in said:
         given["normalization"] = said["normalization"] or "none"
@@ -434,13 +454,12 @@ def certify(
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, certificate=certificate)
-    records = out / "certificates"
+    records, title = out / "certificates", model if isinstance(model, str) else model.stem
     if rows:
-        curve = curve_of(records / "smoothing.tsv", model.stem, rows)
-        show(report.certificates_table([curve], settings.certify.radii))
+        show(report.certificates_table([curve_of(records / "smoothing.tsv", title, rows)], settings.certify.radii))
         results.print(str(records / "smoothing.tsv"), soft_wrap=True)
     if bounds:
-        show_bounds([bounds_of(records / "cc-cert.jsonl", model.stem, bounds)], settings.certify.eps)
+        show_bounds([bounds_of(records / "cc-cert.jsonl", title, bounds)], settings.certify.eps)
         results.print(str(records / "cc-cert.tsv"), soft_wrap=True)
 
 
@@ -601,6 +620,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ε still gets its table
+    warnings.formatwarning = lambda message, *_, **__: f"csam: {' '.join(str(message).split())}\n"
     try:
         code = cli.main(args=arguments, prog_name="csam", standalone_mode=False)
     except click.ClickException as error:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
 from csam.sequential import Certificate, Certification, Rule, fraction
-from csam.smoothing import ABSTAIN, Prepared, Smooth, checked, image, one_intra_op_thread
+from csam.smoothing import ABSTAIN, Prepared, Smooth, image, nchw, one_intra_op_thread
 from csam_kernels import checks
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
@@ -157,8 +158,8 @@ def votes_path(path: str | os.PathLike[str]) -> Path:
 def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """What decides the certificates of the record at `path`, and the last that is known of the votes of each image.
 
-    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time; one under way the state of
-    its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
+    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time, and nan where samples had NaN
+    logits; one under way the state of its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
 
     Raises:
         RunError: a damaged or foreign file.
@@ -187,6 +188,17 @@ def mean_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> tuple[flo
     return sum(drawn) / len(rows), int(recipe["n0"]) + int(recipe["n"])
 
 
+def nan_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> dict[int, int]:
+    """Samples of each of these rows' images that had NaN logits and voted for no class, where there were any.
+
+    Raises:
+        RunError: a damaged or foreign file.
+    """
+    known = read_votes(path)[1]
+    counted = {row.idx: int(known.get(row.idx, {}).get("nan", 0)) for row in rows}
+    return {i: n for i, n in counted.items() if n}
+
+
 def certify_dataset(
     smooth: Smooth,
     x: Tensor,
@@ -209,14 +221,18 @@ def certify_dataset(
     where the plan's samples lie innermost, and in several processes; `time` is then an image's part of the time that
     passed.
 
+    A sample with NaN logits votes for no class and counts among the n, so it can only lower a certificate; how many
+    there were is in the votes, and is warned of at the end.
+
     Where torch.distributed is initialised, all its processes call this with the same arguments and have the same rows;
     `path`, `on_result` and `on_samples` are process 0's. Choices of layers by measured times may differ from machine
     to machine: give the `Smooth` of the others process 0's (`recipe`).
 
     Args:
         smooth: the smoothed classifier.
-        x: images [N, C, H, W]; uint8 (divided by 255) or floating point in the unit the model takes.
-        y: labels [N], >= 0.
+        x: images [N, C, H, W], or in the layout of `smooth`; uint8 (divided by 255) or floating point in the unit the
+            model takes.
+        y: labels [N], classes of `smooth`.
         path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
@@ -230,14 +246,14 @@ def certify_dataset(
     Raises:
         OSError: a file cannot be read or written.
         TypeError: a label or an index that is not an integer.
-        ValueError: x and y of different length, a negative label, an index out of range, or a record that is
+        ValueError: x and y of different length, a label or an index out of range, or a record that is
             malformed or holds another label for an image (it is of another data set); processes whose networks,
             settings or images differ.
         Lost: another process has ended; what was finished is in the record (`csam.processes`).
         RunError: a record that another run is writing, that was begun with other settings or another plan, or whose
             votes are damaged, missing or not those of its rows.
     """
-    labels = [checks.integer("y", label, low=0) for label in y]
+    labels = [checks.integer("y", label, low=0, high=smooth.num_classes - 1) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
@@ -245,6 +261,8 @@ def certify_dataset(
     wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
     if not wanted:
         return []
+
+    smooth, x = smooth.nchw(), nchw(x, smooth.layout)
 
     def pixels(i: int) -> Tensor:
         return to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
@@ -287,6 +305,14 @@ def certify_dataset(
             draw = partial(_together, prepared, own + others)
         with team.asking(hands), TsvWriter(path) as record:
             rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        broken = nan_samples(path, [rows[i] for i in wanted])
+        if broken:
+            warnings.warn(
+                f"{sum(broken.values())} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
+                f"no class; {votes_path(path).name} has their numbers",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return team.told([rows[i] for i in wanted])
 
 
@@ -346,6 +372,8 @@ def _recorded(
             label, radius, samples, reason = one.certificate
             votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
             votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
+            if one.certification.nan:
+                votes["nan"] = one.certification.nan
             journal.append(votes)
             finish(votes)
     return rows
@@ -425,8 +453,7 @@ class _Image:
 
     def tell(self) -> None:
         """Hand over the votes of ranges that are complete."""
-        votes = [checked(v, n) for v, (n, _) in zip(self.votes, self.certification.wanted, strict=True)]
-        self.certificate = self.certification.tell([v.tolist() for v in votes])
+        self.certificate = self.certification.tell([v.tolist() for v in self.votes])
 
 
 def _one_by_one(
@@ -439,7 +466,7 @@ def _one_by_one(
             start = time.perf_counter()
             one.certification.most = most
             ranges = one.certification.wanted
-            one.votes = smooth.votes(one.x, ranges, batch_size, one.idx)
+            one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
             one.tell()
             seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
             one.seconds += seconds

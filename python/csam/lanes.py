@@ -264,7 +264,7 @@ class _Lowering:
 
     def difference(self, a: Any, b: Any) -> Value:
         if isinstance(a, Value) and isinstance(b, Value):
-            raise NotLowered("a difference of two values")
+            return self.sum(a, self.each(b, -1.0) if a is b else self.affine(b, -1.0))
         if not isinstance(a, Value):
             return self.affine(b, -1.0, _per_channel(a, b.channels))
         shift = _per_channel(b, a.channels)
@@ -405,6 +405,23 @@ class _Lowering:
         return self.convolve(x, (values, taps, rows), padding=(top, left))
 
 
+@dataclass(frozen=True)
+class _Last:
+    """A value whose channels are said to be last."""
+
+    value: Value
+
+
+def _permute(lowering: _Lowering, x: Value | _Last, *dims: Any) -> Value | _Last:
+    """Channels last, or back: that is no step, and nothing in between has one."""
+    order = tuple(d % 4 for d in (dims[0] if isinstance(dims[0], (tuple, list)) else dims))
+    if isinstance(x, Value) and order == (0, 2, 3, 1):
+        return _Last(x)
+    if isinstance(x, _Last) and order == (0, 3, 1, 2):
+        return x.value
+    raise NotLowered(f"a permutation to {order}")
+
+
 def _called(node: fx.Node) -> str:
     """Name of the function, method or operator, without the operator's overload."""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -444,7 +461,7 @@ def _per_channel(value: Any, channels: int) -> Tensor:
 def _has_value(argument: Any) -> bool:
     if isinstance(argument, (tuple, list)):
         return any(map(_has_value, argument))
-    return isinstance(argument, Value) or (isinstance(argument, dict) and _has_value(list(argument.values())))
+    return isinstance(argument, Value | _Last) or (isinstance(argument, dict) and _has_value(list(argument.values())))
 
 
 _BATCH = -1  # size of the batch, which no step knows
@@ -527,6 +544,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "feature_dropout": _dropout,
     "contiguous": lambda self, x, **_: x,
+    "permute": _permute,
 }
 
 

@@ -6,6 +6,7 @@ is always in pixel units. It returns logits [B, num_classes]. Height and width a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from csam.adapters import Classifier
 
 
 class Normalization(NamedTuple):
@@ -203,6 +206,29 @@ def build(
         if seed is not None:
             torch.manual_seed(seed)
         return CifarResNet(architecture, num_classes=num_classes, in_channels=channels, mean=mean, std=std)
+
+
+def imported(reference: str) -> Classifier:
+    """What a factory of other code gives, named "package.module:factory" and called without arguments.
+
+    That code is run: it is imported as Python imports modules, from the folders of PYTHONPATH among others.
+
+    Raises:
+        ValueError: no such module or factory, or what it gives is no model.
+    """
+    place, _, name = reference.partition(":")
+    try:
+        factory = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model must be a file or package.module:factory, got {reference!r} ({error}); PYTHONPATH=. finds "
+            "modules in this folder"
+        ) from error
+    model = factory() if callable(factory) else None
+    if not callable(model):
+        raise ValueError(f"{reference} must give a torch.nn.Module or another callable, got {type(model).__name__}")
+    found: Classifier = model
+    return found
 
 
 _OPTIONAL_KEYS = {"num_batches_tracked", "mask", "mask_score"}

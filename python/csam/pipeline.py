@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from csam import data, evaluation, masks, models, report, runs, training, transforms
+from csam.adapters import Classifier
 from csam.cc_cert import CCCert
 from csam.engine import Choices
 from csam.laws import LAWS
@@ -300,7 +301,7 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     return result
 
 
-def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> Smooth:
+def make_smooth(model: Classifier, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> Smooth:
     """The smoothed classifier; its noise has the same seed for every model of a run."""
     return Smooth(
         model,
@@ -315,12 +316,12 @@ def make_smooth(model: nn.Module, dataset: data.Dataset, settings: Settings, cho
     )
 
 
-def begun_smooth(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
+def begun_smooth(team: Team, model: Classifier, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
     """The smoothed classifier that goes on with the record at `path`, its layers running alike in all processes."""
     return _begun(team, dataset, partial(make_smooth, model, dataset, settings), partial(begun_choices, path))
 
 
-def begun_cc_cert(team: Team, model: nn.Module, dataset: data.Dataset, settings: Settings, path: Path) -> CCCert:
+def begun_cc_cert(team: Team, model: Classifier, dataset: data.Dataset, settings: Settings, path: Path) -> CCCert:
     """CC-Cert that goes on with the journal at `path`, its layers running alike in all processes."""
 
     def choices() -> Choices:
@@ -363,7 +364,7 @@ def begun_choices(path: Path) -> Choices:
     return choices
 
 
-def make_cc_cert(model: nn.Module, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> CCCert:
+def make_cc_cert(model: Classifier, dataset: data.Dataset, settings: Settings, choices: Choices = "auto") -> CCCert:
     """CC-Cert on the base network; its transforms have the same seed for every model of a run."""
     certify = settings.certify
     return CCCert(
@@ -512,6 +513,10 @@ def _digest(*parts: bytes) -> str:
     return total.hexdigest()
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def load_data(settings: Settings) -> data.Dataset:
     """The data set the settings name."""
     return data.load(
@@ -545,9 +550,9 @@ def check_training(settings: Settings, dataset: data.Dataset, todo: Sequence[tup
             job.searcher(masked, sparsity)
 
 
-def check_certificates(settings: Settings, dataset: data.Dataset) -> None:
-    """The same for certification."""
-    model = build(settings, dataset)
+def check_certificates(settings: Settings, dataset: data.Dataset, model: Classifier | None = None) -> None:
+    """The same for certification, of the settings' network unless a model is given."""
+    model = build(settings, dataset) if model is None else model
     evenly_spaced(len(dataset.test_x), settings.certify.images)
     make_smooth(model, dataset, settings)
     make_cc_cert(model, dataset, settings)
@@ -669,6 +674,18 @@ def train(settings: Settings, folder: str | Path, progress: Progress = silent) -
         return job.model_path("start"), {"sparsity": 0.0, **(run.stage("start").result() or {})}
 
 
+def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tuple[Classifier, str]:
+    """What `certify` is to certify, and a digest of its weights."""
+    if ":" in str(model) and not Path(model).exists():
+        found = models.imported(str(model))
+        tensors = chain(found.named_parameters(), found.named_buffers()) if isinstance(found, nn.Module) else ()
+        parts = ((f"{key} {t.dtype} {t.shape}".encode(), _bytes(t)) for key, t in tensors)
+        return found, _digest(str(model).encode(), *chain.from_iterable(parts))
+    network = build(settings, dataset)
+    models.load_weights(network, model)
+    return network, _digest(Path(model).read_bytes())
+
+
 def certify(
     settings: Settings,
     model: str | Path,
@@ -677,29 +694,29 @@ def certify(
     *,
     certificate: str = "smoothing",
 ) -> tuple[list[evaluation.Row], list[dict[str, Any]]]:
-    """Certify a safetensors file of `settings.model` in `folder`, or go on there.
+    """Certify a safetensors file of `settings.model` in `folder`, or go on there; or what a factory gives
+    ("package.module:factory", see `csam.models.imported`), which is known again by that name, its weights and buffers,
+    and the name of a `csam.Opaque`.
 
     Returns the rows of smoothing and the records of CC-Cert; `certificate`, one of CERTIFICATES, says which to make.
     """
     checks.choice("certificate", certificate, CERTIFICATES)
     smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
     dataset = load_data(settings)
-    check_certificates(settings, dataset)
+    network, digest = _given(settings, dataset, model)
+    check_certificates(settings, dataset, network)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
-    digest = _digest(Path(model).read_bytes())
-    network = build(settings, dataset)
-    models.load_weights(network, model)
     asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked)) as run:
         job = Job(settings, dataset, run, progress)
         rows, bounds = [], []
         if smoothed:
             path = job.certificates("smoothing")
-            smooth = begun_smooth(run.team, network.eval(), dataset, settings, path)
+            smooth = begun_smooth(run.team, network, dataset, settings, path)
             rows = smooth_images(smooth, dataset, chosen, settings.certify, path, progress)
         if bounded:
             path = job.bounds("cc-cert")
-            cert = begun_cc_cert(run.team, network.eval(), dataset, settings, path)
+            cert = begun_cc_cert(run.team, network, dataset, settings, path)
             bounds = bound_images(cert, dataset, chosen, path, progress)
             if run.team.first:
                 runs.write_atomic(job.certificates("cc-cert"), evaluation.bounds_tsv(bounds))

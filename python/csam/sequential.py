@@ -490,18 +490,22 @@ class Certification:
 
     Attributes:
         chosen: the class; None before the first answer.
+        nan: samples that voted for no class. They count as votes against the chosen one, so a certificate is one for
+            the classifier that has "no answer" as a class of its own.
     """
 
     def __init__(self, rule: Rule, n0: int, *, most: int | None = None, state: Mapping[str, Any] | None = None) -> None:
         self.rule, self.n0, self.most = rule, n0, most
         state = state or {"chosen": None, "seen": 0, "votes": 0, "counts": []}
         self.chosen: int | None = state["chosen"]
+        self.nan = int(state.get("nan", 0))
         self.seen, self.votes, self.counts = int(state["seen"]), int(state["votes"]), list(state["counts"])
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that there is to it, as JSON values: the class, its votes among those seen, and at the looks."""
-        return {"chosen": self.chosen, "seen": self.seen, "votes": self.votes, "counts": list(self.counts)}
+        """All there is to it, as JSON values: the class, its votes among those seen and at the looks, and `nan`."""
+        kept = {"chosen": self.chosen, "seen": self.seen, "votes": self.votes, "counts": list(self.counts)}
+        return kept | ({"nan": self.nan} if self.nan else {})
 
     @property
     def wanted(self) -> list[tuple[int, int]]:
@@ -512,13 +516,21 @@ class Certification:
         return [*([(self.n0, 0)] if self.chosen is None else []), (end - first, first)]
 
     def tell(self, votes: Sequence[Sequence[int]]) -> Certificate | None:
-        """The certificate, or None to go on, from the votes [num_classes] of each range that was wanted."""
+        """The certificate, or None to go on, from the votes [num_classes] of each range that was wanted.
+
+        Raises:
+            ValueError: more votes than samples.
+        """
+        missing = [n - sum(found) for found, (n, _) in zip(votes, self.wanted, strict=True)]
+        if min(missing) < 0:
+            raise ValueError(f"votes must be no more than the samples wanted, {self.wanted}, got {-min(missing)} more")
         *selection, step = votes
         for found in selection:
             self.chosen = max(range(len(found)), key=found.__getitem__)  # of a tie the first
         assert self.chosen is not None
         self.votes += step[self.chosen]
-        self.seen += sum(step)
+        self.seen += sum(step) + missing[-1]
+        self.nan += sum(missing)
         if self.seen < self.rule.looks[len(self.counts)]:
             return None
         self.counts.append(self.votes)

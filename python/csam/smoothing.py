@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
+from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
 from csam.sequential import ABSTAIN, Certificate, fraction
 from csam_kernels import checks
@@ -88,12 +89,16 @@ class Smooth:
     `forward` must not keep state between calls: tiles run on several threads at once, outside the caller's
     autocast.
 
+    Any other callable is run as it is, one call at a time, on the CPU, and never looked into: `csam.Opaque` says what
+    that takes for granted, and gives it a name, another device or more threads. It is also what a module is made of
+    where a part of it is no torch: `nn.Sequential(denoiser, csam.Opaque(session))`.
+
     Calls with the same seed and stream use the same noise: each guarantee holds alone, but an independent
     repetition takes another seed or stream.
 
     Args:
-        model: maps [B, C, H, W] pixels to logits [B, num_classes]; or a `Prepared` network, such as that of a
-            `csam.sampling.Plan`, which then runs as it is.
+        model: maps [B, C, H, W] pixels to logits [B, num_classes], a module or any callable; or a `Prepared` network,
+            such as that of a `csam.sampling.Plan`, which then runs as it is.
         num_classes: width of the logits, >= 2.
         sigma: standard deviation of the noise, in the pixels' unit, > 0.
         noise: its law, "gaussian", "uniform" or "laplace" (`csam_kernels.laws`, which says how wide each is by sigma).
@@ -107,6 +112,8 @@ class Smooth:
             training images; pixels without noise, that of `sigma` is added.
         sound_float: noise on the grid of the pixels, so that the guarantee covers floating point (`csam.sound`); on
             a CPU, for images uint8 / 255.
+        layout: "NCHW"; or "NHWC" for images [H, W, C] (and `calibration` [N, H, W, C]) and a model that takes
+            [B, H, W, C]. A pixel gets the same noise in both. A `Prepared` network keeps its own.
 
     Attributes:
         norm: of the radii: "l2" under Gaussian noise, "l1" under the others (`csam.laws`).
@@ -124,7 +131,7 @@ class Smooth:
 
     def __init__(
         self,
-        model: nn.Module | Prepared,
+        model: Classifier | Prepared,
         num_classes: int,
         sigma: float,
         *,
@@ -135,6 +142,7 @@ class Smooth:
         choices: engine.Choices = "auto",
         calibration: Tensor | None = None,
         sound_float: bool = False,
+        layout: str = "NCHW",
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         self.sigma = checks.real("sigma", sigma, above=0)
@@ -144,13 +152,22 @@ class Smooth:
         self.seed = operator.index(seed)
         self.grid = sound.GRID if checks.choice("sound_float", sound_float, (False, True)) else None
         self.distance = None if self.grid is None else cells(self.sigma, self.grid, self.noise).distance
-        shown = None if calibration is None else noisy("calibration", calibration, self.sigma, self.noise)
-        self._classifier = TiledClassifier(model, dtype, tile, choices, shown)
+        self.layout = checks.choice("layout", layout, LAYOUTS)
+        shown = None
+        if calibration is not None:
+            shown = noisy("calibration", nchw(calibration, layout), self.sigma, self.noise)
+        self._classifier = TiledClassifier(model, dtype, tile, choices, shown, layout)
 
     @property
     def prepared(self) -> Prepared | None:
         """The network as it is executed (`.module`, `.steps`), None before the first image."""
         return self._classifier.current
+
+    def nchw(self) -> Smooth:
+        """The same for images [C, H, W], whatever the model takes."""
+        twin = copy.copy(self)
+        twin.layout = "NCHW"
+        return twin
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -186,7 +203,8 @@ class Smooth:
         would hardly be, or within the relative tolerance `rtol` of the radius that n samples could still give.
 
         Args:
-            x: image [C, H, W] or [1, C, H, W], floating point and finite; with `sound_float` uint8 / 255 in float32.
+            x: image [C, H, W] or [1, C, H, W], floating point and finite; with `sound_float` uint8 / 255 in float32. In
+                the layout "NHWC" [H, W, C].
             n0: samples for the choice of the class, >= 1.
             n: samples for the estimate, >= 1; adaptive: the most, up to 10^7.
             alpha: probability of a wrong certificate, in (0, 1).
@@ -239,7 +257,7 @@ class Smooth:
 
     def prepare(self, x: Tensor) -> Prepared:
         """The network for images like x as it is executed. Raises TypeError or ValueError if it takes none such."""
-        prepared = self._classifier.prepare(image(x))
+        prepared = self._classifier.prepare(image(x, self.layout))
         if prepared.num_classes != self.num_classes:
             raise ValueError(
                 f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
@@ -254,7 +272,7 @@ class Smooth:
         """What, besides n, fixes a certificate of an image like x; plain values for a run's record.
 
         They are `settings`, with the layers' `choices` and the `fingerprint` of the plan, "module" and None where
-        torch runs the network.
+        torch runs the network. Of a callable there is no more than its name.
         """
         return {**self.settings, **executed(self.prepare(x))}
 
@@ -303,13 +321,18 @@ class Smooth:
 
     def votes(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
         """`counts` of every (n, first sample): all are under way before the one wait for the device."""
+        found = self.cast(x, ranges, batch_size, stream)
+        return [checked(v, n) for v, (n, _) in zip(found, ranges, strict=True)]
+
+    def cast(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
+        """`votes`, those of a range fewer than its samples where logits were NaN."""
         prepared = self.prepare(x)
-        x = sent(image(x), prepared.device)
+        x = sent(image(x, self.layout), prepared.device)
         if self.grid is not None:
             steps(x, self.grid)  # refuses one off the grid
         where = (batch_size, stream, self.grid, self.noise)
         found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
-        return [checked(v, n) for v, (n, _) in zip(read(x, found), ranges, strict=True)]
+        return read(x, found)
 
 
 def votes(
@@ -385,16 +408,15 @@ def noisy(name: str, images: Tensor, sigma: float, noise: str = "gaussian") -> q
 
 
 def checked(votes: Tensor, n: int) -> Tensor:
-    """The votes on the host, all n of them."""
-    votes = votes.cpu()
+    """The votes, which must be n."""
     missing = n - int(votes.sum())
     if missing:
         raise ValueError(f"model returned NaN logits for {missing} of {n} samples; they cast no vote")
     return votes
 
 
-def image(x: Tensor) -> Tensor:
-    """One image to certify as float32 [C, H, W]; [1, C, H, W] is taken too.
+def image(x: Tensor, layout: str = "NCHW") -> Tensor:
+    """One image to certify, of a layout, as float32 [C, H, W]; [1, C, H, W] is taken too.
 
     Raises:
         TypeError: not a floating-point tensor.
@@ -404,11 +426,18 @@ def image(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.shape[0] == 1:
         x = x[0]
     if x.dim() != 3 or x.numel() == 0:
-        raise ValueError(f"x must be one image [C, H, W] or [1, C, H, W], got shape {tuple(x.shape)}")
-    x = x.to(torch.float32).contiguous()
+        axes = ", ".join(layout[1:])
+        raise ValueError(f"x must be one image [{axes}] or [1, {axes}], got shape {tuple(x.shape)}")
+    x = nchw(x[None], layout)[0].to(torch.float32).contiguous()
     if x.device.type == "cpu":
         read(x, [])
     return x
+
+
+def nchw(images: Tensor, layout: str) -> Tensor:
+    """A view [N, C, H, W] of images of a layout; what is no such tensor as it is, for others to refuse."""
+    last = layout == "NHWC" and isinstance(images, Tensor) and images.dim() == 4
+    return images.permute(0, 3, 1, 2) if last else images
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
@@ -484,7 +513,7 @@ class Prepared:
         """Label samples first .. first + count - 1 in canonical tiles.
 
         On a GPU everything is launched from the calling thread, on its current stream, and nothing is waited for; the
-        network's kernels as one CUDA graph once a second tile is labelled.
+        network's kernels as one CUDA graph once a second tile is labelled, unless it has an `Opaque` part.
 
         Args:
             draw: maps a sample index, a multiple of `rows`, to the `rows` inputs that start there, in
@@ -506,7 +535,7 @@ class Prepared:
         if self.device.type == "cpu":
             run_tiles(evaluate, tiles, math.ceil(batch_size / self.rows))
             return
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not opaque(self.module):
             key = (label, threading.get_ident(), torch.cuda.current_stream(self.device))
             label = self._graphs.setdefault(key, inference.Replayed(label))
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
@@ -526,12 +555,14 @@ class TiledClassifier:
     """Keeps the frozen copy of a model that labels tiles, and makes it anew when the model has changed.
 
     Args:
-        model: maps [B, C, H, W] to logits [B, K]; or a `Prepared` network, which fixes dtype and tile.
+        model: maps [B, C, H, W] to logits [B, K], a module or any callable; or a `Prepared` network, which fixes dtype
+            and tile.
         dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast; "int8" is
             torch.int8.
         tile: rows of a canonical tile, >= 1; None for the default of the model's device.
         choices: as in `csam.engine.ready`.
         calibration: for int8 and for no other.
+        layout: of the images that the model takes; those of a `Prepared` network are its own.
 
     Raises:
         TypeError, ValueError: wrong kind or range, or a batch-norm layer without running statistics.
@@ -542,11 +573,12 @@ class TiledClassifier:
 
     def __init__(
         self,
-        model: nn.Module | Prepared,
+        model: Classifier | Prepared,
         dtype: torch.dtype | str | None,
         tile: int | None,
         choices: engine.Choices = "auto",
         calibration: quantization.Calibration | None = None,
+        layout: str = "NCHW",
     ) -> None:
         dtype = torch.int8 if dtype == "int8" else dtype
         self.calibration = calibration
@@ -560,22 +592,26 @@ class TiledClassifier:
             self.model, self.dtype, self.tile = nn.Module(), arithmetic, model.tile
             self._made = (model, None, [])
             return
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(model):
+            raise TypeError(f"model must be a torch.nn.Module or another callable, got {type(model).__name__}")
+        model = model if isinstance(model, nn.Module) else Opaque(model)
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise ValueError(
                     f"model layer {name!r} is a batch-norm without running statistics, so a sample's logits "
                     "would depend on the batch; set track_running_stats=True and estimate them"
                 )
-        self.model = model
+        self.model = model if layout == "NCHW" else FromNCHW(model)
         self.dtype = checks.choice("dtype", dtype, (None, *DTYPES, torch.int8))
         if (self.dtype is torch.int8) != (calibration is not None):
             got = "None" if calibration is None else "images"
             raise ValueError(f"calibration must be images for dtype int8 and None for others, got {got} for {dtype}")
+        if opaque(model) and self.dtype not in (None, torch.float32):
+            raise ValueError(
+                f"dtype must be None or torch.float32 for a callable, which is run as it is on float32, got {dtype}"
+            )
         if tile is None:
-            where = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
-            tile = TILE.get(where, TILE["cpu"])
+            tile = TILE.get(_device(model, torch.device("cpu")).type, TILE["cpu"])
         self.tile, self.choices = checks.integer("tile", tile, low=1), choices
         self._made = (None, torch.Size(), [])
 
@@ -587,7 +623,8 @@ class TiledClassifier:
     @property
     def settings(self) -> dict[str, Any]:
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "tile": self.tile}
+        functions = [part.name for part in opaque(self.model)]
+        return {"dtype": dtype, "tile": self.tile, **({"functions": functions} if functions else {})}
 
     def prepare(self, x: Tensor) -> Prepared:
         """The copy for images like x [C, H, W]: the one at hand if neither the model nor the shape changed.
@@ -601,7 +638,7 @@ class TiledClassifier:
             a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, before, strict=True)
         )
         if current is None or shape not in (None, x.shape) or not same:
-            where = next((t.device for t, _ in now), x.device)
+            where = _device(self.model, x.device)
             with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
                 current = _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices, self.calibration)
             self._made = (current, x.shape, now)  # in one step, for callers on other threads
@@ -667,24 +704,33 @@ def _prepare(
         raise ValueError(
             f"calibration must hold images like x, of shape {tuple(shape)}, got {tuple(calibration.images.shape[1:])}"
         )
-    network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"model must be a module that can be put in eval mode and frozen, got {type(model).__name__} ({error}); a "
+            "TorchScript or exported one in eval mode goes as a callable, lambda x: model(x)"
+        ) from error
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     # Two different rows, so that a rewrite which mixes samples up does not go unseen; and of no user's image, as one
     # that is black hides a change of the weights.
     generator = torch.Generator("cpu").manual_seed(0)
-    probe = torch.rand(2, *shape, generator=generator, device="cpu").to(device, own)
+    parts = opaque(network)
+    probe = torch.rand(tile if parts else 2, *shape, generator=generator, device="cpu").to(device, own)
     try:
         with torch.inference_mode():
-            wanted = network(probe)
+            wanted = checked_logits(network(probe), probe)
     except RuntimeError as error:
         raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
-    if not isinstance(wanted, Tensor) or wanted.dim() != 2 or wanted.shape[0] != 2 or wanted.shape[1] < 2:
-        got = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type(wanted).__name__
-        raise ValueError(f"model must map {tuple(probe.shape)} to logits (2, K) with K >= 2, got {got}")
-    made, sampler = inference.Ready(network, torch.contiguous_format, ["the model's own modules"]), None
+    # what a model [B, H, W, C] permutes is contiguous where the tile is channels_last
+    layout = torch.channels_last if isinstance(network, FromNCHW) else torch.contiguous_format
+    made, sampler = inference.Ready(network, layout, ["the model's own modules"]), None
     exact = torch.float32 if dtype is torch.int8 else dtype
-    if dtype is not None and exact is not None:
+    if parts:
+        _refuse_dependent(network, probe, wanted)
+        made.steps.append(f"run as it is: {', '.join(part.extra_repr() for part in parts)}")
+    elif dtype is not None and exact is not None:
         quantized = None
         made = inference.ready(network, probe, wanted, exact, tile)
         if calibration is not None:
@@ -721,6 +767,26 @@ def _prepare(
     )
 
 
+def _refuse_dependent(network: nn.Module, probe: Tensor, wanted: Tensor) -> None:
+    """Raise ValueError if the logits `wanted` of a probe change when it is asked again, or with its second half."""
+    other, half = probe.clone(), len(probe) // 2
+    other[half:] = 1 - other[half:].flip(0)
+    with torch.inference_mode():
+        for tile, rows, when in ((probe, len(probe), "when asked again"), (other, half, "with the other rows")):
+            found = network(tile)
+            if rows and (moved := inference.moved_by(found[:rows], wanted[:rows])) > 0:
+                raise ValueError(
+                    f"model must be a function of each row of a batch, got logits that change by {moved:.2g} {when}; a "
+                    "network in train mode does that: call its eval()"
+                )
+
+
+def _device(model: nn.Module, default: torch.device) -> torch.device:
+    """Where the model runs: with its tensors, or as its functions say."""
+    tensors = (t.device for t in itertools.chain(model.parameters(), model.buffers()))
+    return next(itertools.chain(tensors, (part.device for part in opaque(model))), default)
+
+
 def versions(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Every parameter and buffer with its version, which torch advances at each in-place change."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -736,6 +802,7 @@ __all__ = [
     "checked",
     "image",
     "lower_confidence_bound",
+    "nchw",
     "one_intra_op_thread",
     "read",
     "run_tiles",
