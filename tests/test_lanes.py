@@ -17,6 +17,7 @@ import csam
 import csam_kernels as ck
 from conftest import TOLERANCE, assert_close
 from csam import inference, lanes, sampling
+from csam.quantization import quantize
 from csam_kernels.ops.sample_network import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -39,11 +40,13 @@ def lowered(model: nn.Module, x: Tensor, export: bool = False) -> Program:
 
 
 def same(model: nn.Module, x: Tensor, export: bool = False) -> Program:
-    """The lowered network gives the module's logits before and after it is simplified."""
+    """The lowered network gives the module's logits, simplified too, and with what reads one value joined."""
     wanted = model(x.clone())
     program = lowered(model, x, export)
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
     lanes.simplify(program)
+    assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
+    lanes.join(program)
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
     return program
 
@@ -582,6 +585,32 @@ def test_a_value_that_is_flattened_into_logits_keeps_its_channels() -> None:
 
 
 @pytest.mark.parametrize("threads", [1], indirect=True)  # several would wait for each other more than they work
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
+def test_convolutions_of_one_value_are_joined(dtype: torch.dtype, engine: str) -> None:
+    """The same bits as each for itself, from fewer steps."""
+    x = torch.rand(70, 3, 9, 7)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), networks.Inception(8, 5, 6, 7, 3, 4, 2)).eval()
+    model = with_statistics(nn.Sequential(*model, networks.Inception(18, 3, 6, 7, 3, 4, 2), Mean(), nn.Linear(16, 5)))
+    alone, joined = (lowered(model, x) for _ in range(2))
+    if dtype is torch.int8:
+        alone, joined = quantize(alone, x), quantize(joined, x)
+    lanes.join(joined)
+    for program in (alone, joined):
+        for step in program.steps:
+            step.engine = engine
+    assert len(joined.steps) == len(alone.steps) - 4  # two of the three that read an Inception's input, twice
+    assert sum("+" in step.name for step in joined.steps) == 2
+    images = x if dtype is torch.int8 else x.to(dtype)
+    wanted, found = (ck.sample_network(program, dtype).logits(images) for program in (alone, joined))
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_networks_of_the_literature_are_planned_wholly(name: str, threads: int) -> None:
     """A last layer is fitted to tell four images apart, so that votes have margins, as a trained network's."""

@@ -56,6 +56,7 @@ def ready(
         return None, f"run by torch: {reason}"
     if quantized is not None:
         program = quantized(program)
+    lanes.join(program)
     choose(program, dtype, choices)
     made = sample_network(program, dtype)
     layers = [step for step in program.steps if step.weight is not None]

@@ -15,7 +15,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -632,6 +632,55 @@ def _simplified(program: Program, tied: _Tied) -> bool:
     for value in tied.values:
         value.channels = len(kept) + needed
     return True
+
+
+def join(program: Program) -> None:
+    """Make convolutions of one value, alike but for their weights, a single one: what they read is packed once.
+
+    Its result is theirs side by side. One of them may be the first part of a concatenation; it comes last, so that the
+    concatenation goes on behind it.
+    """
+    alike: dict[Any, list[Step]] = {}
+    for step in program.steps:
+        if step.weight is not None and step.other is None and step.out.root is not program.logits.root:
+            i = step.integers
+            numbers = None if i is None else (i.shift, i.other_scale, i.zero, i.real)
+            window = (step.kernel, step.stride, step.padding, step.dilation)
+            alike.setdefault((step.input, *window, step.low, step.high, numbers), []).append(step)
+    for group in alike.values():
+        alone = [step for step in group if step.out.part is None]
+        parts = [step for step in group if _begins(step.out)]
+        if len(together := alone + parts[:1]) > 1:
+            _join(program, together)
+
+
+def _begins(value: Value) -> bool:
+    """Whether a value is the first part of one that is no part itself."""
+    return value.part is not None and value.part[1] == 0 and value.part[0].part is None
+
+
+def _join(program: Program, steps: list[Step]) -> None:
+    first, last = steps[0], steps[-1].out
+    behind = last if last.part is None else last.part[0]  # what goes on behind the others' results
+    height, width = last.height, last.width
+    before = sum(step.out.channels for step in steps[:-1])
+    root = Value(before + behind.size // (height * width), height, width)
+    made = Value(before + last.channels, height, width, (root, 0))
+    start = 0
+    for value in [*(step.out for step in steps[:-1]), behind]:
+        value.part = (root, start)
+        start += value.channels
+    values, taps, rows = zip(*(step.weight for step in steps if step.weight is not None), strict=True)
+    counts = torch.cat([r.diff() for r in rows])
+    weight = torch.cat(values), torch.cat(taps), F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    biases = [torch.zeros(step.out.channels) if step.bias is None else step.bias for step in steps]
+    scales = [step.integers.scales for step in steps if step.integers is not None]
+    integers = first.integers and replace(first.integers, scales=torch.cat(scales))
+    name = "+".join(step.name for step in steps)
+    joined = replace(first, out=made, weight=weight, bias=torch.cat(biases), integers=integers, name=name)
+    place = min(map(program.steps.index, steps))
+    program.steps = [step for step in program.steps if step not in steps]
+    program.steps.insert(place, joined)
 
 
 def _giving(weight: Rows, kept: Tensor, one: bool) -> Rows:
