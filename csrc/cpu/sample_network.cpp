@@ -31,7 +31,7 @@ class Network final : public SampleNetwork {
       steps[i] = {a.steps[i], nullptr, nullptr, nullptr};
       const SampleConvArgs& layer = a.steps[i].conv;
       if (a.steps[i].pools) {
-        Sizes::raise(sizes.packed, layer.width * S * int64_t(sizeof(Element)) / 4);
+        Sizes::raise(sizes.packed, (layer.kernel[0] + 1) * layer.width * S * int64_t(sizeof(Element)) / 4);
         continue;
       }
       if constexpr (kTransforms)
@@ -253,16 +253,23 @@ class Network final : public SampleNetwork {
     });
   }
 
-  // Along columns, then along rows of what that gives: `between` holds an output row of it, as wide as the input.
+  // Down columns, then along the row which that gives. The keys of a window's rows stay where they are until the window
+  // has passed (not with dilation: rows between them come later): kernel + 1 rows of memory as wide as the input.
   static void pool(const SampleConvArgs& p, const Element* in, Element* out, Keys* between) {
+    Keys* rows_of_keys = between + p.width;
+    const bool stay = p.dilation[0] == 1;
     for (int64_t c = 0; c < p.channels; ++c, in += p.height * p.width * S)
-      for (int64_t y = 0; y < p.out_height; ++y) {
+      for (int64_t y = 0, made = 0; y < p.out_height; ++y) {  // so many rows of this channel have their keys
         const Inside rows(p, 0, y, p.height);
-        for (int64_t x = 0; x < p.width; ++x) {
-          Keys most = Keys{} + kLowest;
-          for (int64_t i = 0; i < rows.count; ++i)
-            most = greater(most, keyed(load<Keys>(in + ((rows.first + i * p.dilation[0]) * p.width + x) * S)));
-          between[x] = most;
+        for (int64_t x = 0; x < p.width; ++x) between[x] = Keys{} + kLowest;
+        for (int64_t i = 0; i < rows.count; ++i) {
+          const int64_t row = rows.first + i * p.dilation[0];
+          Keys* keys = rows_of_keys + (stay ? row % p.kernel[0] : i) * p.width;
+          if (!stay || row >= made) {
+            for (int64_t x = 0; x < p.width; ++x) keys[x] = keyed(load<Keys>(in + (row * p.width + x) * S));
+            made = row + 1;
+          }
+          for (int64_t x = 0; x < p.width; ++x) between[x] = greater(between[x], keys[x]);
         }
         for (int64_t x = 0; x < p.out_width; ++x, out += S) {
           const Inside columns(p, 1, x, p.width);
