@@ -23,17 +23,37 @@ struct Row {
   }
 };
 
+// Three lines of the input, from left of the image to right of it. A line is pixels `step` apart, or the border's.
+template <class Element>
+struct Columns {
+  const Element *at[3], *border;
+  int64_t step[3], x, width;
+  CSAM_INLINE void next(Columns& c, const Element** from) {
+    const bool inside = uint64_t(c.x++) < uint64_t(c.width);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      from[i] = inside ? c.at[i] : c.border;
+      c.at[i] += c.step[i];
+    }
+  }
+};
+
+template <int N>
+struct Stride {};
+
 #if defined(__AVX512F__)
 // Columns of three pixels, interleaved once for three results; what is missing to four is multiplied by zero.
-template <class Format, class Pixels>
-CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, const uint32_t* w, float bias,
-                          const Row<Format> to) {
+template <class Format>
+CSAM_VNNI void roll_quads(const Columns<uint8_t>& from_left, int64_t width, const uint32_t* w, float bias,
+                          const Row<Format>& row) {
+  Columns<uint8_t> pixels = from_left;
+  const Row<Format> to = row;
   const __m512i first = _mm512_set1_epi32(int32_t(bias)), zero = _mm512_setzero_si512();
   Quad columns[3];
   const uint8_t* from[3];
 #pragma GCC unroll 2
   for (int t = 0; t < 2; ++t) {
-    pixels(left + t, from);
+    Columns<uint8_t>::next(pixels, from);
     columns[t] =
         interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]), zero);
   }
@@ -41,7 +61,7 @@ CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, con
 #pragma GCC unroll 3
     for (int t = 0; t < 3; ++t) {
       if (x + t >= width) return;
-      pixels(left + x + t + 2, from);
+      Columns<uint8_t>::next(pixels, from);
       columns[(t + 2) % 3] =
           interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]), zero);
       __m512i sum[4] = {first, first, first, first};
@@ -53,6 +73,60 @@ CSAM_VNNI void roll_quads(const Pixels& pixels, int64_t left, int64_t width, con
       Row<Format>::finish(to, x + t, (const vf*)sum);
     }
 }
+
+// The same of bfloat16: the upper two pixels of a column interleaved, and the lowest with zeros times zero, which
+// spread no NaN: six products of a result, of two multiplications each. With a stride of 2 a column serves two results
+// at most.
+CSAM_BF16 inline __attribute__((always_inline)) void interleave(const uint16_t* const* from, __m512bh* column) {
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i v[3];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    v[i] = _mm512_loadu_si512(from[i]);
+    asm("" : "+v"(v[i]));  // in a register: as an operand in memory it would be loaded twice
+  }
+  column[0] = (__m512bh)_mm512_unpacklo_epi16(v[0], v[1]), column[1] = (__m512bh)_mm512_unpackhi_epi16(v[0], v[1]);
+  column[2] = (__m512bh)_mm512_unpacklo_epi16(v[2], zero), column[3] = (__m512bh)_mm512_unpackhi_epi16(v[2], zero);
+}
+template <class Format, int N>
+CSAM_BF16 void roll_pairs(Stride<N>, const Columns<uint16_t>& from_left, int64_t width, const uint32_t* w, float bias,
+                          const Row<Format>& row) {
+  Columns<uint16_t> pixels = from_left;
+  const Row<Format> to = row;
+  const __m512 first = _mm512_set1_ps(bias);
+  __m512bh weights[3][2], columns[3][4];
+  const uint16_t* from[3];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) weights[j][i] = (__m512bh)_mm512_set1_epi32(int(w[2 * j + i]));
+#pragma GCC unroll 2
+  for (int t = 0; t < 3 - N; ++t) {
+    Columns<uint16_t>::next(pixels, from);
+    interleave(from, columns[t]);
+  }
+  constexpr int kTurn = N == 1 ? 3 : 1;  // results until the columns are where they were
+  for (int64_t x = 0; x < width; x += kTurn)
+#pragma GCC unroll 3
+    for (int t = 0; t < kTurn; ++t) {
+      if (x + t >= width) return;
+#pragma GCC unroll 2
+      for (int j = 3 - N; j < 3; ++j) {
+        Columns<uint16_t>::next(pixels, from);
+        interleave(from, columns[(t + j) % 3]);
+      }
+      __m512 sum[2] = {first, first};
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          sum[i % 2] = _mm512_dpbf16_ps(sum[i % 2], columns[(t + j) % 3][i], weights[j][i / 2]);
+      Row<Format>::finish(to, x + t, (const vf*)sum);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4 && N == 2; ++i) columns[0][i] = columns[2][i];
+    }
+}
+
 CSAM_VNNI void add_quad(const uint8_t* const* from, uint32_t w, vf* sums) {
   const Quad q = interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]),
                              _mm512_loadu_si512(from[3]));
@@ -68,6 +142,7 @@ struct Depthwise : Layer<Format> {
   static constexpr int K = Format::kSums;
   static constexpr int64_t kMostRows = 64;  // of a kernel
   static constexpr bool kQuads = K == 4;    // four taps are multiplied at once
+  static constexpr bool kPairs = K == 2;    // two are, where columns roll
   using V = std::conditional_t<sizeof(Element) == 1, vi, vf>;
 
   Array<uint32_t> weights;  // [filters, area], as the format multiplies; of quads four a word, down a column if `rolls`
@@ -91,7 +166,7 @@ struct Depthwise : Layer<Format> {
     cost = double(a.filters * a.out_height * a.out_width) * K * (taps + 0.5 * columns + kEndCost);
   }
 
-  int64_t words() const { return kQuads ? rolls() ? 3 : tiles(area, 4) : area; }
+  int64_t words() const { return kQuads ? rolls() ? 3 : tiles(area, 4) : kPairs && rolls() ? 6 : area; }
 
   void lay() {
     weights = Array<uint32_t>(a.filters * words());
@@ -99,19 +174,25 @@ struct Depthwise : Layer<Format> {
       for (int64_t k = a.rows[o]; k < a.rows[o + 1]; ++k) {
         const int64_t tap = a.taps[k] % area, word = rolls() ? tap % 3 : tap / 4, place = rolls() ? tap / 3 : tap % 4;
         const uint32_t bits = Format::weight(a.values[k]);
-        if (kQuads) weights[o * words() + word] |= (bits & 0xFF) << (8 * place);
+        if (kPairs && rolls()) weights[o * 6 + 2 * word + place / 2] |= place % 2 ? bits : bits >> 16;
+        else if (kQuads) weights[o * words() + word] |= (bits & 0xFF) << (8 * place);
         else weights[o * area + tap] = bits;
       }
   }
 
-  void claim(Sizes&) const {}
+  void claim(Sizes& sizes) const {  // for fewer samples than lanes
+    const int64_t vectors = a.kernel[0] * a.width + (1 + sizeof(float) / sizeof(Element)) * a.out_width;
+    Sizes::raise(sizes.packed, vectors * Format::kLanes * int64_t(sizeof(Element)) / 4);
+  }
   int64_t jobs(int64_t samples) const {
     return tiles(a.out_height, together_rows()) * slots * tiles(samples, Format::kLanes);
   }
   int64_t together_rows() const { return Base::most_rows() < a.out_height ? Base::most_rows() : a.out_height; }
 
   // Whether columns of three pixels are unpacked once for three results.
-  bool rolls() const { return a.kernel[0] == 3 && a.kernel[1] == 3 && a.stride[1] == 1 && a.dilation[1] == 1; }
+  bool rolls() const {
+    return a.kernel[0] == 3 && a.kernel[1] == 3 && a.stride[1] <= (kPairs ? 2 : 1) && a.dilation[1] == 1;
+  }
 
   struct Line {  // of the input: pixels from `at` on, or of the border again and again
     const Element* at;
@@ -124,7 +205,7 @@ struct Depthwise : Layer<Format> {
     const int64_t sample = job % depth * Format::kLanes, n = samples - sample;
     const int64_t top = job / depth / slots * together_rows(), end = top + together_rows();
     in += reads[o] * in_rows * a.width * samples + sample;
-    const int64_t o_filter = Base::filter[o], width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
     const Ending ending = Base::ending(Base::scales[o]);
     Line lines[kMostRows];
     for (int64_t y = top; y < end && y < a.out_height; ++y) {
@@ -133,11 +214,10 @@ struct Depthwise : Layer<Format> {
         const bool inside = row >= 0 && row < a.height;
         lines[i] = inside ? Line{in + row % in_rows * a.width * samples, samples} : Line{border.data, 0};
       }
-      const int64_t at = ((o_filter * out_rows + y % out_rows) * a.out_width) * samples + sample;
+      const int64_t at = (Base::filter[o] * out_rows + y % out_rows) * a.out_width * samples + sample;
       const Row<Format> to = {other ? other + at : nullptr, out + at * width, samples, width, ending};
-      if (n < Format::kLanes) any<false>(o, lines, n, to);
-      else if (rolls()) roll(o, lines, to);
-      else any<true>(o, lines, n, to);
+      if (n < Format::kLanes) make_some(o, lines, n, to, reinterpret_cast<Element*>(s.packed.data));
+      else make(o, lines, to);
     }
   }
 
@@ -146,9 +226,33 @@ struct Depthwise : Layer<Format> {
     return x >= 0 && x < a.width ? line.at + x * line.step : border.data;
   }
 
-  template <bool Whole>
-  void any(int64_t o, const Line* lines, int64_t n, const Row<Format> to) const {
-    Element some[4][Format::kLanes] = {};
+  // A row of results of whole vectors.
+  void make(int64_t o, const Line* lines, const Row<Format>& to) const {
+    if (rolls()) roll(o, lines, to);
+    else any(o, lines, to);
+  }
+
+  // Of the first n samples: from copies that are filled up with zeros, and through one of what comes of them.
+  void make_some(int64_t o, const Line* lines, int64_t n, const Row<Format>& to, Element* copy) const {
+    constexpr int64_t L = Format::kLanes;
+    const auto fill = [&](const Element* from, int64_t pixels) {
+      Element* first = copy;
+      for (int64_t x = 0; x < pixels; ++x, copy += L, from += to.step) {
+        memset(copy, 0, L * sizeof(Element));
+        memcpy(copy, from, n * sizeof(Element));
+      }
+      return first;
+    };
+    Line whole[kMostRows];
+    for (int64_t i = 0; i < a.kernel[0]; ++i) whole[i] = lines[i].step ? Line{fill(lines[i].at, a.width), L} : lines[i];
+    const Element* other = to.other ? fill(to.other, a.out_width) : nullptr;
+    make(o, whole, {other, copy, L, to.width, to.ending});
+    for (int64_t x = 0; x < a.out_width; ++x)
+      memcpy(to.out + x * to.step * to.width, copy + x * L * to.width, n * to.width * sizeof(Element));
+  }
+
+  void any(int64_t o, const Line* lines, const Row<Format>& row) const {
+    const Row<Format> to = row;
     const uint32_t* w = weights.data + o * words();
     for (int64_t x = 0; x < a.out_width; ++x) {
       const int64_t left = x * a.stride[1] - a.padding[1];
@@ -158,7 +262,6 @@ struct Depthwise : Layer<Format> {
       for (int64_t tap = 0, i = 0; i < a.kernel[0]; ++i)
         for (int64_t j = 0; j < a.kernel[1]; ++j, ++tap) {
           const Element* from = pixel(lines[i], left + j * a.dilation[1]);
-          if (!Whole) from = static_cast<Element*>(memcpy(some[tap % 4], from, n * sizeof(Element)));
           if constexpr (kQuads) {
             at[tap % 4] = from;
             if (tap % 4 < 3 && tap + 1 < area) continue;
@@ -170,17 +273,8 @@ struct Depthwise : Layer<Format> {
             for (int k = 0; k < K; ++k) sums[k] = (vf)product_sum(spread<V>(w[tap]), (V)in[k], (V)sums[k]);
           }
         }
-      if (Whole) Row<Format>::finish(to, x, sums);
-      else finish_some(to, x, n, sums);
+      Row<Format>::finish(to, x, sums);
     }
-  }
-
-  CSAM_INLINE void finish_some(const Row<Format>& to, int64_t x, int64_t n, const vf* sums) {
-    Element some[Format::kLanes * 4] = {};
-    const int64_t at = x * to.step;
-    if (to.other) memcpy(some, to.other + at, n * sizeof *some);
-    Format::finish(sums, to.other ? some : nullptr, to.ending, some);
-    memcpy(to.out + at * to.width, some, n * to.width * sizeof *some);
   }
 
   struct Column {
@@ -202,18 +296,24 @@ struct Depthwise : Layer<Format> {
     Row<Format>::finish(to, x, (const vf*)sum);
   }
 
-  void roll(int64_t o, const Line* lines, const Row<Format> to) const {
-    if constexpr (kQuads) {
-      const auto column = [&](int64_t x, const Element** from) {
-        for (int i = 0; i < 3; ++i) from[i] = pixel(lines[i], x);
-      };
-      return roll_quads(column, -a.padding[1], a.out_width, weights.data + o * words(), bias[o], to);
+  void roll(int64_t o, const Line* lines, const Row<Format>& to) const {
+    if constexpr (kQuads || kPairs) {
+      Columns<Element> pixels = {{}, border.data, {}, -a.padding[1], a.width};
+      for (int i = 0; i < 3; ++i) {
+        pixels.step[i] = lines[i].step;
+        pixels.at[i] = lines[i].at - a.padding[1] * pixels.step[i];
+      }
+      const uint32_t* w = weights.data + o * words();
+      if constexpr (kQuads) roll_quads(pixels, a.out_width, w, bias[o], to);
+      else if (a.stride[1] == 1) roll_pairs(Stride<1>{}, pixels, a.out_width, w, bias[o], to);
+      else roll_pairs(Stride<2>{}, pixels, a.out_width, w, bias[o], to);
     } else {
       roll_one(o, lines, to);
     }
   }
 
-  void roll_one(int64_t o, const Line* lines, const Row<Format> to) const {
+  void roll_one(int64_t o, const Line* lines, const Row<Format>& row) const {
+    const Row<Format> to = row;
     V w[9];
     for (int k = 0; k < 9; ++k) w[k] = spread<V>(weights[o * area + k]);
     const V first = start(V{}, bias[o]);
