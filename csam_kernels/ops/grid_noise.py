@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
-from csam_kernels.ops.smoothing_noise import DTYPES, checked_noise, format_of
+from csam_kernels.ops.smoothing_noise import checked_form, checked_noise, format_of
 
 MOST = 2**16  # steps to 1
 
@@ -44,10 +44,8 @@ def grid_noise(
         TypeError, ValueError: a wrong shape, dtype or range, by name; x off the grid; sigma too large for a table.
     """
     n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream, law)
-    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
-    memory_format = memory_format or torch.contiguous_format
-    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
-    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, dtype, memory_format is torch.channels_last, law)
+    form = checked_form(x, dtype, memory_format)
+    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, *form, law)
     return result
 
 

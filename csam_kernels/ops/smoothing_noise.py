@@ -53,10 +53,7 @@ def smoothing_noise(
         TypeError, ValueError: a wrong shape, dtype or range, by name.
     """
     noise = checked_noise(x, n, sigma, seed, first_sample, stream, law)
-    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
-    memory_format = memory_format or torch.contiguous_format
-    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
-    result: Tensor = _op(x, *noise, dtype, memory_format is torch.channels_last, law)
+    result: Tensor = _op(x, *noise, *checked_form(x, dtype, memory_format), law)
     return result
 
 
@@ -74,6 +71,16 @@ def checked_noise(
     signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
     return n, sigma, signed_seed, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)
+
+
+def checked_form(
+    x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None
+) -> tuple[torch.dtype, bool]:
+    """(dtype, channels_last) of noisy copies as operators take them."""
+    dtype = checks.choice("dtype", dtype or x.dtype, DTYPES)
+    memory_format = memory_format or torch.contiguous_format
+    checks.choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
+    return dtype, memory_format is torch.channels_last
 
 
 @torch.library.custom_op("csam::smoothing_noise", mutates_args=())

@@ -250,27 +250,32 @@ struct Micro {  // a register tile
   Add add;
 };
 
+// The register tiles of formats whose sums are a vector of floats.
+template <class Format>
+struct Floats {
+#if defined(__AVX512F__)
+  static constexpr int kFilters = 4;
+  static constexpr Micro kSparse[] = {{4, 4, add_taps<Format, 4, 4>}, {2, 8, add_taps<Format, 2, 8>},
+                                      {2, 7, add_taps<Format, 2, 7>}, {1, 16, add_taps<Format, 1, 16>},
+                                      {1, 4, add_taps<Format, 1, 4>}, {1, 1, add_taps<Format, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Format, 4, 4>}, {1, 1, add_rows<Format, 4, 1>}};
+#else
+  static constexpr int kFilters = 2;
+  static constexpr Micro kSparse[] = {{2, 4, add_taps<Format, 2, 4>},
+                                      {1, 8, add_taps<Format, 1, 8>},
+                                      {1, 4, add_taps<Format, 1, 4>},
+                                      {1, 1, add_taps<Format, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Format, 2, 4>}, {1, 1, add_rows<Format, 2, 1>}};
+#endif
+};
+
 // How samples lie: kLanes of them make a packed vector, and kSums vectors of sums.
-struct Float32 {
+struct Float32 : Floats<Float32> {
   using Element = float;
   using Sum = vf;
   static constexpr const char* kName = "float32";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
   static constexpr int kDeep = 1, kGap = 0;                   // units of a product; floats between units
-#if defined(__AVX512F__)
-  static constexpr int kFilters = 4;
-  static constexpr Micro kSparse[] = {{4, 4, add_taps<Float32, 4, 4>}, {2, 8, add_taps<Float32, 2, 8>},
-                                      {2, 7, add_taps<Float32, 2, 7>}, {1, 16, add_taps<Float32, 1, 16>},
-                                      {1, 4, add_taps<Float32, 1, 4>}, {1, 1, add_taps<Float32, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Float32, 4, 4>}, {1, 1, add_rows<Float32, 4, 1>}};
-#else
-  static constexpr int kFilters = 2;
-  static constexpr Micro kSparse[] = {{2, 4, add_taps<Float32, 2, 4>},
-                                      {1, 8, add_taps<Float32, 1, 8>},
-                                      {1, 4, add_taps<Float32, 1, 4>},
-                                      {1, 1, add_taps<Float32, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Float32, 2, 4>}, {1, 1, add_rows<Float32, 2, 1>}};
-#endif
   using Image = float;
   using Logit = float;
   static uint32_t weight(float w) { return float_bits(w); }
@@ -289,25 +294,11 @@ struct Float32 {
   static void put(vf v, Element* out) { store(out, v); }
 };
 
-struct Bfloat16 {  // widened when it is packed
+struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   using Element = uint16_t;
   using Sum = vf;
   static constexpr const char* kName = "bfloat16";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1, kDeep = 1, kGap = 0;
-#if defined(__AVX512F__)
-  static constexpr int kFilters = 4;
-  static constexpr Micro kSparse[] = {{4, 4, add_taps<Bfloat16, 4, 4>}, {2, 8, add_taps<Bfloat16, 2, 8>},
-                                      {2, 7, add_taps<Bfloat16, 2, 7>}, {1, 16, add_taps<Bfloat16, 1, 16>},
-                                      {1, 4, add_taps<Bfloat16, 1, 4>}, {1, 1, add_taps<Bfloat16, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Bfloat16, 4, 4>}, {1, 1, add_rows<Bfloat16, 4, 1>}};
-#else
-  static constexpr int kFilters = 2;
-  static constexpr Micro kSparse[] = {{2, 4, add_taps<Bfloat16, 2, 4>},
-                                      {1, 8, add_taps<Bfloat16, 1, 8>},
-                                      {1, 4, add_taps<Bfloat16, 1, 4>},
-                                      {1, 1, add_taps<Bfloat16, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Bfloat16, 2, 4>}, {1, 1, add_rows<Bfloat16, 2, 1>}};
-#endif
   using Image = uint16_t;
   using Logit = uint16_t;
   static uint32_t weight(float w) { return uint32_t(csam::to_bf16(w)) << 16; }
@@ -1089,13 +1080,16 @@ struct Convolution : Layer<Format> {
     Input ahead = {reinterpret_cast<const char*>(in), s.offsets.data, lines, 0, channel.data, 0, 0, 0};
     ahead.plane = in_rows * a.width * samples * int64_t(sizeof(Element));
     int64_t row_at[kMostTileRows];
-    Outputs outputs = {other, out, row_at, 0, 0, Base::out_rows * a.out_width * samples, samples, 1};
-    if (other) outputs.other = other + sample;
+    Outputs outputs = {};
     outputs.width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    outputs.other = other ? other + sample : nullptr;
     outputs.out = out + sample * outputs.width;
+    outputs.row_at = row_at;
     outputs.rows = tile.rows < a.out_height - top ? tile.rows : a.out_height - top;
     outputs.columns = tile.columns < a.out_width - left ? tile.columns : a.out_width - left;
     for (int64_t r = 0; r < outputs.rows; ++r) row_at[r] = ((top + r) % Base::out_rows * a.out_width + left) * samples;
+    outputs.plane = Base::out_rows * a.out_width * samples;
+    outputs.step = samples;
     outputs.filter = filter.data + first;
     outputs.scales = Base::scales.data + first;
     outputs.ending = Base::ending(1);
