@@ -1,6 +1,5 @@
 // A convolution whose filters read one channel each, such as a depthwise one, samples innermost: straight from the
-// input to the output, with nothing packed. A job is one filter at one vector of samples; it makes a row of results at
-// a time.
+// input to the output, with nothing packed. A job is some rows of results of some filters at one vector of samples.
 #pragma once
 #include <type_traits>
 
@@ -9,128 +8,54 @@
 namespace csam {
 namespace CSAM_ISA {
 
-// Where a row of one filter's results lies.
+// A row of the input, or the border: pixel x of channel c at at + c * plane + x * step.
+template <class Element>
+struct Line {
+  const Element* at;
+  int64_t plane, step;
+};
+
+// A row of results, of each filter: the same, of a result's first value.
 template <class Format>
 struct Row {
   using Element = typename Format::Element;
   const Element* other;  // null, or what is added
   Element* out;
-  int64_t step, width;  // from one result to the next in values, and of a result in elements
+  int64_t plane, step, width;  // the last of a result, in elements
   Ending ending;
+
+  Row of(int64_t filter, float scale) const {
+    Row row = *this;
+    if (other) row.other += filter * plane;
+    row.out += filter * plane * width, row.ending.scale = scale;
+    return row;
+  }
+  template <bool kAdds = true>
   CSAM_INLINE void finish(const Row& to, int64_t x, const vf* sums) {
     const int64_t at = x * to.step, width = sizeof(Element) == 1 ? to.width : 1;
-    Format::finish(sums, to.other ? to.other + at : nullptr, to.ending, to.out + at * width);
+    Format::finish(sums, kAdds && to.other ? to.other + at : nullptr, to.ending, to.out + at * width);
   }
 };
 
-// Three lines of the input, from left of the image to right of it. A line is pixels `step` apart, or the border's.
-template <class Element>
-struct Columns {
-  const Element *at[3], *border;
-  int64_t step[3], x, width;
-  CSAM_INLINE void next(Columns& c, const Element** from) {
-    const bool inside = uint64_t(c.x++) < uint64_t(c.width);
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      from[i] = inside ? c.at[i] : c.border;
-      c.at[i] += c.step[i];
-    }
-  }
-};
-
-template <int N>
-struct Stride {};
+// What was loaded, in a register: as an operand in memory of several instructions it would be loaded by each.
+template <class Vector>
+CSAM_INLINE Vector once(Vector x) {
+#if defined(__AVX2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 
 #if defined(__AVX512F__)
-// Columns of three pixels, interleaved once for three results; what is missing to four is multiplied by zero.
-template <class Format>
-CSAM_VNNI void roll_quads(const Columns<uint8_t>& from_left, int64_t width, const uint32_t* w, float bias,
-                          const Row<Format>& row) {
-  Columns<uint8_t> pixels = from_left;
-  const Row<Format> to = row;
-  const __m512i first = _mm512_set1_epi32(int32_t(bias)), zero = _mm512_setzero_si512();
-  Quad columns[3];
-  const uint8_t* from[3];
-#pragma GCC unroll 2
-  for (int t = 0; t < 2; ++t) {
-    Columns<uint8_t>::next(pixels, from);
-    columns[t] =
-        interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]), zero);
-  }
-  for (int64_t x = 0; x < width; x += 3)
-#pragma GCC unroll 3
-    for (int t = 0; t < 3; ++t) {
-      if (x + t >= width) return;
-      Columns<uint8_t>::next(pixels, from);
-      columns[(t + 2) % 3] =
-          interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]), zero);
-      __m512i sum[4] = {first, first, first, first};
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          sum[i] = _mm512_dpbusd_epi32(sum[i], columns[(t + j) % 3].v[i], _mm512_set1_epi32(int(w[j])));
-      Row<Format>::finish(to, x + t, (const vf*)sum);
-    }
+// Two and four neighbours times their weights, added to the sums. As assembly, since an intrinsic would ask every
+// caller to be compiled for AVX512-BF16 or AVX512-VNNI.
+CSAM_INLINE vf add_two(vf pairs, vf weights, vf sums) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(pairs), "v"(weights));
+  return sums;
 }
-
-// The same of bfloat16: the upper two pixels of a column interleaved, and the lowest with zeros times zero, which
-// spread no NaN: six products of a result, of two multiplications each. With a stride of 2 a column serves two results
-// at most.
-CSAM_BF16 inline __attribute__((always_inline)) void interleave(const uint16_t* const* from, __m512bh* column) {
-  const __m512i zero = _mm512_setzero_si512();
-  __m512i v[3];
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
-    v[i] = _mm512_loadu_si512(from[i]);
-    asm("" : "+v"(v[i]));  // in a register: as an operand in memory it would be loaded twice
-  }
-  column[0] = (__m512bh)_mm512_unpacklo_epi16(v[0], v[1]), column[1] = (__m512bh)_mm512_unpackhi_epi16(v[0], v[1]);
-  column[2] = (__m512bh)_mm512_unpacklo_epi16(v[2], zero), column[3] = (__m512bh)_mm512_unpackhi_epi16(v[2], zero);
-}
-template <class Format, int N>
-CSAM_BF16 void roll_pairs(Stride<N>, const Columns<uint16_t>& from_left, int64_t width, const uint32_t* w, float bias,
-                          const Row<Format>& row) {
-  Columns<uint16_t> pixels = from_left;
-  const Row<Format> to = row;
-  const __m512 first = _mm512_set1_ps(bias);
-  __m512bh weights[3][2], columns[3][4];
-  const uint16_t* from[3];
-#pragma GCC unroll 3
-  for (int j = 0; j < 3; ++j)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) weights[j][i] = (__m512bh)_mm512_set1_epi32(int(w[2 * j + i]));
-#pragma GCC unroll 2
-  for (int t = 0; t < 3 - N; ++t) {
-    Columns<uint16_t>::next(pixels, from);
-    interleave(from, columns[t]);
-  }
-  constexpr int kTurn = N == 1 ? 3 : 1;  // results until the columns are where they were
-  for (int64_t x = 0; x < width; x += kTurn)
-#pragma GCC unroll 3
-    for (int t = 0; t < kTurn; ++t) {
-      if (x + t >= width) return;
-#pragma GCC unroll 2
-      for (int j = 3 - N; j < 3; ++j) {
-        Columns<uint16_t>::next(pixels, from);
-        interleave(from, columns[(t + j) % 3]);
-      }
-      __m512 sum[2] = {first, first};
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-          sum[i % 2] = _mm512_dpbf16_ps(sum[i % 2], columns[(t + j) % 3][i], weights[j][i / 2]);
-      Row<Format>::finish(to, x + t, (const vf*)sum);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4 && N == 2; ++i) columns[0][i] = columns[2][i];
-    }
-}
-
-CSAM_VNNI void add_quad(const uint8_t* const* from, uint32_t w, vf* sums) {
-  const Quad q = interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]),
-                             _mm512_loadu_si512(from[3]));
-  for (int i = 0; i < 4; ++i) sums[i] = (vf)_mm512_dpbusd_epi32((__m512i)sums[i], q.v[i], _mm512_set1_epi32(int(w)));
+CSAM_INLINE vi add_four(vi quads, vi weights, vi sums) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(quads), "v"(weights));
+  return sums;
 }
 #endif
 
@@ -140,12 +65,14 @@ struct Depthwise : Layer<Format> {
   using Base::a, Base::area, Base::bias, Base::border, Base::in_rows, Base::out_rows, Base::slots;
   using typename Base::Element;
   static constexpr int K = Format::kSums;
-  static constexpr int64_t kMostRows = 64;  // of a kernel
-  static constexpr bool kQuads = K == 4;    // four taps are multiplied at once
-  static constexpr bool kPairs = K == 2;    // two are, where columns roll
-  using V = std::conditional_t<sizeof(Element) == 1, vi, vf>;
+  static constexpr int64_t kMostRows = 64;    // of a kernel
+  static constexpr int64_t kRowsOfAJob = 32;  // of results, at least if there are so many
+  static constexpr bool kQuads = K == 4;      // four taps are multiplied at once
+  static constexpr bool kPairs = K == 2;      // two are, where columns roll
+  static constexpr bool kIntegers = sizeof(Element) == 1;
+  using V = std::conditional_t<kIntegers, vi, vf>;
 
-  Array<uint32_t> weights;  // [filters, area], as the format multiplies; of quads four a word, down a column if `rolls`
+  Array<uint32_t> weights;  // [filters, words()], as the format multiplies; column by column if they roll
   Array<int32_t> reads;     // each filter's channel
   double cost = 0;          // of kLanes samples, as a Convolution's
 
@@ -166,17 +93,65 @@ struct Depthwise : Layer<Format> {
     cost = double(a.filters * a.out_height * a.out_width) * K * (taps + 0.5 * columns + kEndCost);
   }
 
-  int64_t words() const { return kQuads ? rolls() ? 3 : tiles(area, 4) : kPairs && rolls() ? 6 : area; }
+  // Three pixels down a column of the input, that serve up to three results. They are multiplied by kWords words of
+  // weights: of bfloat16 the upper two pixels interleaved and the lowest with zeros times zero, which spread no NaN; of
+  // integers all three, and zeros.
+  struct Column {
+    static constexpr int kWords = kQuads ? 1 : kPairs ? 2 : 3;
+    V v[kWords][K];
+
+    __attribute__((always_inline)) Column(const Element* top, const Element* middle, const Element* bottom) {
+      if constexpr (kQuads || kPairs) {
+#if defined(__AVX512F__)
+        const __m512i x = once(_mm512_loadu_si512(top)), y = once(_mm512_loadu_si512(middle));
+        const __m512i z = once(_mm512_loadu_si512(bottom)), zero = _mm512_setzero_si512();
+        if constexpr (kQuads) {
+          const Quad q = interleaved(x, y, z, zero);
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) v[0][k] = (V)q.v[k];
+        } else {
+          v[0][0] = (V)_mm512_unpacklo_epi16(x, y), v[0][1] = (V)_mm512_unpackhi_epi16(x, y);
+          v[1][0] = (V)_mm512_unpacklo_epi16(z, zero), v[1][1] = (V)_mm512_unpackhi_epi16(z, zero);
+        }
+#endif
+      } else {
+        Format::unpack(top, reinterpret_cast<vf*>(v[0]));
+        Format::unpack(middle, reinterpret_cast<vf*>(v[1]));
+        Format::unpack(bottom, reinterpret_cast<vf*>(v[2]));
+#pragma GCC unroll 3
+        for (int i = 0; i < kWords; ++i) v[i][0] = once(v[i][0]);
+      }
+    }
+    __attribute__((always_inline)) void add(const V* w, V* sums) const {  // of pairs and quads
+#pragma GCC unroll 3
+      for (int i = 0; i < kWords; ++i)
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) {
+#if defined(__AVX512F__)
+          if constexpr (kQuads) sums[k] = add_four(v[i][k], w[i], sums[k]);
+          else sums[k] = add_two(v[i][k], w[i], sums[k]);
+#endif
+        }
+    }
+  };
+
+  // Whether columns of three pixels are unpacked once for the results that they serve.
+  bool rolls() const {
+    return a.kernel[0] == 3 && a.kernel[1] == 3 && a.stride[1] <= 2 && a.dilation[1] == 1 && a.padding[1] <= 2;
+  }
+  int64_t words() const { return rolls() ? 3 * Column::kWords : kQuads ? tiles(area, 4) : area; }
 
   void lay() {
     weights = Array<uint32_t>(a.filters * words());
     for (int64_t o = 0; o < a.filters; ++o)
       for (int64_t k = a.rows[o]; k < a.rows[o + 1]; ++k) {
-        const int64_t tap = a.taps[k] % area, word = rolls() ? tap % 3 : tap / 4, place = rolls() ? tap / 3 : tap % 4;
+        const int64_t tap = a.taps[k] % area, row = tap / 3, each = kQuads ? 4 : kPairs ? 2 : 1;  // taps a word
         const uint32_t bits = Format::weight(a.values[k]);
-        if (kPairs && rolls()) weights[o * 6 + 2 * word + place / 2] |= place % 2 ? bits : bits >> 16;
-        else if (kQuads) weights[o * words() + word] |= (bits & 0xFF) << (8 * place);
-        else weights[o * area + tap] = bits;
+        const int64_t word = !rolls() ? tap / (kQuads ? 4 : 1) : tap % 3 * Column::kWords + row / each;
+        uint32_t& to = weights[o * words() + word];
+        if (kQuads) to |= (bits & 0xFF) << (8 * (rolls() ? row : tap % 4));
+        else if (kPairs && rolls()) to |= row % 2 ? bits : bits >> 16;
+        else to = bits;
       }
   }
 
@@ -185,55 +160,54 @@ struct Depthwise : Layer<Format> {
     Sizes::raise(sizes.packed, vectors * Format::kLanes * int64_t(sizeof(Element)) / 4);
   }
   int64_t jobs(int64_t samples) const {
-    return tiles(a.out_height, together_rows()) * slots * tiles(samples, Format::kLanes);
+    return tiles(a.out_height, together_rows()) * groups() * tiles(samples, Format::kLanes);
   }
   int64_t together_rows() const { return Base::most_rows() < a.out_height ? Base::most_rows() : a.out_height; }
-
-  // Whether columns of three pixels are unpacked once for three results.
-  bool rolls() const {
-    return a.kernel[0] == 3 && a.kernel[1] == 3 && a.stride[1] <= (kPairs ? 2 : 1) && a.dilation[1] == 1;
-  }
-
-  struct Line {  // of the input: pixels from `at` on, or of the border again and again
-    const Element* at;
-    int64_t step;
-  };
+  int64_t group() const { return tiles(kRowsOfAJob, together_rows()); }  // filters
+  int64_t groups() const { return tiles(slots, group()); }
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
            const Scratch& s) const {
-    const int64_t depth = tiles(samples, Format::kLanes), o = job / depth % slots;
-    const int64_t sample = job % depth * Format::kLanes, n = samples - sample;
-    const int64_t top = job / depth / slots * together_rows(), end = top + together_rows();
-    in += reads[o] * in_rows * a.width * samples + sample;
+    const int64_t depth = tiles(samples, Format::kLanes), sample = job % depth * Format::kLanes, n = samples - sample;
+    const int64_t first = job / depth % groups() * group(), last = first + group() < slots ? first + group() : slots;
+    const int64_t top = job / depth / groups() * together_rows(), end = top + together_rows();
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
-    const Ending ending = Base::ending(Base::scales[o]);
-    Line lines[kMostRows];
     for (int64_t y = top; y < end && y < a.out_height; ++y) {
+      From lines[kMostRows];
       for (int64_t i = 0; i < a.kernel[0]; ++i) {
         const int64_t row = y * a.stride[0] - a.padding[0] + i * a.dilation[0];
         const bool inside = row >= 0 && row < a.height;
-        lines[i] = inside ? Line{in + row % in_rows * a.width * samples, samples} : Line{border.data, 0};
+        if (inside) lines[i] = {in + row % in_rows * a.width * samples + sample, in_rows * a.width * samples, samples};
+        else lines[i] = {border.data, 0, 0};
       }
-      const int64_t at = (Base::filter[o] * out_rows + y % out_rows) * a.out_width * samples + sample;
-      const Row<Format> to = {other ? other + at : nullptr, out + at * width, samples, width, ending};
-      if (n < Format::kLanes) make_some(o, lines, n, to, reinterpret_cast<Element*>(s.packed.data));
-      else make(o, lines, to);
+      const int64_t at = y % out_rows * a.out_width * samples + sample;
+      const To to = {other ? other + at : nullptr,
+                     out + at * width,
+                     out_rows * a.out_width * samples,
+                     samples,
+                     width,
+                     Base::ending(1)};
+      if (n >= Format::kLanes) make(first, last, lines, to);
+      else
+        for (int64_t o = first; o < last; ++o) make_some(o, lines, n, to, reinterpret_cast<Element*>(s.packed.data));
     }
   }
 
  private:
-  const Element* pixel(const Line& line, int64_t x) const {
-    return x >= 0 && x < a.width ? line.at + x * line.step : border.data;
-  }
+  using From = Line<Element>;
+  using To = Row<Format>;
 
-  // A row of results of whole vectors.
-  void make(int64_t o, const Line* lines, const Row<Format>& to) const {
-    if (rolls()) roll(o, lines, to);
-    else any(o, lines, to);
+  // A row of results of whole vectors, of filters first .. last - 1.
+  void make(int64_t first, int64_t last, const From* lines, const To& to) const {
+    for (int64_t o = first; o < last; ++o)
+      if (!rolls()) any(o, lines, to);
+      else if (a.stride[1] == 2) roll<2, true>(o, lines, to);
+      else if (to.other) roll<1, true>(o, lines, to);
+      else roll<1, false>(o, lines, to);
   }
 
   // Of the first n samples: from copies that are filled up with zeros, and through one of what comes of them.
-  void make_some(int64_t o, const Line* lines, int64_t n, const Row<Format>& to, Element* copy) const {
+  void make_some(int64_t o, const From* lines, int64_t n, const To& to, Element* copy) const {
     constexpr int64_t L = Format::kLanes;
     const auto fill = [&](const Element* from, int64_t pixels) {
       Element* first = copy;
@@ -243,16 +217,24 @@ struct Depthwise : Layer<Format> {
       }
       return first;
     };
-    Line whole[kMostRows];
-    for (int64_t i = 0; i < a.kernel[0]; ++i) whole[i] = lines[i].step ? Line{fill(lines[i].at, a.width), L} : lines[i];
-    const Element* other = to.other ? fill(to.other, a.out_width) : nullptr;
-    make(o, whole, {other, copy, L, to.width, to.ending});
+    From whole[kMostRows];
+    for (int64_t i = 0; i < a.kernel[0]; ++i) {
+      const From& line = lines[i];
+      whole[i] = line.step ? From{fill(line.at + reads[o] * line.plane, a.width), 0, L} : line;
+    }
+    const Element* other = to.other ? fill(to.other + o * to.plane, a.out_width) : nullptr;
+    make(o, o + 1, whole, {other, copy, 0, L, to.width, to.ending});
+    Element* out = to.out + o * to.plane * to.width;
     for (int64_t x = 0; x < a.out_width; ++x)
-      memcpy(to.out + x * to.step * to.width, copy + x * L * to.width, n * to.width * sizeof(Element));
+      memcpy(out + x * to.step * to.width, copy + x * L * to.width, n * to.width * sizeof(Element));
   }
 
-  void any(int64_t o, const Line* lines, const Row<Format>& row) const {
-    const Row<Format> to = row;
+  const Element* pixel(const From& line, int64_t channel, int64_t x) const {
+    return x >= 0 && x < a.width ? line.at + channel * line.plane + x * line.step : border.data;
+  }
+
+  void any(int64_t o, const From* lines, const To& row) const {
+    const To to = row.of(o, Base::scales[o]);
     const uint32_t* w = weights.data + o * words();
     for (int64_t x = 0; x < a.out_width; ++x) {
       const int64_t left = x * a.stride[1] - a.padding[1];
@@ -261,7 +243,7 @@ struct Depthwise : Layer<Format> {
       for (vf& v : sums) v = Format::start(bias[o]);
       for (int64_t tap = 0, i = 0; i < a.kernel[0]; ++i)
         for (int64_t j = 0; j < a.kernel[1]; ++j, ++tap) {
-          const Element* from = pixel(lines[i], left + j * a.dilation[1]);
+          const Element* from = pixel(lines[i], reads[o], left + j * a.dilation[1]);
           if constexpr (kQuads) {
             at[tap % 4] = from;
             if (tap % 4 < 3 && tap + 1 < area) continue;
@@ -273,63 +255,150 @@ struct Depthwise : Layer<Format> {
             for (int k = 0; k < K; ++k) sums[k] = (vf)product_sum(spread<V>(w[tap]), (V)in[k], (V)sums[k]);
           }
         }
-      Row<Format>::finish(to, x, sums);
+      To::finish(to, x, sums);
     }
   }
+#if defined(__AVX512F__)
+  CSAM_INLINE void add_quad(const uint8_t* const* from, uint32_t w, vf* sums) {
+    const Quad q = interleaved(_mm512_loadu_si512(from[0]), _mm512_loadu_si512(from[1]), _mm512_loadu_si512(from[2]),
+                               _mm512_loadu_si512(from[3]));
+    for (int i = 0; i < 4; ++i) sums[i] = (vf)add_four((vi)q.v[i], spread<vi>(w), (vi)sums[i]);
+  }
+#endif
 
-  struct Column {
-    V v[3][K];
+  // Three lines, from left of the image to right of it.
+  struct Columns {
+    const Element *top, *middle, *bottom, *border;
+    int64_t steps[3], x, width;
+    Columns(const From* lines, int64_t channel, int64_t left, int64_t width, const Element* border)
+        : top(lines[0].at + channel * lines[0].plane + left * lines[0].step),
+          middle(lines[1].at + channel * lines[1].plane + left * lines[1].step),
+          bottom(lines[2].at + channel * lines[2].plane + left * lines[2].step),
+          border(border),
+          steps{lines[0].step, lines[1].step, lines[2].step},
+          x(left),
+          width(width) {}
+    __attribute__((always_inline)) Column next() {  // that is inside the image
+      const Element *t = top, *m = middle, *b = bottom;
+      top += steps[0], middle += steps[1], bottom += steps[2];
+      return Column(t, m, b);
+    }
+    __attribute__((always_inline)) Column next_or_border() {
+      const bool inside = uint64_t(x++) < uint64_t(width);
+      const Element *t = inside ? top : border, *m = inside ? middle : border, *b = inside ? bottom : border;
+      top += steps[0], middle += steps[1], bottom += steps[2];
+      return Column(t, m, b);
+    }
   };
-  inline __attribute__((always_inline)) void look(const Line* lines, int64_t x, Column& to) const {
-    for (int i = 0; i < 3; ++i) Format::unpack(pixel(lines[i], x), reinterpret_cast<vf*>(to.v[i]));
-  }
-  CSAM_INLINE void add(const V* w, V first, const Column& l, const Column& m, const Column& r, const Row<Format>& to,
-                       int64_t x) {
-    V sum[K];
-    for (V& v : sum) v = first;
-    for (int i = 0; i < 3; ++i)
-      for (int k = 0; k < K; ++k) {
-        sum[k] = product_sum(w[3 * i], l.v[i][k], sum[k]);
-        sum[k] = product_sum(w[3 * i + 1], m.v[i][k], sum[k]);
-        sum[k] = product_sum(w[3 * i + 2], r.v[i][k], sum[k]);
-      }
-    Row<Format>::finish(to, x, (const vf*)sum);
+  struct Weights {  // of the three columns under a result
+    V v[3][Column::kWords];
+    explicit Weights(const uint32_t* w) {
+#pragma GCC unroll 9
+      for (int k = 0; k < 3 * Column::kWords; ++k) v[k / Column::kWords][k % Column::kWords] = spread<V>(w[k]);
+    }
+  };
+
+  template <int kStride, bool kAdds>
+  __attribute__((noinline)) void roll(int64_t o, const From* lines, const To& row) const {
+    const To to = row.of(o, Base::scales[o]);
+    const Weights w(weights.data + o * words());
+    const V first = start(V{}, bias[o]);
+    if constexpr (!kPairs && !kQuads) roll_in_order<kStride>(o, lines, w, first, to);
+    else if constexpr (kStride == 1) scatter<kAdds>(o, lines, w, first, to);
+    else scatter_in_twos(o, lines, w, first, to);
   }
 
-  void roll(int64_t o, const Line* lines, const Row<Format>& to) const {
-    if constexpr (kQuads || kPairs) {
-      Columns<Element> pixels = {{}, border.data, {}, -a.padding[1], a.width};
-      for (int i = 0; i < 3; ++i) {
-        pixels.step[i] = lines[i].step;
-        pixels.at[i] = lines[i].at - a.padding[1] * pixels.step[i];
+  // Each result of its three columns, the taps in ascending order: the same bits as other convolutions.
+  template <int kStride>
+  __attribute__((always_inline)) void roll_in_order(int64_t o, const From* lines, const Weights& w, V first,
+                                                    const To& to) const {
+    Columns columns(lines, reads[o], -a.padding[1], a.width, border.data);
+    Column l = columns.next_or_border(), m = kStride == 1 ? columns.next_or_border() : l;
+#pragma GCC unroll 3
+    for (int64_t x = 0; x < a.out_width; ++x) {
+      if (kStride == 2) m = columns.next_or_border();
+      const Column r = columns.next_or_border();
+      V sums[K];
+      for (int k = 0; k < K; ++k) {
+        sums[k] = first;
+#pragma GCC unroll 3
+        for (int i = 0; i < Column::kWords; ++i) {
+          sums[k] = product_sum(w.v[0][i], l.v[i][k], sums[k]);
+          sums[k] = product_sum(w.v[1][i], m.v[i][k], sums[k]);
+          sums[k] = product_sum(w.v[2][i], r.v[i][k], sums[k]);
+        }
       }
-      const uint32_t* w = weights.data + o * words();
-      if constexpr (kQuads) roll_quads(pixels, a.out_width, w, bias[o], to);
-      else if (a.stride[1] == 1) roll_pairs(Stride<1>{}, pixels, a.out_width, w, bias[o], to);
-      else roll_pairs(Stride<2>{}, pixels, a.out_width, w, bias[o], to);
-    } else {
-      roll_one(o, lines, to);
+      To::finish(to, x, (const vf*)sums);
+      l = kStride == 1 ? m : r, m = r;
     }
   }
 
-  void roll_one(int64_t o, const Line* lines, const Row<Format>& row) const {
-    const Row<Format> to = row;
-    V w[9];
-    for (int k = 0; k < 9; ++k) w[k] = spread<V>(weights[o * area + k]);
-    const V first = start(V{}, bias[o]);
-    Column c[3];
-    const int64_t left = -a.padding[1], end = a.out_width;
-    look(lines, left, c[0]);
-    look(lines, left + 1, c[1]);
-    for (int64_t x = 0; x < end; x += 3) {
-      look(lines, left + x + 2, c[2]);
-      add(w, first, c[0], c[1], c[2], to, x);
-      if (x + 1 == end) break;
-      look(lines, left + x + 3, c[0]);
-      add(w, first, c[1], c[2], c[0], to, x + 1);
-      if (x + 2 == end) break;
-      look(lines, left + x + 4, c[1]);
-      add(w, first, c[2], c[0], c[1], to, x + 2);
+  // Column by column: each is the last of one result, the middle of the next and the first of the one after it. These
+  // three are in the making at a time, so that none of their sums waits for itself.
+  template <bool kAdds>
+  __attribute__((always_inline)) void scatter(int64_t o, const From* lines, const Weights& w, V first,
+                                              const To& to) const {
+    // Zeros outside the image add nothing; integers there may not be zeros.
+    const int64_t end = a.out_width + 2, left = kIntegers ? 0 : a.padding[1], inside = kIntegers ? end : left + a.width;
+    Columns columns(lines, reads[o], left - a.padding[1], a.width, border.data);
+    V sums[3][K];
+#pragma GCC unroll 12
+    for (int i = 0; i < 3 * K; ++i) sums[i / K][i % K] = first;
+    const auto add = [&](V* last, V* middle, V* next) __attribute__((always_inline)) {
+      const Column c = kIntegers ? columns.next_or_border() : columns.next();
+      c.add(w.v[2], last);
+      c.add(w.v[1], middle);
+      c.add(w.v[0], next);
+    };
+    const auto finish = [&](int64_t x, V* last) __attribute__((always_inline)) {
+      To::template finish<kAdds>(to, x - 2, (const vf*)last);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) last[k] = first;
+    };
+    const auto turn = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const V last = sums[0][k];
+        sums[0][k] = sums[1][k], sums[1][k] = sums[2][k], sums[2][k] = last;
+      }
+    };
+    int64_t x = left;
+    for (; x < 2 && x < inside; ++x) {
+      add(sums[0], sums[1], sums[2]);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) sums[0][k] = first;
+      turn();
+    }
+    for (; x + 2 < inside; x += 3) {
+      add(sums[0], sums[1], sums[2]);
+      finish(x, sums[0]);
+      add(sums[1], sums[2], sums[0]);
+      finish(x + 1, sums[1]);
+      add(sums[2], sums[0], sums[1]);
+      finish(x + 2, sums[2]);
+    }
+    for (; x < end; ++x) {
+      if (x < inside) add(sums[0], sums[1], sums[2]);
+      if (x > 1) finish(x, sums[0]);
+      turn();
+    }
+  }
+
+  // The same with a stride of 2: every other column is the last of one result and the first of the next.
+  __attribute__((always_inline)) void scatter_in_twos(int64_t o, const From* lines, const Weights& w, V first,
+                                                      const To& to) const {
+    Columns columns(lines, reads[o], -a.padding[1], a.width, border.data);
+    V sums[K];
+    for (int64_t x = 0; x <= a.out_width; ++x) {
+      const Column c = columns.next_or_border();
+      if (x) {
+        c.add(w.v[2], sums);
+        To::finish(to, x - 1, (const vf*)sums);
+      }
+      if (x == a.out_width) return;
+      for (int k = 0; k < K; ++k) sums[k] = first;
+      c.add(w.v[0], sums);
+      columns.next_or_border().add(w.v[1], sums);
     }
   }
 };
