@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include <new>
+#include <type_traits>
 
 #include "../common/dtype.h"
 #include "amx.h"
@@ -157,18 +158,44 @@ CSAM_INLINE V spread(uint32_t bits) {
 CSAM_INLINE vf start(vf, float bias) { return splat(bias); }
 CSAM_INLINE vi start(vi, float bias) { return vi{} + int32_t(bias); }
 
-// What a filter's sums at a pixel come to. The outputs are a copy, which no store of a result can change: what is read
-// of them stays in registers.
-template <class Format>
-CSAM_INLINE void finish(const Outputs& to, int64_t filter, int64_t row, int64_t column, const vf* sums) {
+// What the sums of a register tile come to, of F filters at R x C pixels. The outputs are read now, and all of them
+// before the first result is stored: over the loop before, and over the stores, they would take registers or be read
+// again.
+template <class Format, int F, int R, int C>
+CSAM_INLINE void finish(const Block& b, int64_t filters, int64_t o, int64_t row, int64_t column, const vf* sums) {
   using Element = typename Format::Element;
-  if (row >= to.rows || column >= to.columns) return;
-  const int64_t at = to.filter[filter] * to.plane + to.row_at[row] + column * to.step;
-  const int64_t width = sizeof(Element) == 1 ? to.width : 1;
-  Ending ending = to.ending;
-  ending.scale = to.scales[filter];
-  Format::finish(sums, to.other ? static_cast<const Element*>(to.other) + at : nullptr, ending,
-                 static_cast<Element*>(to.out) + at * width);
+  const Outputs* outputs = b.outputs;
+  asm volatile("" : "+r"(outputs));
+  const auto* other = static_cast<const Element*>(outputs->other);
+  auto* out = static_cast<Element*>(outputs->out);
+  const int64_t rows = outputs->rows - row, columns = outputs->columns - column, step = outputs->step;
+  const int64_t width = sizeof(Element) == 1 ? outputs->width : 1;
+  Ending ending = outputs->ending;
+  int64_t places[F][R];
+  float scales[F];
+#pragma GCC unroll 4
+  for (int f = 0; f < F; ++f) {
+    scales[f] = outputs->scales[o + f];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      places[f][r] = outputs->filter[o + f] * outputs->plane + outputs->row_at[row + r] + column * step;
+  }
+  const auto store_all = [&](auto plain) __attribute__((always_inline)) {  // of a tile inside the image, nothing to add
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) {
+          if (!plain.value && (o + f >= filters || r >= rows || c >= columns)) continue;
+          const int64_t at = places[f][r] + c * step;
+          ending.scale = scales[f];
+          Format::finish(sums + ((f * R + r) * C + c) * Format::kSums, !plain.value && other ? other + at : nullptr,
+                         ending, out + at * width);
+        }
+  };
+  if (!other && o + F <= filters && rows >= R && columns >= C) store_all(std::true_type{});
+  else store_all(std::false_type{});
 }
 
 using Add = void (*)(const Block&, int64_t filters, float* sums);
@@ -177,7 +204,6 @@ template <class Format, int R, int C>
 static void add_taps(const Block& b, int64_t filters, float* sums) {
   using V = typename Format::Sum;
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
     fetch(b, share);
@@ -199,10 +225,12 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
 #pragma GCC unroll 32
             for (int c = 0; c < C; ++c) v[r][c] = product_sum(w, load<V>(in + c * W), v[r][c]);
         }
+        if (b.outputs) {
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
-        for (int i = 0; i < R * C; ++i)
-          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)&v[i / C][i % C]);
-          else store(sum + (i / C * b.columns + i % C) * W, v[i / C][i % C]);
+        for (int i = 0; i < R * C; ++i) store(sum + (i / C * b.columns + i % C) * W, v[i / C][i % C]);
       }
   }
 }
@@ -212,7 +240,6 @@ template <class Format, int F, int C>
 static void add_rows(const Block& b, int64_t filters, float* sums) {
   using V = typename Format::Sum;
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += F * pixels * W) {
     fetch(b, share);
     const uint32_t* weights = b.weights + o * b.products;
@@ -237,10 +264,12 @@ static void add_rows(const Block& b, int64_t filters, float* sums) {
             for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
           }
         }
+        if (b.outputs) {
+          finish<Format, F, 1, C>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
-        for (int i = 0; i < F * C; ++i)
-          if (!b.outputs) store(sum + (i / C * pixels + i % C) * W, v[i / C][i % C]);
-          else if (o + i / C < filters) finish<Format>(to, o + i / C, row, column + i % C, (const vf*)&v[i / C][i % C]);
+        for (int i = 0; i < F * C; ++i) store(sum + (i / C * pixels + i % C) * W, v[i / C][i % C]);
       }
   }
 }
@@ -343,7 +372,6 @@ CSAM_BF16 inline __attribute__((always_inline)) void add_pair(const float* packe
 template <class Format, int R, int C>
 CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
     fetch(b, share);
@@ -361,11 +389,13 @@ CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
         const Tap* t = first;
         for (; end - t > 1; t += 2) add_pair<R, C, 2>(packed, b.pitch, t, v);
         if (t < end) add_pair<R, C, 1>(packed, b.pitch, t, v);
+        if (b.outputs) {
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
-        for (int i = 0; i < R * C; ++i)
-          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)v[i]);
-          else
-            for (int j = 0; j < 2; ++j) _mm512_store_ps(sum + (2 * (i / C * b.columns + i % C) + j) * W, v[i][j]);
+        for (int i = 0; i < 2 * R * C; ++i)
+          _mm512_store_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
       }
   }
 }
@@ -374,7 +404,6 @@ CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
 template <class Format, int F, int C>
 CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
     fetch(b, share);
     const uint32_t* weights = b.weights + o * b.products;
@@ -401,13 +430,14 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
             for (int i = 0; i < 2 * C; ++i) v[f][i] = _mm512_dpbf16_ps(v[f][i], x[i], each);
           }
         }
+        if (b.outputs) {
+          finish<Format, F, 1, C>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
 #pragma GCC unroll 32
-          for (int c = 0; c < C; ++c)
-            if (!b.outputs)
-              for (int i = 2 * c; i < 2 * c + 2; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
-            else if (o + f < filters) finish<Format>(to, o + f, row, column + c, (const vf*)&v[f][2 * c]);
+          for (int i = 0; i < 2 * C; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
       }
   }
 }
@@ -542,7 +572,6 @@ CSAM_INLINE Quad interleaved(__m512i a, __m512i b, __m512i c, __m512i d) {
 template <class Format, int R, int C>
 CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; ++o, sums += 4 * pixels * W) {
     const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
     fetch(b, share);
@@ -582,11 +611,13 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
               for (int j = 0; j < 4; ++j) v[r * C + c][j] = _mm512_dpbusd_epi32(v[r * C + c][j], q.v[j], w);
             }
         }
+        if (b.outputs) {
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
-        for (int i = 0; i < R * C; ++i)
-          if (b.outputs) finish<Format>(to, o, row + i / C, column + i % C, (const vf*)v[i]);
-          else
-            for (int j = 0; j < 4; ++j) _mm512_store_si512(sum + (4 * (i / C * b.columns + i % C) + j) * W, v[i][j]);
+        for (int i = 0; i < 4 * R * C; ++i)
+          _mm512_store_si512(sum + (4 * (i / 4 / C * b.columns + i / 4 % C) + i % 4) * W, v[i / 4][i % 4]);
       }
   }
 }
@@ -595,7 +626,6 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
 template <class Format, int F>
 CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
-  const Outputs to = b.outputs ? *b.outputs : Outputs{};
   for (int64_t o = 0; o < filters; o += F, sums += 4 * F * pixels * W) {
     fetch(b, share);
     const uint32_t* weights = b.weights + o * b.products;
@@ -623,11 +653,14 @@ CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
             for (int i = 0; i < 4; ++i) v[f][i] = _mm512_dpbusd_epi32(v[f][i], x[i], each);
           }
         }
+        if (b.outputs) {
+          finish<Format, F, 1, 1>(b, filters, o, row, column, (const vf*)v);
+          continue;
+        }
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
-          if (!b.outputs)
-            for (int i = 0; i < 4; ++i) _mm512_store_si512(sum + (4 * f * pixels + i) * W, v[f][i]);
-          else if (o + f < filters) finish<Format>(to, o + f, row, column, (const vf*)v[f]);
+#pragma GCC unroll 32
+          for (int i = 0; i < 4; ++i) _mm512_store_si512(sum + (4 * f * pixels + i) * W, v[f][i]);
       }
   }
 }
@@ -804,7 +837,7 @@ struct Layer {
     padded = tiles(live, Format::kFilters) * Format::kFilters;
     bias = Array<float>(slots + Format::kFilters);
     for (int64_t s = 0; a.bias && s < slots; ++s) bias[s] = a.bias[filter[s]];
-    scales = Array<float>(slots);
+    scales = Array<float>(slots + Format::kFilters);
     for (int64_t s = 0; s < slots; ++s) scales[s] = a.scales ? a.scales[filter[s]] : 1;
     for (int i = 0; i < Format::kLanes; ++i) border[i] = Element(a.zero);
   }
@@ -1087,7 +1120,7 @@ struct Convolution : Layer<Format> {
     outputs.row_at = row_at;
     outputs.rows = tile.rows < a.out_height - top ? tile.rows : a.out_height - top;
     outputs.columns = tile.columns < a.out_width - left ? tile.columns : a.out_width - left;
-    for (int64_t r = 0; r < outputs.rows; ++r) row_at[r] = ((top + r) % Base::out_rows * a.out_width + left) * samples;
+    for (int64_t r = 0; r < tile.rows; ++r) row_at[r] = ((top + r) % Base::out_rows * a.out_width + left) * samples;
     outputs.plane = Base::out_rows * a.out_width * samples;
     outputs.step = samples;
     outputs.filter = filter.data + first;
