@@ -128,10 +128,10 @@ class Rule(ABC):
             TypeError, ValueError: no count, more counts than looks, or counts that cannot be.
         """
         counts = self._checked(counts)
+        if not self.stops(counts):
+            return None
         k = len(counts) - 1
         last = k == len(self.looks) - 1
-        if not last and not self.settled(k, np.array([counts]))[0]:
-            return None
         p_lower = self.bound(counts)
         radius = None if p_lower < 0.5 else self.sigma * float(self.law.radius(p_lower))
         reason = "n" if last else "rtol"
@@ -140,6 +140,11 @@ class Rule(ABC):
         elif not last and counts[-1] <= self._hopeless[k] and (radius is None or self.target_radius is not None):
             reason = "abstain" if self.target_radius is None else "below target"
         return Decision(p_lower, radius, self.looks[k], reason)
+
+    def stops(self, counts: Sequence[int]) -> bool:
+        """Whether an image with these counts, not checked, stops at look len(counts) if it did not before."""
+        k = len(counts) - 1
+        return k == len(self.looks) - 1 or bool(self.settled(k, np.array([counts]))[0])
 
     def settled(self, k: int, counts: Array) -> Array:
         """Whether each image stops at look k < len(looks) - 1 if it did not before, bool [images].
@@ -357,6 +362,9 @@ class Exact(Rule):
         self._stops = [self._settled(k, np.arange(look + 1)) for k, look in enumerate(self.looks)]
         self._stops[-1][:] = True
 
+    def stops(self, counts: Sequence[int]) -> bool:
+        return bool(self._stops[len(counts) - 1][counts[-1]])
+
     def settled(self, k: int, counts: Array) -> Array:
         return self._stops[k][counts[:, k]]
 
@@ -534,7 +542,7 @@ class Certification:
         if self.seen < self.rule.looks[len(self.counts)]:
             return None
         self.counts.append(self.votes)
-        decision = self.rule.decide(self.counts)
+        decision = self.rule.decide(self.counts) if self.rule.stops(self.counts) else None
         if decision is None:
             return None
         samples, reason = self.n0 + decision.samples, decision.reason
