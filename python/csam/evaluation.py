@@ -2,14 +2,16 @@
 
 The record has one line an image, `idx label predict radius correct time`, as in the code published with
 Cohen, Rosenfeld and Kolter (2019): predict is -1 where the smoothed classifier abstains, correct is 0 or 1,
-time is in seconds (h:mm:ss is read too). Every line is flushed to the disk before the next image is started.
-Only a line that ends in a newline counts: what a killed run left of its last line is dropped when the run
-goes on.
+time is in seconds (h:mm:ss is read too). Only a line that ends in a newline counts: what a killed run left of its
+last line is dropped when the run goes on.
 
 Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
 each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
 takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped. The law of the
 noise is there too, and the norm of the radii: the lines of the record itself have no place for it.
+
+An image's votes are on the disk before its line is written. Lines are left to the operating system until the run ends:
+those that a power cut takes away are written again from the votes.
 
 Where torch.distributed is initialised, all its processes draw samples of whichever images are under way, and process 0
 alone reads and writes files and decides: votes add up, whoever counts them, so the rows are those of one process.
@@ -91,10 +93,11 @@ def read_tsv(path: str | os.PathLike[str]) -> list[Row]:
 
 
 class TsvWriter:
-    """Appends rows to a record, each flushed to the disk before `append` returns; a context manager.
+    """Appends rows to a record; a context manager. Readers see a row at once; it is flushed to the disk at the end.
 
     A new file gets its header; of an existing one the torn last line is cut off and the rest read into
-    `rows`. Should an append fail (a full disk), the file is cut back to its last whole line.
+    `rows`, up to the first line with a zero byte, which is what a power cut may leave of data that was not yet written.
+    Should an append fail (a full disk), the file is cut back to its last whole line.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -107,12 +110,13 @@ class TsvWriter:
         self._file = self.path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines = _lines(self.path)[0]
+            lines = list(takewhile(lambda line: "\0" not in line, _lines(self.path)[0]))
             self.rows = _rows(self.path, lines)
             self._size = sum(len(line.encode()) + 1 for line in lines)
             self._file.truncate(self._size)
             if not lines:
                 self._write(HEADER)
+                self._sync()
         except BlockingIOError:
             self.close()
             raise RunError(f"{self.path} is being written by another run; wait for it or choose another file") from None
@@ -133,14 +137,23 @@ class TsvWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                self._sync()
+        finally:
+            self.close()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _write(self, line: str) -> None:
         data = f"{line}\n".encode()
         try:
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
         except BaseException as error:
             with suppress(OSError):
                 self._file.truncate(self._size)
@@ -236,7 +249,7 @@ def certify_dataset(
         path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
-        on_result: called with each new row, after it is on the disk.
+        on_result: called with each new row, after its votes are on the disk.
         on_samples: called with numbers of samples as they are drawn.
         stop: adaptive, target_radius, rtol, method: as in `Smooth.certify`.
 
