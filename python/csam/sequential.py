@@ -29,7 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -391,6 +391,7 @@ class Exact(Rule):
         """The root in the probit of q: bracketed about Clopper and Pearson's bound, then on its safe side."""
         at_least = [-(-count * look // self.looks[k]) for look in self.looks]
 
+        @cache
         def excess(probit: float) -> float:
             chance = self._chance(float(special.ndtr(probit)), at_least)
             return math.log(max(chance, 1e-300) / self.alpha) + self._margin
@@ -423,10 +424,10 @@ class Exact(Rule):
             above = max(at_least[k] - first, 0)
             total += 2 * cut + float(alive[above:][stop[above:]].sum())
             alive[stop] = 0
-            sums = np.cumsum(alive)
+            sums = alive.cumsum()
             if sums[-1] <= 2 * cut:
                 break
-            head, tail = np.searchsorted(sums, (cut, sums[-1] - cut), side="right")
+            head, tail = sums.searchsorted((cut, sums[-1] - cut), side="right")
             alive, first, total = alive[head : tail + 1], first + int(head), total + 2 * cut
         return total + 2 * cut
 
@@ -694,9 +695,17 @@ def _binomial(n: int, p: float, cut: float) -> tuple[int, Array]:
     """Lower end and probabilities of Binomial(n, p) on an interval that misses at most 2 cut (Bernstein 1924)."""
     log = math.log(1 / cut)
     half = log / 3 + math.sqrt(log * log / 9 + 2 * n * p * (1 - p) * log)
-    k = np.arange(max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half)) + 1)
-    choose = special.gammaln(n + 1.0) - special.gammaln(k + 1.0) - special.gammaln(n - k + 1.0)
-    return int(k[0]), np.exp(choose + special.xlogy(k, p) + special.xlog1py(n - k, -p))
+    low, high = max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half))
+    k = np.arange(low, high + 1.0)
+    log_factorial = _log_factorials(1 << n.bit_length())
+    choose = log_factorial[n] - log_factorial[low : high + 1] - log_factorial[n - high : n - low + 1][::-1]
+    return low, np.exp(choose + special.xlogy(k, p) + special.xlog1py(n - k, -p))
+
+
+@lru_cache(maxsize=32)
+def _log_factorials(most: int) -> Array:
+    """log 0! .. log most!."""
+    return special.gammaln(np.arange(1.0, most + 2))
 
 
 def fraction(name: str, value: float) -> float:
