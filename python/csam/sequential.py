@@ -33,7 +33,7 @@ from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 from csam.laws import LAWS
 from csam_kernels import checks
@@ -402,7 +402,9 @@ class Exact(Rule):
             low, high, step = low - step, low, 2 * step
         while high == low or excess(high) <= 0:
             low, high, step = high, high + step, 2 * step
-        root = float(optimize.brentq(excess, low, high, xtol=1e-8))
+        from scipy.optimize import brentq  # takes a while to import
+
+        root = float(brentq(excess, low, high, xtol=1e-8))
         while excess(root) > 0:
             root -= 1e-8
         if self._p_wanted > special.ndtr(root) and excess(float(special.ndtri(self._p_wanted))) <= 0:
