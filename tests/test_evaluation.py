@@ -483,7 +483,7 @@ def test_lines_that_a_power_cut_took_are_written_again_from_the_votes(
 
 
 def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
-    more = images[0].repeat(5, 1, 1, 1), images[1].repeat(5)
+    more = images[0].repeat(25, 1, 1, 1), images[1].repeat(25)
     want = run(tmp_path / "whole.tsv", more, n=20_000)
     torch.save(more, tmp_path / "images.pt")
     script = (
