@@ -560,7 +560,9 @@ class _Desk:
                 self._begin()
             if self._ready:
                 pieces.append(heappop(self._ready))
-                room = room - max(pieces[-1].n, self._piece // 32) if self._more else 0  # the last ones are shared
+                room -= max(pieces[-1].n, self._piece // 32)
+                if not self._more and len(pieces) * self._hands >= len(self._ready):
+                    break  # the last ones are shared
             elif pieces:
                 break
             elif self._begun == self._ended:
