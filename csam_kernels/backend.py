@@ -90,9 +90,10 @@ def _function(op: str, forced: str, where: device) -> Callable[..., Any]:
     if op in _ON_HOST and forced in ("cuda", "triton") and not INTERPRETED:
         forced = "cpu"
     candidates = (forced,) if forced else _UNASKED
-    reasons = {name: _why_not(op, name, where) for name in candidates}
-    for name, reason in reasons.items():
-        if not reason:
+    reasons = {}
+    for name in candidates:  # those after the first that serves are not imported
+        reasons[name] = _why_not(op, name, where)
+        if not reasons[name]:
             function: Callable[..., Any] = getattr(_load(name)[0], op)
             return function
     message = f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

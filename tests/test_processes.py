@@ -155,16 +155,16 @@ def test_any_number_of_processes_writes_the_rows_of_one(
 
 def test_one_image_is_drawn_by_all(tmp_path: Path, together: Together) -> None:
     for size in (1, 4):
-        done = together(size, tmp_path, "certified", path=f"{size}.tsv", count=1, n=2_000_000, **FIXED)
+        done = together(size, tmp_path, "certified", path=f"{size}.tsv", count=1, n=5_000_000, **FIXED)
         assert done == [(0, "")] * size
     assert without_time(read_tsv(tmp_path / "4.tsv")) == without_time(read_tsv(tmp_path / "1.tsv"))
     drawn = [int((tmp_path / f"4.tsv.{rank}").read_text()) for rank in range(4)]
-    assert sum(drawn) == int((tmp_path / "1.tsv.0").read_text()) == 2_000_020
+    assert sum(drawn) == int((tmp_path / "1.tsv.0").read_text()) == 5_000_020
     assert min(drawn) > 100_000
 
 
 def test_a_killed_process_ends_all_and_the_next_ones_go_on(tmp_path: Path, together: Together) -> None:
-    options: dict[str, Any] = {"count": 20, "n": 100_000}
+    options: dict[str, Any] = {"count": 200, "n": 100_000}
     assert together(1, tmp_path, "certified", path="whole.tsv", **options) == [(0, "")]
     seed = time.time_ns() % 2**32
     draws, killed = random.Random(seed), [0, 0, 0]

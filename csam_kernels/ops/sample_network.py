@@ -186,10 +186,10 @@ def depthwise(step: Step) -> bool:
     _, taps, rows = step.weight
     if len(taps) > (len(rows) - 1) * math.prod(step.kernel):
         return False
-    channels, filters = taps // math.prod(step.kernel), rows.diff()
-    inside = torch.repeat_interleave(torch.arange(len(filters)), filters)
-    same = (channels[1:] == channels[:-1]) | (inside[1:] != inside[:-1])
-    return len(taps) > len(filters) and bool(same.all())
+    channels, begins = taps // math.prod(step.kernel), torch.zeros(len(taps) + 1, dtype=torch.bool)
+    begins[rows.long()] = True
+    same = (channels[1:] == channels[:-1]) | begins[1:-1]
+    return len(taps) > len(rows) - 1 and bool(same.all())
 
 
 class SampleNetwork:

@@ -276,7 +276,7 @@ def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=messages, refresh_per_second=4) as progress:
+    with Progress(*columns, console=messages, refresh_per_second=2) as progress:
         task, start, drawn = progress.add_task(title, total=total, speed=""), time.monotonic(), 0
 
         def advance(steps: int, samples: int = 0) -> None:

@@ -2,14 +2,16 @@
 
 The record has one line an image, `idx label predict radius correct time`, as in the code published with
 Cohen, Rosenfeld and Kolter (2019): predict is -1 where the smoothed classifier abstains, correct is 0 or 1,
-time is in seconds (h:mm:ss is read too). Every line is flushed to the disk before the next image is started.
-Only a line that ends in a newline counts: what a killed run left of its last line is dropped when the run
-goes on.
+time is in seconds (h:mm:ss is read too). Only a line that ends in a newline counts: what a killed run left of its
+last line is dropped when the run goes on.
 
 Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
 each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
 takes up each image at its last votes, which add up, and ends with the rows of one that was not stopped. The law of the
 noise is there too, and the norm of the radii: the lines of the record itself have no place for it.
+
+An image's votes are on the disk before its line is written. Lines are left to the operating system until the run ends:
+those that a power cut takes away are written again from the votes.
 
 Where torch.distributed is initialised, all its processes draw samples of whichever images are under way, and process 0
 alone reads and writes files and decides: votes add up, whoever counts them, so the rows are those of one process.
@@ -23,19 +25,19 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from heapq import heappop, heappush
+from itertools import pairwise, takewhile
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +47,12 @@ from csam.data import to_unit
 from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
-from csam.sequential import Certificate, Certification, Rule, fraction
+from csam.sequential import Certification, Rule, fraction
 from csam.smoothing import ABSTAIN, Prepared, Smooth, image, nchw, one_intra_op_thread
 from csam_kernels import checks
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
+WRITE_SECONDS = 0.1  # what is finished waits for others to be written with, at most
 PIECE_SECONDS = 0.03  # of samples that a thread takes at a time
 Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -91,10 +94,11 @@ def read_tsv(path: str | os.PathLike[str]) -> list[Row]:
 
 
 class TsvWriter:
-    """Appends rows to a record, each flushed to the disk before `append` returns; a context manager.
+    """Appends rows to a record; a context manager. Readers see a row at once; it is flushed to the disk at the end.
 
     A new file gets its header; of an existing one the torn last line is cut off and the rest read into
-    `rows`. Should an append fail (a full disk), the file is cut back to its last whole line.
+    `rows`, up to the first line with a zero byte, which is what a power cut may leave of data that was not yet written.
+    Should an append fail (a full disk), the file is cut back to its last whole line.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -107,12 +111,13 @@ class TsvWriter:
         self._file = self.path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines = _lines(self.path)[0]
+            lines = list(takewhile(lambda line: "\0" not in line, _lines(self.path)[0]))
             self.rows = _rows(self.path, lines)
             self._size = sum(len(line.encode()) + 1 for line in lines)
             self._file.truncate(self._size)
             if not lines:
                 self._write(HEADER)
+                self._sync()
         except BlockingIOError:
             self.close()
             raise RunError(f"{self.path} is being written by another run; wait for it or choose another file") from None
@@ -133,14 +138,23 @@ class TsvWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                self._sync()
+        finally:
+            self.close()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _write(self, line: str) -> None:
         data = f"{line}\n".encode()
         try:
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
         except BaseException as error:
             with suppress(OSError):
                 self._file.truncate(self._size)
@@ -236,7 +250,7 @@ def certify_dataset(
         path: of the TSV file, made or continued; `votes_path(path)` is made or continued with it.
         indices: of the images to certify, default all.
         n0, n, alpha, batch_size: as in `Smooth.certify`.
-        on_result: called with each new row, after it is on the disk.
+        on_result: called with each new row, after its votes are on the disk.
         on_samples: called with numbers of samples as they are drawn.
         stop: adaptive, target_radius, rtol, method: as in `Smooth.certify`.
 
@@ -323,13 +337,13 @@ def _recorded(
     pixels: Callable[[int], Tensor],
     rule: Rule,
     recipe: dict[str, Any],
-    draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[_Image, None, None]],
+    draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[list[dict[str, Any]], None, None]],
     on_result: Callable[[Row], None] | None,
     on_samples: Callable[[int], None] | None,
 ) -> dict[int, Row]:
     """The rows of the record by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
 
-    `draw` gives each image whenever ranges of it are complete, the last time with its certificate.
+    `draw` gives what the journal is to keep of images, of each the last time with its certificate.
     """
     for row in record.rows:
         if row.idx >= len(labels) or row.label != labels[row.idx]:
@@ -363,19 +377,11 @@ def _recorded(
         if "reason" in known.get(i, {}):
             finish(known[i])
     with closing(draw(images, on_samples or (lambda n: None))) as drawn:
-        for one in drawn:
-            if one.certificate is None:
-                if time.monotonic() - one.saved > SAVE_SECONDS:
-                    journal.append({"idx": one.idx, **one.certification.state, "time": one.seconds})
-                    one.saved = time.monotonic()
-                continue
-            label, radius, samples, reason = one.certificate
-            votes: dict[str, Any] = {"idx": one.idx, "predict": label, "radius": radius, "samples": samples}
-            votes |= {"votes": one.certification.votes, "reason": reason, "time": round(one.seconds, 4)}
-            if one.certification.nan:
-                votes["nan"] = one.certification.nan
-            journal.append(votes)
-            finish(votes)
+        for kept in drawn:
+            journal.append(*kept)
+            for votes in kept:
+                if "reason" in votes:
+                    finish(votes)
     return rows
 
 
@@ -417,122 +423,230 @@ def _same_recipe(path: str | os.PathLike[str], begun: Mapping[str, Any], recipe:
     raise RunError(f"{path} was made with other settings ({shown}); {advice}")
 
 
+class Piece(NamedTuple):
+    """Samples `first` .. `first + n - 1` of an image, in a range of those that it wants; in the order to draw them."""
+
+    place: int
+    range: int
+    first: int
+    n: int
+    image: _Image
+
+
 class _Image:
     """An image under way.
 
     Attributes:
-        certificate: None until it is decided.
+        place: how many were begun before.
+        ended: it is decided.
         seconds: its part of the time so far.
         saved: when it was saved last, or begun.
-        pieces: (range, number, first sample) of what is still to be drawn of the ranges wanted.
-        votes: of the ranges wanted, so far, [num_classes] each.
+        votes: of the ranges wanted, by their number, [num_classes] each, so far.
         left: samples of these ranges that are missing.
     """
 
     def __init__(self, idx: int, x: Tensor, certification: Certification, known: Mapping[str, Any]) -> None:
-        self.idx, self.x, self.certification = idx, x, certification
-        self.certificate: Certificate | None = None
+        self.idx, self.x, self.certification, self.place, self.ended = idx, x, certification, 0, False
         self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
-        self.pieces: deque[tuple[int, int, int]] = deque()
-        self.votes: list[Tensor] = []
+        self.votes: dict[int, Tensor] = {}
         self.left = 0
 
-    def cut(self, most: int, piece: int, num_classes: int, aligned: bool) -> None:
+    def cut(self, most: int, piece: int, aligned: bool) -> list[Piece]:
         """Begin the next ranges, which end at multiples of `most`, in pieces of so many samples.
 
         If they are aligned, they end at multiples of `piece`.
         """
         self.certification.most = most
-        ranges = self.certification.wanted
+        ranges, pieces = self.certification.wanted, []
         for k, (n, first) in enumerate(ranges):
             start = first - first % piece if aligned else first
             ends = [first, *range(start + piece, first + n, piece), first + n]
-            self.pieces += [(k, end - begin, begin) for begin, end in pairwise(ends)]
-        self.votes = [torch.zeros(num_classes, dtype=torch.int64) for _ in ranges]
-        self.left = sum(n for n, _ in ranges)
+            pieces += [Piece(self.place, k, begin, end - begin, self) for begin, end in pairwise(ends)]
+        self.votes, self.left = {}, sum(n for n, _ in ranges)
+        return pieces
 
-    def tell(self) -> None:
-        """Hand over the votes of ranges that are complete."""
-        self.certificate = self.certification.tell([v.tolist() for v in self.votes])
+    def add(self, piece: Piece, found: Tensor, seconds: float) -> None:
+        """Count the votes of a piece."""
+        k = piece.range
+        self.votes[k] = self.votes[k] + found if k in self.votes else found
+        self.left -= piece.n
+        self.seconds += seconds
+
+    def tell(self) -> dict[str, Any] | None:
+        """Hand over the votes of ranges that are complete.
+
+        Returns:
+            What the journal is to keep of the image now: its certificate, or every few seconds its state, or nothing.
+        """
+        certificate = self.certification.tell([self.votes[k].tolist() for k in sorted(self.votes)])
+        if certificate is None:
+            if time.monotonic() - self.saved <= SAVE_SECONDS:
+                return None
+            self.saved = time.monotonic()
+            return {"idx": self.idx, **self.certification.state, "time": self.seconds}
+        self.ended = True
+        label, radius, samples, reason = certificate
+        votes: dict[str, Any] = {"idx": self.idx, "predict": label, "radius": radius, "samples": samples}
+        votes |= {"votes": self.certification.votes, "reason": reason, "time": round(self.seconds, 4)}
+        if self.certification.nan:
+            votes["nan"] = self.certification.nan
+        return votes
 
 
 def _one_by_one(
     smooth: Smooth, prepared: Prepared, batch_size: int, images: Iterator[_Image], on_samples: Callable[[int], None]
-) -> Generator[_Image, None, None]:
-    """Each image whenever ranges of it are complete; the threads share the tiles of one image."""
+) -> Generator[list[dict[str, Any]], None, None]:
+    """What the journal is to keep of each image; the threads share the tiles of one image."""
     most = 20 * prepared.tile
     for one in images:
-        while one.certificate is None:
+        while not one.ended:
             start = time.perf_counter()
             one.certification.most = most
             ranges = one.certification.wanted
-            one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
-            one.tell()
+            one.votes = dict(enumerate(smooth.cast(one.x, ranges, batch_size, one.idx)))
             seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
             one.seconds += seconds
             most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
+            kept = one.tell()
             on_samples(n)
-            yield one
+            if kept is not None:
+                yield [kept]
+
+
+class _Desk:
+    """Where the hands fetch what to draw and hand in what they found.
+
+    Attributes:
+        over: set when all images are decided, or a hand has failed.
+        errors: of the hands.
+    """
+
+    def __init__(self, images: Iterator[_Image], hands: int, tile: int, aligned: bool) -> None:
+        self.over, self.errors = threading.Event(), list[BaseException]()
+        self._images, self._hands, self._tile, self._aligned = images, hands, tile, aligned
+        self._changed = threading.Condition()  # all below is used under it
+        self._ready: list[Piece] = []  # a heap
+        self._kept: list[dict[str, Any]] = []
+        self._piece, self._most, self._drawn = 2 * tile, 64 * tile, 0
+        self._begun, self._ended, self._more = 0, 0, True
+
+    def exchange(self, found: Iterable[tuple[Piece, Tensor, float]]) -> list[Piece]:
+        """Hand in pieces with their votes and the seconds they took, and fetch the next ones; nothing at the end."""
+        with self._changed:
+            for piece, votes, seconds in found:
+                self._count(piece, votes, seconds)
+            return self._next()
+
+    def collected(self) -> tuple[int, list[dict[str, Any]]]:
+        """How many samples were drawn since the last call, and what the journal is to keep of them."""
+        with self._changed:
+            drawn, kept = self._drawn, self._kept
+            self._drawn, self._kept = 0, []
+        return drawn, kept
+
+    def close(self, *errors: BaseException) -> None:
+        """Let no hand fetch any more."""
+        with self._changed:
+            self.errors += errors
+            self.over.set()
+            self._changed.notify_all()
+
+    def _next(self) -> list[Piece]:
+        """Enough to do for a while, of the images that were begun first before others."""
+        pieces: list[Piece] = []
+        room = self._piece
+        while room > 0 and not self.over.is_set():
+            if self._more and not self._ready:
+                self._begin()
+            if self._ready:
+                pieces.append(heappop(self._ready))
+                room -= max(pieces[-1].n, self._piece // 32)
+                if not self._more and len(pieces) * self._hands >= len(self._ready):
+                    break  # the last ones are shared
+            elif pieces:
+                break
+            elif self._begun == self._ended:
+                self.close()
+            elif not self._more:
+                self._changed.wait()
+        if self._ready:
+            self._changed.notify()
+        return pieces
+
+    def _count(self, piece: Piece, votes: Tensor, seconds: float) -> None:
+        one, n, tile = piece.image, piece.n, self._tile
+        self._drawn += n
+        self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
+        self._most = tile * max(1, int(SAVE_SECONDS * self._hands * n / seconds / tile))
+        one.add(piece, votes, seconds / self._hands)
+        if one.left:
+            return
+        kept = one.tell()
+        if kept is not None:
+            self._kept.append(kept)
+        if one.ended:
+            self._ended += 1
+        else:
+            self._cut(one)
+
+    def _begin(self) -> None:
+        one = next(self._images, None)
+        if one is None:
+            self._more = False
+            return
+        one.place = self._begun
+        self._begun += 1
+        self._cut(one)
+
+    def _cut(self, one: _Image) -> None:
+        for piece in one.cut(self._most, self._piece, self._aligned):
+            heappush(self._ready, piece)
 
 
 def _together(
     prepared: Prepared, hands: Sequence[Hand], images: Iterator[_Image], on_samples: Callable[[int], None]
-) -> Generator[_Image, None, None]:
-    """The same where each hand takes pieces of whichever image has some, the one that was begun first before others.
+) -> Generator[list[dict[str, Any]], None, None]:
+    """The same where each hand, on a thread of its own, draws pieces of whichever images have some.
 
-    An image between two looks has none: the next one is begun, so that no hand waits.
+    An image between two looks has none: others are begun, so that no hand waits. Short pieces of several images are
+    drawn one after another, for what is done between them takes less time when it is done at a stretch.
     """
-    tile = prepared.sampler.lanes if prepared.sampler else prepared.tile
-    idle: SimpleQueue[Hand] = SimpleQueue()
-    for hand in hands:
-        idle.put(hand)
-    done: SimpleQueue[tuple[_Image, int, int, Tensor | BaseException, float]] = SimpleQueue()
-    begun: list[_Image] = []
-    piece, most, out = 2 * tile, 64 * tile, 0
+    desk = _Desk(
+        images, len(hands), prepared.sampler.lanes if prepared.sampler else prepared.tile, not prepared.sampler
+    )
 
-    def draw(one: _Image, k: int, n: int, first: int) -> None:
-        start, hand = time.perf_counter(), idle.get()
+    def work(hand: Hand) -> None:
+        def drawn(piece: Piece) -> tuple[Piece, Tensor, float]:
+            start = time.perf_counter()
+            return piece, hand(piece.image, piece.n, piece.first), time.perf_counter() - start
+
+        found: list[tuple[Piece, Tensor, float]] = []
         try:
-            found = hand(one, n, first)
+            one_intra_op_thread()
+            while pieces := desk.exchange(found):
+                found = [drawn(piece) for piece in pieces]
         except BaseException as error:
-            done.put((one, k, n, error, 0.0))
-        else:
-            done.put((one, k, n, found, time.perf_counter() - start))
-        idle.put(hand)
+            desk.close(error)
 
-    with ThreadPoolExecutor(len(hands), "csam-images", initializer=one_intra_op_thread) as pool:
-        try:
-            while True:
-                while out < 2 * len(hands):
-                    one = next((i for i in begun if i.pieces), None) or next(images, None)
-                    if one is None:
-                        break
-                    if not one.pieces:
-                        begun.append(one)
-                        one.cut(most, piece, prepared.num_classes, prepared.sampler is None)
-                    pool.submit(draw, one, *one.pieces.popleft())
-                    out += 1
-                if not out:
-                    return
-                one, k, n, found, seconds = done.get()
-                out -= 1
-                if isinstance(found, BaseException):
-                    raise found
+    threads = [threading.Thread(target=work, args=(hand,), name=f"csam-images-{i}") for i, hand in enumerate(hands)]
+    try:
+        for thread in threads:
+            thread.start()
+        over = False
+        while not over:
+            over = desk.over.wait(WRITE_SECONDS)
+            n, kept = desk.collected()
+            if n:
                 on_samples(n)
-                one.votes[k] += found
-                one.left -= n
-                one.seconds += seconds / len(hands)
-                piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
-                most = tile * max(1, int(SAVE_SECONDS * len(hands) * n / seconds / tile))
-                if one.left == 0:
-                    one.tell()
-                    if one.certificate is None:
-                        one.cut(most, piece, prepared.num_classes, prepared.sampler is None)
-                    else:
-                        begun.remove(one)
-                    yield one
-        finally:
-            pool.shutdown(cancel_futures=True)
+            if kept:
+                yield kept
+        for error in desk.errors:
+            raise error
+    finally:
+        desk.close()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
 
 
 def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:

@@ -132,12 +132,12 @@ class Journal:
             records.append(record)
         return records, size
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one object. Raises OSError naming the file (a full disk); it then ends in its last whole line."""
-        line = (json.dumps({**record, "crc32": _crc32(record)}) + "\n").encode()
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add objects. Raises OSError naming the file (a full disk); it then ends in its last whole line before."""
+        data = "".join(json.dumps({**record, "crc32": _crc32(record)}) + "\n" for record in records).encode()
         try:
             with open(self.path, "ab") as file:
-                file.write(line)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
@@ -146,8 +146,8 @@ class Journal:
             if isinstance(error, OSError):
                 raise _naming(self.path, error) from error
             raise
-        self._size += len(line)
-        self.records.append(dict(record))
+        self._size += len(data)
+        self.records += map(dict, records)
 
 
 def _crc32(record: Mapping[str, Any]) -> str:

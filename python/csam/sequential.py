@@ -29,11 +29,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 from csam.laws import LAWS
 from csam_kernels import checks
@@ -128,10 +128,10 @@ class Rule(ABC):
             TypeError, ValueError: no count, more counts than looks, or counts that cannot be.
         """
         counts = self._checked(counts)
+        if not self.stops(counts):
+            return None
         k = len(counts) - 1
         last = k == len(self.looks) - 1
-        if not last and not self.settled(k, np.array([counts]))[0]:
-            return None
         p_lower = self.bound(counts)
         radius = None if p_lower < 0.5 else self.sigma * float(self.law.radius(p_lower))
         reason = "n" if last else "rtol"
@@ -140,6 +140,11 @@ class Rule(ABC):
         elif not last and counts[-1] <= self._hopeless[k] and (radius is None or self.target_radius is not None):
             reason = "abstain" if self.target_radius is None else "below target"
         return Decision(p_lower, radius, self.looks[k], reason)
+
+    def stops(self, counts: Sequence[int]) -> bool:
+        """Whether an image with these counts, not checked, stops at look len(counts) if it did not before."""
+        k = len(counts) - 1
+        return k == len(self.looks) - 1 or bool(self.settled(k, np.array([counts]))[0])
 
     def settled(self, k: int, counts: Array) -> Array:
         """Whether each image stops at look k < len(looks) - 1 if it did not before, bool [images].
@@ -357,6 +362,9 @@ class Exact(Rule):
         self._stops = [self._settled(k, np.arange(look + 1)) for k, look in enumerate(self.looks)]
         self._stops[-1][:] = True
 
+    def stops(self, counts: Sequence[int]) -> bool:
+        return bool(self._stops[len(counts) - 1][counts[-1]])
+
     def settled(self, k: int, counts: Array) -> Array:
         return self._stops[k][counts[:, k]]
 
@@ -383,6 +391,7 @@ class Exact(Rule):
         """The root in the probit of q: bracketed about Clopper and Pearson's bound, then on its safe side."""
         at_least = [-(-count * look // self.looks[k]) for look in self.looks]
 
+        @cache
         def excess(probit: float) -> float:
             chance = self._chance(float(special.ndtr(probit)), at_least)
             return math.log(max(chance, 1e-300) / self.alpha) + self._margin
@@ -393,7 +402,9 @@ class Exact(Rule):
             low, high, step = low - step, low, 2 * step
         while high == low or excess(high) <= 0:
             low, high, step = high, high + step, 2 * step
-        root = float(optimize.brentq(excess, low, high, xtol=1e-8))
+        from scipy.optimize import brentq  # takes a while to import
+
+        root = float(brentq(excess, low, high, xtol=1e-8))
         while excess(root) > 0:
             root -= 1e-8
         if self._p_wanted > special.ndtr(root) and excess(float(special.ndtri(self._p_wanted))) <= 0:
@@ -415,10 +426,10 @@ class Exact(Rule):
             above = max(at_least[k] - first, 0)
             total += 2 * cut + float(alive[above:][stop[above:]].sum())
             alive[stop] = 0
-            sums = np.cumsum(alive)
+            sums = alive.cumsum()
             if sums[-1] <= 2 * cut:
                 break
-            head, tail = np.searchsorted(sums, (cut, sums[-1] - cut), side="right")
+            head, tail = sums.searchsorted((cut, sums[-1] - cut), side="right")
             alive, first, total = alive[head : tail + 1], first + int(head), total + 2 * cut
         return total + 2 * cut
 
@@ -534,7 +545,7 @@ class Certification:
         if self.seen < self.rule.looks[len(self.counts)]:
             return None
         self.counts.append(self.votes)
-        decision = self.rule.decide(self.counts)
+        decision = self.rule.decide(self.counts) if self.rule.stops(self.counts) else None
         if decision is None:
             return None
         samples, reason = self.n0 + decision.samples, decision.reason
@@ -686,9 +697,17 @@ def _binomial(n: int, p: float, cut: float) -> tuple[int, Array]:
     """Lower end and probabilities of Binomial(n, p) on an interval that misses at most 2 cut (Bernstein 1924)."""
     log = math.log(1 / cut)
     half = log / 3 + math.sqrt(log * log / 9 + 2 * n * p * (1 - p) * log)
-    k = np.arange(max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half)) + 1)
-    choose = special.gammaln(n + 1.0) - special.gammaln(k + 1.0) - special.gammaln(n - k + 1.0)
-    return int(k[0]), np.exp(choose + special.xlogy(k, p) + special.xlog1py(n - k, -p))
+    low, high = max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half))
+    k = np.arange(low, high + 1.0)
+    log_factorial = _log_factorials(1 << n.bit_length())
+    choose = log_factorial[n] - log_factorial[low : high + 1] - log_factorial[n - high : n - low + 1][::-1]
+    return low, np.exp(choose + special.xlogy(k, p) + special.xlog1py(n - k, -p))
+
+
+@lru_cache(maxsize=32)
+def _log_factorials(most: int) -> Array:
+    """log 0! .. log most!."""
+    return special.gammaln(np.arange(1.0, most + 2))
 
 
 def fraction(name: str, value: float) -> float:
