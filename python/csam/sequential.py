@@ -699,15 +699,20 @@ def _binomial(n: int, p: float, cut: float) -> tuple[int, Array]:
     half = log / 3 + math.sqrt(log * log / 9 + 2 * n * p * (1 - p) * log)
     low, high = max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half))
     k = np.arange(low, high + 1.0)
-    log_factorial = _log_factorials(1 << n.bit_length())
-    choose = log_factorial[n] - log_factorial[low : high + 1] - log_factorial[n - high : n - low + 1][::-1]
+    choose = _log_factorials(n, n) - _log_factorials(low, high) - _log_factorials(n - high, n - low)[::-1]
     return low, np.exp(choose + special.xlogy(k, p) + special.xlog1py(n - k, -p))
 
 
-@lru_cache(maxsize=32)
-def _log_factorials(most: int) -> Array:
-    """log 0! .. log most!."""
-    return special.gammaln(np.arange(1.0, most + 2))
+def _log_factorials(low: int, high: int) -> Array:
+    """log low! .. log high!."""
+    if high < 1 << 20:  # tables of 16 MiB in all
+        return _log_factorial_table(1 << high.bit_length())[low : high + 1]
+    return special.gammaln(np.arange(low + 1.0, high + 2))
+
+
+@cache
+def _log_factorial_table(size: int) -> Array:
+    return special.gammaln(np.arange(1.0, size + 1))
 
 
 def fraction(name: str, value: float) -> float:
