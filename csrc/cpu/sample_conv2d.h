@@ -126,8 +126,7 @@ struct Block {  // some channels of the input under one tile, and what the filte
   int64_t rows, columns;  // of the tile
   int64_t pixels;         // from one filter's sums to the next's
   const Tap* taps;
-  const int32_t* cuts;  // sparse: where the taps of each filter begin, `stride` apart; they end at the cut after it
-  int64_t stride;
+  const int32_t* cuts;               // sparse: where the taps of each filter begin; they end at the cut after it
   const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters][deep]
   const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
   int64_t products;                  // dense: of a filter
@@ -212,7 +211,7 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
   using V = typename Format::Sum;
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
   for (int64_t o = 0; o < filters; ++o, sums += pixels * W) {
-    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
     fetch(b, share);
     if (!b.bias && first == end && !b.outputs) continue;
     const V initial = start(V{}, b.bias ? b.bias[o] : 0);
@@ -380,7 +379,7 @@ template <class Format, int R, int C>
 CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
   for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
-    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
     fetch(b, share);
     if (!b.bias && first == end && !b.outputs) continue;
     const __m512 start = _mm512_set1_ps(b.bias ? b.bias[o] : 0);
@@ -580,7 +579,7 @@ template <class Format, int R, int C>
 CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
   for (int64_t o = 0; o < filters; ++o, sums += 4 * pixels * W) {
-    const Tap *first = b.taps + b.cuts[o * b.stride], *end = b.taps + b.cuts[o * b.stride + 1];
+    const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
     fetch(b, share);
     if (!b.bias && first == end && !b.outputs) continue;
     const __m512i initial = _mm512_set1_epi32(b.bias ? int32_t(b.bias[o]) : 0);
@@ -1067,17 +1066,20 @@ struct Convolution : Layer<Format> {
 
   void lay_sparse(const Axis& x, const Axis& y) {
     taps = Array<Tap>(a.rows[a.filters]);
-    cuts = Array<int32_t>(live * (blocks + 1));
-    for (int64_t o = 0; o < live; ++o) {
-      int32_t* cut = cuts.data + o * (blocks + 1);
-      int32_t k = *cut = a.rows[o];
-      for (int64_t b = 0; b < blocks; ++b) {
-        for (; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
+    cuts = Array<int32_t>(blocks * (live + 1));
+    Array<int32_t> next(live);  // tap of each filter
+    for (int64_t o = 0; o < live; ++o) next[o] = a.rows[o];
+    int32_t laid = 0;
+    for (int64_t b = 0; b < blocks; ++b) {  // as they are read
+      int32_t* cut = cuts.data + b * (live + 1);
+      for (int64_t o = 0; o < live; ++o) {
+        *cut++ = laid;
+        for (int32_t& k = next[o]; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
           const int64_t at = place[a.taps[k] / area] - b * together;
-          taps[k] = {Format::weight(a.values[k]), int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
+          taps[laid++] = {Format::weight(a.values[k]), int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
         }
-        *++cut = k;
       }
+      *cut = laid;
     }
   }
 
@@ -1162,8 +1164,7 @@ struct Convolution : Layer<Format> {
           block.unit = unit;
         } else {
           block.taps = taps.data;
-          block.cuts = cuts.data + slot * (blocks + 1) + b;
-          block.stride = blocks + 1;
+          block.cuts = cuts.data + b * (live + 1) + slot;
         }
         if (straight) block.outputs = &outputs;
         tile.micro.add(block, here, sums);

@@ -24,7 +24,7 @@ from csam.runs import processor
 from csam_kernels import backend, compress, sample_network
 from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
-_CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.1  # of what is measured: a layer in the middle of a ResNet
+_CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.5  # of what is measured: a layer in the middle of a ResNet
 _ROUNDS = 7
 _RATED = ("sparse", "dense")  # Winograd's costs are in units of the dense loop
 
