@@ -478,9 +478,7 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
     _mm512_store_si512(out + W, _mm512_unpackhi_epi16(x, y));
   }
   static void unpack(const uint16_t* in, vf* out) {
-    __m512i x = _mm512_loadu_si512(in);
-    asm("" : "+v"(x));  // in a register: as an operand in memory it would be loaded twice
-    const __m512i zero = _mm512_setzero_si512();
+    const __m512i x = once(_mm512_loadu_si512(in)), zero = _mm512_setzero_si512();
     out[0] = (vf)_mm512_unpacklo_epi16(zero, x);
     out[1] = (vf)_mm512_unpackhi_epi16(zero, x);
   }
@@ -980,7 +978,7 @@ struct Convolution : Layer<Format> {
   int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
   static constexpr bool kStraight = Format::kDeep == 1;           // results go straight from registers to the output
   bool tiled() const { return dense && Format::kDeep > 1; }       // by AMX
-  int64_t budget(int64_t bytes) const {                           // of a block whose units take so many
+  int64_t budget(int64_t room, int64_t bytes) const {             // of a block whose units take so many
     if (!tiled()) return room;
     const int64_t near = kTileTaps > Format::kDeep * area ? kTileTaps / area : Format::kDeep;
     return near * bytes < kTileBlockBytes ? near * bytes : kTileBlockBytes;
@@ -996,7 +994,7 @@ struct Convolution : Layer<Format> {
     unit = dense ? lines * W * Format::kSums + Format::kGap : lines * W;
     row_source = copied(y.source.data, y.lines);
     column_source = copied(x.source.data, x.lines);
-    const int64_t fitting = budget(4 * unit) / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
+    const int64_t fitting = budget(room, 4 * unit) / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
     blocks = channels ? tiles(channels, most) : 1;
     const int64_t each = tiles(tiles(channels, blocks), step()), products = tiles(each, dense ? Format::kDeep : 1);
     deep = channels ? tiles(each, products) : 1;
@@ -1032,10 +1030,8 @@ struct Convolution : Layer<Format> {
       const Axis y(a.kernel[0], a.stride[0], a.dilation[0], s.rows);
       const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
       if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
-      const int64_t before = room;
-      room = r.bytes;
       const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
-      const int64_t fitting = budget(each * step()) / each;
+      const int64_t fitting = budget(r.bytes, each * step()) / each;
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
       const double narrow = dense && m.columns == 1 && !tiled() ? 1.5 : 1;
@@ -1045,8 +1041,7 @@ struct Convolution : Layer<Format> {
                           live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost +
                           (tiled() ? turns * kTileCost : 0);
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
-      if (!found || total < cost) tile = s, cost = total, found = true;
-      else room = before;
+      if (!found || total < cost) tile = s, room = r.bytes, cost = total, found = true;
     };
     for (const Room& room : rooms)
       for (const Micro& m : micros)

@@ -37,15 +37,6 @@ struct Row {
   }
 };
 
-// What was loaded, in a register: as an operand in memory of several instructions it would be loaded by each.
-template <class Vector>
-CSAM_INLINE Vector once(Vector x) {
-#if defined(__AVX2__)
-  asm("" : "+v"(x));
-#endif
-  return x;
-}
-
 #if defined(__AVX512F__)
 // Two and four neighbours times their weights, added to the sums. As assembly, since an intrinsic would ask every
 // caller to be compiled for AVX512-BF16 or AVX512-VNNI.

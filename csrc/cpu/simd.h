@@ -42,6 +42,14 @@ template <class V, class T>
 CSAM_INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// What was loaded, in a register: as an operand in memory of several instructions it would be loaded by each.
+template <class Vector>
+CSAM_INLINE Vector once(Vector x) {
+#if defined(__AVX2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 CSAM_INLINE vf splat(float x) { return x - vf{}; }
 
 CSAM_INLINE vf fma(vf a, vf b, vf c) {
