@@ -138,20 +138,20 @@ def wide(filters: int, channels: int, kernel: int) -> Program:
 
 @pytest.mark.parametrize(("filters", "channels", "kernel"), [(1, 70, 3), (33, 31, 1), (70, 130, 3), (16, 64, 5)])
 def test_int8_bits_are_those_without_tiles(
-    amx: None, monkeypatch: pytest.MonkeyPatch, filters: int, channels: int, kernel: int
+    amx: None, loaded: ModuleType, filters: int, channels: int, kernel: int
 ) -> None:
     x = torch.rand(70, 3, 4, 3)
     program = quantize(wide(filters, channels, kernel), x)
     made = ck.sample_network(program, torch.int8)
     found, votes = made.logits(x), made.votes(x[0], SIGMA, 100, seed=3)
-    monkeypatch.setattr(cpu, "_C", _C)
+    loaded.set_isa("avx512")
     without = ck.sample_network(program, torch.int8)
     assert torch.equal(found, without.logits(x))
     assert torch.equal(votes, without.votes(x[0], SIGMA, 100, seed=3))
     assert made.fingerprint == without.fingerprint
 
 
-def test_bfloat16_votes(amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_votes(amx: None, loaded: ModuleType) -> None:
     """Those of the logits of the noise; another format than without tiles, since sums are in another order."""
     program, x = wide(40, 40, 3), torch.rand(3, 4, 3)
     made = ck.sample_network(program, torch.bfloat16)
@@ -160,8 +160,25 @@ def test_bfloat16_votes(amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(votes, ck.count_votes(made.logits(noise)))
     assert int((votes > 0).sum()) > 1
     assert all(t > 0 for t in made.times(1))
-    monkeypatch.setattr(cpu, "_C", _C)
+    loaded.set_isa("avx512")
     assert ck.sample_network(program, torch.bfloat16).fingerprint != made.fingerprint
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="needs a processor with AMX")
+@BOTH
+def test_the_processor_computes_what_is_emulated(
+    amx: None, loaded: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    program, x = wide(40, 70, 3), torch.rand(70, 3, 4, 3)
+    if dtype is torch.int8:
+        program = quantize(program, x)
+    emulated = ck.sample_network(program, dtype)
+    monkeypatch.setattr(cpu, "_C", _C)
+    _C.set_isa("amx")
+    real = ck.sample_network(program, dtype)
+    _C.set_isa("auto")
+    assert torch.equal(real.logits(x), emulated.logits(x))
+    assert real.fingerprint == emulated.fingerprint
 
 
 # Whether the processor is trusted

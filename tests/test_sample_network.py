@@ -152,7 +152,10 @@ def built(name: str, engine: str = "sparse", scaled: bool = False) -> Program:
 @pytest.mark.parametrize("name", BODIES)
 def test_logits_are_the_references(isa: str, name: str, engine: str, dtype: torch.dtype) -> None:
     program, x = built(name, engine, scaled=True), torch.rand(37, 3, 9, 7)
-    assert_close(ck.sample_network(program, dtype).logits(x), reference.sample_network(program, x, dtype), dtype)
+    found = ck.sample_network(program, dtype).logits(x)
+    if (isa, engine, dtype) == ("amx", "winograd", torch.bfloat16):  # tiles multiply what would be transformed
+        program = of_kind(program, "dense")
+    assert_close(found, reference.sample_network(program, x, dtype), dtype)
 
 
 @DTYPES

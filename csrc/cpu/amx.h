@@ -1,7 +1,6 @@
-// The instructions on AMX tiles; with CSAM_EMULATE_AMX what the processor's manual says they do, in C++, which is how
-// the tests run them: they were compiled and interpreted, not run on a processor that has them. A tile is at most 16
-// rows of 64 bytes; a product adds A [rows, units] B [units, columns] to C [rows, columns], units and sums 4 bytes
-// each.
+// The instructions on AMX tiles; with CSAM_EMULATE_AMX what the processor's manual says they do, in C++: so tests run
+// them everywhere, and compare bits where there is such a processor. A tile is at most 16 rows of 64 bytes; a product
+// adds A [rows, units] B [units, columns] to C [rows, columns], units and sums 4 bytes each.
 #pragma once
 #include "simd.h"
 #if defined(CSAM_EMULATE_AMX)

@@ -80,7 +80,7 @@ bool tiles_agree(int dtype) {
   return found[0] == found[1];
 }
 
-// Tiles are taken unasked only where they compute what they should: they were written without a processor to run them.
+// Tiles are taken unasked only where they compute what they should.
 bool trusts_amx() {
   static const bool agree = [] {
     if (*isa_supported("amx")) return false;

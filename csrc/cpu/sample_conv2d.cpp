@@ -1,5 +1,6 @@
 // sample_conv2d: one convolution, its jobs shared among threads.
 #include "sample_depthwise.h"
+#include "sample_tiles.h"
 
 namespace csam {
 namespace CSAM_ISA {
@@ -27,7 +28,13 @@ static void convolve(const SampleConvArgs& a, int threads) {
     return run(c, a, threads);
   }
   const int64_t places = tiles(a.out_height, 8) * tiles(a.out_width, 8) * tiles(a.samples, Format::kLanes);
-  Convolution<Format> c(a, tiles(threads, places ? places : 1));
+  const int64_t shares = tiles(threads, places ? places : 1);
+  if constexpr (kTiled<Format>)
+    if (a.engine != kSparse) {
+      TiledConvolution<Format> c(a, shares);
+      return run(c, a, threads);
+    }
+  Convolution<Format> c(a, shares);
   run(c, a, threads);
 }
 

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "../common/dtype.h"
-#include "amx.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -29,7 +28,7 @@ constexpr Room kDenseRooms[] = {{40 << 10, 1}};
 constexpr int64_t kNearBytes = 1 << 20;   // of input that needs no prefetch
 constexpr int64_t kSumBytes = 512 << 10;  // of sums that a job keeps: half of a second-level cache
 constexpr int64_t kMostTileRows = 32;
-constexpr int64_t kTurn = 8;  // filters, with AMX groups of them, whose results are stored while their sums are near
+constexpr int64_t kTurn = 8;             // filters whose results are stored while their sums are near
 constexpr int64_t kMostLines = 1 << 20;  // of a channel under a tile of more than one pixel
 constexpr double kPackCost = 3;          // of one packed vector, in fused multiply-adds
 constexpr double kTurnCost = 20;         // of one filter's turn over a block
@@ -37,11 +36,6 @@ constexpr double kSumCost = 2;           // of one sum put down and taken up aga
 constexpr double kEndCost = 6;           // of storing one vector of results
 constexpr double kRunCost = 20;          // of a row of one filter's results, wherever it goes
 constexpr double kJobCost = 100;         // of a tile, whatever it holds
-
-// The same where AMX multiplies, 256 of these in 16 cycles: counted on paper, not tried on such a processor.
-constexpr int64_t kTileBlockBytes = 272 << 10;  // of a packed block: in a second-level cache, beside the sums
-constexpr int64_t kTileTaps = 144;  // of a block: 32 filters and what they read at a pixel, 128 bytes a tap each
-constexpr double kTileCost = 250;   // of configuring and releasing the tiles for a block
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -127,10 +121,9 @@ struct Block {  // some channels of the input under one tile, and what the filte
   int64_t pixels;         // from one filter's sums to the next's
   const Tap* taps;
   const int32_t* cuts;               // sparse: where the taps of each filter begin; they end at the cut after it
-  const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters][deep]
+  const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters]
   const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
   int64_t products;                  // dense: of a filter
-  int64_t deep = 1, unit;            // dense: units that one product sums over, and floats of each
   const float* bias;                 // what the sums start from; null after the first block
   Input* ahead;                      // the block after it, to fetch meanwhile
   int64_t fetches;                   // so many lines
@@ -310,7 +303,6 @@ struct Float32 : Floats<Float32> {
   using Sum = vf;
   static constexpr const char* kName = "float32";
   static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
-  static constexpr int kDeep = 1, kGap = 0;                   // units of a product; floats between units
   using Image = float;
   using Logit = float;
   static uint32_t weight(float w) { return float_bits(w); }
@@ -333,7 +325,7 @@ struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   using Element = uint16_t;
   using Sum = vf;
   static constexpr const char* kName = "bfloat16";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kDeep = 1, kGap = 0;
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1;
   using Image = uint16_t;
   using Logit = uint16_t;
   static uint32_t weight(float w) { return uint32_t(csam::to_bf16(w)) << 16; }
@@ -459,7 +451,7 @@ CSAM_INLINE __m512i rounded(vf a, vf b) {
 struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' order, and packing undoes it
   using Element = uint16_t;
   static constexpr const char* kName = "bfloat16 pairs";
-  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4, kDeep = 1, kGap = 0;
+  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4;
   static constexpr Micro kSparse[] = {{2, 4, add_pairs<Bfloat16Pairs, 2, 4>},
                                       {1, 8, add_pairs<Bfloat16Pairs, 1, 8>},
                                       {1, 7, add_pairs<Bfloat16Pairs, 1, 7>},
@@ -530,7 +522,7 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters, kDeep = 1, kGap = 0;
+  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
 #if defined(__AVX512F__)
   static constexpr Micro kSparse[] = {
       {4, 4, add_taps<Int8, 4, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
@@ -674,7 +666,7 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";  // integers: the same bits as without it
-  static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4, kDeep = 1, kGap = 0;
+  static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4;
   static constexpr Micro kSparse[] = {
       {2, 2, add_quads<Int8Quads, 2, 2>}, {1, 4, add_quads<Int8Quads, 1, 4>}, {1, 1, add_quads<Int8Quads, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 1, add_row_quads<Int8Quads, 4>}};
@@ -711,96 +703,6 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
 
-// The sums of 16 or 32 filters and of 2 or 4 vectors side by side over a block: what is packed is B as it lies, a row a
-// unit. On paper ResNet-18 in bfloat16 takes 36 M cycles of products a 32 samples (16 each, beside 8 of loads, of which
-// the second-level cache gives 330 bytes), 6 M for C, 10 M for packing and storing: two thirds of the peak.
-template <class Format, int Strips, int Vectors>
-static void add_tile(const Block& b, const uint32_t* weights, const float* bias, const float* packed, float* sums) {
-  const int64_t pitch = b.rows * b.columns * Format::kSums * W, deep = b.deep;
-  const int64_t strip = 16 * b.products * deep, row = 4 * pitch;
-  for (int f = 0; bias && f < 16 * Strips; ++f)
-    for (int v = 0; v < Vectors; ++v) store(sums + f * pitch + v * W, Format::start(bias[f]));
-  float* next = Strips == 2 ? sums + 16 * pitch : sums + 2 * W;
-  tile_load<0>(sums, row);
-  tile_load<1>(sums + W, row);
-  if (Strips * Vectors == 4) {
-    tile_load<2>(next, row);
-    tile_load<3>(next + W, row);
-  }
-  for (int64_t p = 0; p < b.products; ++p, weights += 16 * deep) {
-    const float* in = packed + b.offsets[p];
-    tile_load<4>(weights, 4 * deep);
-    tile_load<6>(in, 4 * b.unit);
-    Format::template product<0, 4, 6>();
-    tile_load<7>(in + W, 4 * b.unit);
-    Format::template product<1, 4, 7>();
-    if (Strips == 2) {
-      tile_load<5>(weights + strip, 4 * deep);
-      Format::template product<2, 5, 6>();
-      Format::template product<3, 5, 7>();
-    } else if (Vectors == 4) {
-      tile_load<6>(in + 2 * W, 4 * b.unit);
-      Format::template product<2, 4, 6>();
-      tile_load<7>(in + 3 * W, 4 * b.unit);
-      Format::template product<3, 4, 7>();
-    }
-  }
-  tile_store<0>(sums, row);
-  tile_store<1>(sums + W, row);
-  if (Strips * Vectors == 4) {
-    tile_store<2>(next, row);
-    tile_store<3>(next + W, row);
-  }
-}
-
-template <class Format>
-static void add_tiles(const Block& b, int64_t filters, float* sums) {
-  const int64_t share = tiles(b.fetches, tiles(filters, 32) * b.rows), vectors = b.columns * Format::kSums;
-  TileShapes shapes;
-  for (int t = 0; t < 8; ++t) {  // 0 .. 3: C, 4 and 5: A, 6 and 7: B
-    shapes.rows[t] = uint8_t(t < 6 ? 16 : b.deep);
-    shapes.row_bytes[t] = uint16_t(t == 4 || t == 5 ? 4 * b.deep : 64);
-  }
-  tile_configure(shapes);
-  for (int64_t o = 0; o < filters; o += 32) {
-    const uint32_t* weights = b.weights + o * b.products * b.deep;
-    const float* bias = b.bias ? b.bias + o : nullptr;
-    float* sum = sums + o * b.rows * vectors * W;
-    for (int64_t row = 0; row < b.rows; ++row) {
-      fetch(b, share);
-      const float* packed = b.packed + row * b.pitch;
-      for (int64_t left = vectors, step; left > 0; left -= step, packed += step * W, sum += step * W) {
-        step = filters - o > 16 || left < 4 ? 2 : 4;
-        const auto add = filters - o > 16 ? add_tile<Format, 2, 2>
-                         : step == 4      ? add_tile<Format, 1, 4>
-                                          : add_tile<Format, 1, 2>;
-        add(b, weights, bias, packed, sum);
-      }
-    }
-  }
-  tile_release();
-}
-
-template <class Pairs>
-struct Tiled : Pairs {
-  static constexpr int kFilters = 16, kDeep = 16;
-  static constexpr int kGap = W;  // an odd number of cache lines from row to row of B: they share no set
-};
-struct Bfloat16Tiles : Tiled<Bfloat16Pairs> {  // for AMX-BF16: sums in another order
-  static constexpr const char* kName = "bfloat16 tiles";
-  static constexpr Micro kDense[] = {{1, 1, add_tiles<Bfloat16Tiles>}};
-  template <int C, int A, int B>
-  static void product() {
-    tile_product_bf16<C, A, B>();
-  }
-};
-struct Int8Tiles : Tiled<Int8Quads> {  // for AMX-INT8: the same bits
-  static constexpr Micro kDense[] = {{1, 1, add_tiles<Int8Tiles>}};
-  template <int C, int A, int B>
-  static void product() {
-    tile_product_int8<C, A, B>();
-  }
-};
 #endif
 
 struct Shape {  // of a tile of output pixels, and the register tile that fills it
@@ -865,28 +767,27 @@ struct Layer {
     return out;
   }
 
-  // For a dense loop over `units` units from unit `from` on, `deep` at a time: [padded / kFilters][units / deep][taps]
-  // [kFilters][deep], of w [padded, channels, taps].
-  uint32_t* lay_units(const float* w, int64_t taps, int64_t from, int64_t units, uint32_t* out,
-                      int64_t deep = 1) const {
+  // For a dense loop over `units` units from unit `from` on: [padded / kFilters][units][taps][kFilters], of w [padded,
+  // channels, taps].
+  uint32_t* lay_units(const float* w, int64_t taps, int64_t from, int64_t units, uint32_t* out) const {
     const int64_t there = tiles(channels, Format::kTogether) * Format::kTogether;
     for (int64_t s = 0; s < padded; s += Format::kFilters)
-      for (int64_t u = from; u < from + units; u += deep)
+      for (int64_t u = from; u < from + units; ++u)
         for (int64_t k = 0; k < taps; ++k)
-          for (int64_t f = 0; f < Format::kFilters * deep; ++f) {
+          for (int64_t f = 0; f < Format::kFilters; ++f) {
             float unit[Format::kTogether];
-            for (int64_t i = 0; i < Format::kTogether; ++i) {
-              const int64_t c = (u + f % deep) * Format::kTogether + i;
-              unit[i] = c < there ? w[((s + f / deep) * there + c) * taps + k] : 0;
-            }
+            for (int64_t i = 0; i < Format::kTogether; ++i)
+              unit[i] = w[((s + f) * there + u * Format::kTogether + i) * taps + k];
             *out++ = Format::unit_weight(unit);
           }
     return out;
   }
 
-  // Sums [rows, columns] of one filter, `pitch` floats apart, to the outputs from (top, left) on that are inside.
+  // Sums [rows, columns] of one filter, `pitch` floats apart and their vectors `gap`, to the outputs from (top, left)
+  // on that are inside.
   void write(int64_t slot, int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
-             const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples) const {
+             const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples,
+             int64_t gap = W) const {
     const Ending ending = this->ending(scales[slot]);
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;  // of a stored value, in elements
     const int64_t ahead = 2 * a.out_height * a.out_width * samples;      // the filter after the next one's
@@ -897,34 +798,34 @@ struct Layer {
       const float* sum = sums + r * columns * pitch;
       const Element* added = other ? other + i : nullptr;
       Element* to = out + width * i;
-      if (n < Format::kLanes) write_some(n, end, sum, pitch, added, ending, to, samples);
+      if (n < Format::kLanes) write_some(n, end, sum, pitch, gap, added, ending, to, samples);
       else if (added)
         for (int64_t c = 0; c < end; ++c, sum += pitch, added += samples, to += width * samples) {
           __builtin_prefetch(added + ahead);
           __builtin_prefetch(to + ahead, 1);
-          finish_at(sum, added, ending, to);
+          finish_at(sum, gap, added, ending, to);
         }
       else
         for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
           __builtin_prefetch(to + ahead, 1);
-          finish_at(sum, nullptr, ending, to);
+          finish_at(sum, gap, nullptr, ending, to);
         }
     }
   }
 
-  CSAM_INLINE void finish_at(const float* sums, const Element* other, const Ending& ending, Element* out) {
+  CSAM_INLINE void finish_at(const float* sums, int64_t gap, const Element* other, const Ending& ending, Element* out) {
     vf v[Format::kSums];
-    for (int i = 0; i < Format::kSums; ++i) v[i] = load<vf>(sums + i * W);
+    for (int i = 0; i < Format::kSums; ++i) v[i] = load<vf>(sums + i * gap);
     Format::finish(v, other, ending, out);
   }
 
-  void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, const Element* added, const Ending& ending,
-                  Element* to, int64_t samples) const {
+  void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, int64_t gap, const Element* added,
+                  const Ending& ending, Element* to, int64_t samples) const {
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
     for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
       Element some[Format::kLanes * 4] = {};
       if (added) memcpy(some, added + c * samples, n * sizeof *some);
-      finish_at(sum, added ? some : nullptr, ending, some);
+      finish_at(sum, gap, added ? some : nullptr, ending, some);
       memcpy(to, some, n * width * sizeof *some);
     }
   }
@@ -963,7 +864,7 @@ struct Convolution : Layer<Format> {
   Shape tile;
   int64_t room;     // of a packed block, in bytes
   double cost = 0;  // of kLanes samples
-  int64_t lines, across_lines, unit, deep, together, blocks, down, across, group;
+  int64_t lines, across_lines, unit, together, blocks, down, across, group;
   Array<int64_t> row_source, column_source;
   Array<Tap> taps;
   Array<int32_t> cuts, offsets;
@@ -976,13 +877,6 @@ struct Convolution : Layer<Format> {
   }
 
   int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
-  static constexpr bool kStraight = Format::kDeep == 1;           // results go straight from registers to the output
-  bool tiled() const { return dense && Format::kDeep > 1; }       // by AMX
-  int64_t budget(int64_t room, int64_t bytes) const {             // of a block whose units take so many
-    if (!tiled()) return room;
-    const int64_t near = kTileTaps > Format::kDeep * area ? kTileTaps / area : Format::kDeep;
-    return near * bytes < kTileBlockBytes ? near * bytes : kTileBlockBytes;
-  }
 
   explicit Convolution(const SampleConvArgs& args, int64_t shares = 1) : Base(args) {
     if (dense) choose(kDenseRooms, Format::kDense);
@@ -991,14 +885,12 @@ struct Convolution : Layer<Format> {
     const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
     across_lines = x.lines;
     lines = y.lines * x.lines;
-    unit = dense ? lines * W * Format::kSums + Format::kGap : lines * W;
+    unit = dense ? lines * W * Format::kSums : lines * W;
     row_source = copied(y.source.data, y.lines);
     column_source = copied(x.source.data, x.lines);
-    const int64_t fitting = budget(room, 4 * unit) / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
+    const int64_t fitting = room / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
     blocks = channels ? tiles(channels, most) : 1;
-    const int64_t each = tiles(tiles(channels, blocks), step()), products = tiles(each, dense ? Format::kDeep : 1);
-    deep = channels ? tiles(each, products) : 1;
-    together = products * deep * step();
+    together = tiles(tiles(channels, blocks), step()) * step();
     blocks = channels ? tiles(channels, together) : 1;
     down = tiles(a.out_height, tile.rows);
     across = tiles(a.out_width, tile.columns);
@@ -1020,9 +912,8 @@ struct Convolution : Layer<Format> {
   template <class Rooms, class Micros>
   void choose(const Rooms& rooms, const Micros& micros) {
     const int64_t filters = dense ? Format::kFilters : 1, rows = tiles(live, filters);
-    const int64_t depth = step() * (dense ? Format::kDeep : 1), sums = dense ? Format::kSums : 1;
     const double products =
-        dense ? double(rows * filters * tiles(channels, depth) * sums * area) : double(a.rows[a.filters]);
+        dense ? double(rows * filters * tiles(channels, step()) * Format::kSums * area) : double(a.rows[a.filters]);
     bool found = false;
     const auto consider = [&](const Room& r, const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
@@ -1031,15 +922,14 @@ struct Convolution : Layer<Format> {
       const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
       if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
       const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
-      const int64_t fitting = budget(r.bytes, each * step()) / each;
+      const int64_t fitting = r.bytes / each;
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
-      const double narrow = dense && m.columns == 1 && !tiled() ? 1.5 : 1;
-      const double put_down = double(turns - kStraight) * filters * pixels * (dense ? 1 : Format::kSums) * kSumCost;
+      const double narrow = dense && m.columns == 1 ? 1.5 : 1;
+      const double put_down = double(turns - 1) * filters * pixels * (dense ? 1 : Format::kSums) * kSumCost;
       const double work = products * pixels * narrow * r.cost + kPackCost * channels * y.lines * x.lines +
                           rows * (turns * micros * kTurnCost + put_down) +
-                          live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost +
-                          (tiled() ? turns * kTileCost : 0);
+                          live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost;
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
       if (!found || total < cost) tile = s, room = r.bytes, cost = total, found = true;
     };
@@ -1079,18 +969,17 @@ struct Convolution : Layer<Format> {
   }
 
   void lay_dense(const Axis& x, const Axis& y) {
-    const int64_t depth = deep * step();
-    offsets = Array<int32_t>(together / depth * area);
-    for (int64_t p = 0; p < together / depth * area; ++p)
-      offsets[p] = int32_t(p / area * deep * unit + offset(x, y, p % area) * W * Format::kSums);
+    offsets = Array<int32_t>(together / step() * area);
+    for (int64_t p = 0; p < together / step() * area; ++p)
+      offsets[p] = int32_t(p / area * unit + offset(x, y, p % area) * W * Format::kSums);
     const Array<float> full = Base::full();
     weights = Array<uint32_t>(padded * padded_channels() * area / Format::kTogether);
     uint32_t* out = weights.data;
     for (int64_t b = 0; b < blocks; ++b)
-      out = Base::lay_units(full.data, area, b * together / Format::kTogether, units(b), out, deep);
+      out = Base::lay_units(full.data, area, b * together / Format::kTogether, units(b), out);
   }
 
-  int64_t padded_channels() const { return tiles(channels, step() * deep) * step() * deep; }
+  int64_t padded_channels() const { return tiles(channels, step()) * step(); }
   int64_t units(int64_t b) const {
     const int64_t left = padded_channels() - b * together;
     return (left < together ? left : together) / step();
@@ -1139,11 +1028,8 @@ struct Convolution : Layer<Format> {
       ahead.next = (b + 1) * together, ahead.line = 0;
       ahead.end = ahead.next + together < channels ? ahead.next + together : channels;
       // Filters end in the last block, some at a time while their sums are near.
-      const bool last = b + 1 == blocks, straight = last && kStraight && n >= Format::kLanes;
-      const int64_t turn = straight ? mine
-                           : last   ? kTurn * (tiled() ? Format::kFilters : 1)
-                                    : mine,
-                    pixels = tile.rows * tile.columns;
+      const bool last = b + 1 == blocks, straight = last && n >= Format::kLanes;
+      const int64_t turn = last && !straight ? kTurn : mine, pixels = tile.rows * tile.columns;
       for (int64_t o = 0; o < mine; o += turn) {
         const int64_t here = mine - o < turn ? mine - o : turn, slot = first + o;
         float* sums = s.sums.data + (blocks > 1 ? o : 0) * pixels * Format::kSums * W;
@@ -1154,9 +1040,7 @@ struct Convolution : Layer<Format> {
         if (dense) {
           block.weights = weights.data + (b * together / Format::kTogether * padded + slot * packed_units) * area;
           block.offsets = offsets.data;
-          block.products = packed_units / deep * area;
-          block.deep = deep;
-          block.unit = unit;
+          block.products = packed_units * area;
         } else {
           block.taps = taps.data;
           block.cuts = cuts.data + b * (live + 1) + slot;
@@ -1177,7 +1061,7 @@ struct Convolution : Layer<Format> {
     const char* nothing = reinterpret_cast<const char*>(border.data);
     const int64_t first = b * together, last = first + units(b) * step();
     Element some[T][Format::kLanes] = {};
-    for (int64_t c = first; c < last; c += step(), out += dense ? Format::kGap : 0) {
+    for (int64_t c = first; c < last; c += step()) {
       const char* base[T];
       int64_t mask[T];  // 0 of a channel past the last
       for (int64_t j = 0; j < step(); ++j) {

@@ -7,6 +7,7 @@
 
 #include "random.h"
 #include "sample_depthwise.h"
+#include "sample_tiles.h"
 #include "sample_winograd.h"
 
 namespace csam {
@@ -19,7 +20,7 @@ class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
   // Winograd's: integers would leave their range, and AMX multiplies faster as it is.
-  static constexpr bool kTransforms = sizeof(Element) > 1 && Format::kDeep == 1;
+  static constexpr bool kTransforms = sizeof(Element) > 1 && !kTiled<Format>;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -28,7 +29,7 @@ class Network final : public SampleNetwork {
       spread[c] = a.std ? a.std[c] : 1;
     }
     for (int64_t i = 0; i < a.count; ++i) {
-      steps[i] = {a.steps[i], nullptr, nullptr, nullptr};
+      steps[i] = {a.steps[i], nullptr, nullptr, nullptr, nullptr};
       const SampleConvArgs& layer = a.steps[i].conv;
       if (a.steps[i].pools) {
         Sizes::raise(sizes.packed, (layer.kernel[0] + 1) * layer.width * S * int64_t(sizeof(Element)) / 4);
@@ -37,6 +38,11 @@ class Network final : public SampleNetwork {
       if constexpr (kTransforms)
         if (layer.engine == kWinograd) {
           steps[i].winograd = ready(new Winograd<Format>(layer));
+          continue;
+        }
+      if constexpr (kTiled<Format>)
+        if (layer.engine != kSparse) {
+          steps[i].tiled = ready(new TiledConvolution<Format>(layer));
           continue;
         }
       if (Depthwise<Format>::serves(layer)) {
@@ -50,6 +56,7 @@ class Network final : public SampleNetwork {
     for (int64_t i = 0; i < a.count; ++i) {
       delete steps[i].convolution;
       delete steps[i].depthwise;
+      if constexpr (kTiled<Format>) delete steps[i].tiled;
       if constexpr (kTransforms) delete steps[i].winograd;
     }
   }
@@ -102,6 +109,8 @@ class Network final : public SampleNetwork {
       const double compared = double(p.channels * p.out_height * (p.width * p.kernel[0] + p.out_width * p.kernel[1]));
       vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
       if (steps[i].depthwise) vectors[i] = steps[i].depthwise->cost / S;
+      if constexpr (kTiled<Format>)
+        if (steps[i].tiled) vectors[i] = steps[i].tiled->cost / S;
       if constexpr (kTransforms)
         if (steps[i].winograd) vectors[i] = steps[i].winograd->cost / S;
     }
@@ -139,6 +148,7 @@ class Network final : public SampleNetwork {
     Convolution<Format>* convolution;
     Depthwise<Format>* depthwise;
     Winograd<Format>* winograd;
+    TiledConvolution<Format>* tiled;
   };
   struct Arena {  // of one thread
     Element* memory;
@@ -235,6 +245,8 @@ class Network final : public SampleNetwork {
   template <class Use>
   static void visit(const Step& step, const Use& use) {
     if (step.depthwise) return use(*step.depthwise);
+    if constexpr (kTiled<Format>)
+      if (step.tiled) return use(*step.tiled);
     use(*step.convolution);
   }
 

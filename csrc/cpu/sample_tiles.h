@@ -1,0 +1,391 @@
+// Dense convolution on AMX tiles, samples innermost. A job is a tile of output pixels of one vector of samples. The
+// input under it is packed so that what a product reads follows itself in memory: [chunk of channels][line][unit]; a
+// unit, a row of B, is the channels that one instruction multiplies at once, of all samples. The units of lines side by
+// side are a run, which products divide evenly: with few channels one reaches over several taps. 32 filters, two tiles
+// of A, and two vectors of samples share four tiles of sums; products pass over the pixels block by block, as many
+// channels as stay in a first-level cache with their weights. Taps outside the image are left out where that shows in
+// no bit.
+#pragma once
+#include "amx.h"
+#include "sample_conv2d.h"
+
+namespace csam {
+namespace CSAM_ISA {
+
+template <class Format>
+constexpr bool kTiled = false;
+template <class Format>
+struct TiledConvolution;
+
+#if defined(__AVX512F__)
+
+struct Bfloat16Tiles : Bfloat16Pairs {  // sums in another order
+  static constexpr const char* kName = "bfloat16 tiles";
+  template <int C, int A, int B>
+  static void product() {
+    tile_product_bf16<C, A, B>();
+  }
+};
+struct Int8Tiles : Int8Quads {  // the same bits
+  template <int C, int A, int B>
+  static void product() {
+    tile_product_int8<C, A, B>();
+  }
+};
+
+template <>
+constexpr bool kTiled<Bfloat16Tiles> = true;
+template <>
+constexpr bool kTiled<Int8Tiles> = true;
+
+constexpr int64_t kTile = 256;  // floats, 16 rows of 16
+// Of products in a block: 4 KiB of weights of 32 filters and of inputs each.
+constexpr int64_t kBlockProducts = 9;
+constexpr int64_t kPackedBytes = 1280 << 10;  // of a second-level cache of 2 MiB
+// Cycles: what Intel's optimisation manual (chapter 20) says of the tiles, and counted of the rest.
+constexpr double kQuadCost = 64, kSumsCost = 40;  // four products; taking up and putting down their sums
+constexpr double kUnitCost = 8, kResultCost = 8;  // of packing a unit, and of a vector of results
+constexpr double kStreamCost = 1. / 16;           // of a byte of weights
+constexpr double kTilesCost = 500;                // of a job
+
+struct Read {     // one product of a pixel
+  int32_t in;     // what it reads, from the pixel's first line on, in floats
+  int32_t index;  // of its weights in the block
+};
+
+struct SumTiles {          // four of sums: two strips of filters at two vectors, or one at four
+  const float* start;      // what they start from
+  int64_t vector, second;  // floats from the first tile to the second, and to the third
+  float* sums;             // [strip, vector, 16, 16]
+  int64_t sums_second;
+  int64_t in_second;  // floats from the input of the first two to that of the last two, where one strip has four
+};
+
+template <class Format, int Strips, int Vectors>
+static void add_products(const Read* read, const Read* end, const uint32_t* weights, int64_t deep, const float* packed,
+                         const SumTiles& t) {
+  constexpr int64_t kRow = 64, kUnit = 64 * Format::kSums;
+  constexpr bool kFour = Strips * Vectors == 4;
+  tile_load<0>(t.start, kRow);
+  tile_load<1>(t.start + t.vector, kRow);
+  if (kFour) {
+    tile_load<2>(t.start + t.second, kRow);
+    tile_load<3>(t.start + t.second + t.vector, kRow);
+  }
+  // Loads first: in between, a neighbour on the same core would have the products wait for them.
+  for (; read < end; ++read) {
+    const uint32_t* w = weights + read->index * Strips * 16 * deep;
+    const float* in = packed + read->in;
+    tile_load<4>(w, 4 * deep);
+    if (Strips == 2) tile_load<5>(w + 16 * deep, 4 * deep);
+    tile_load<6>(in, kUnit);
+    tile_load<7>(in + W, kUnit);
+    Format::template product<0, 4, 6>();
+    Format::template product<1, 4, 7>();
+    if (Strips == 2) {
+      Format::template product<2, 5, 6>();
+      Format::template product<3, 5, 7>();
+    } else if (kFour) {
+      tile_load<6>(in + t.in_second, kUnit);
+      tile_load<7>(in + t.in_second + W, kUnit);
+      Format::template product<2, 4, 6>();
+      Format::template product<3, 4, 7>();
+    }
+  }
+  tile_store<0>(t.sums, kRow);
+  tile_store<1>(t.sums + kTile, kRow);
+  if (kFour) {
+    tile_store<2>(t.sums + t.sums_second, kRow);
+    tile_store<3>(t.sums + t.sums_second + kTile, kRow);
+  }
+}
+
+// Kinds of the outputs along an axis: those alike have the same taps inside the image.
+struct Kinds {
+  int64_t count = 0;
+  Array<int64_t> first, last;  // of each kind: its taps from first to last, last excluded
+  Array<int32_t> of;           // output -> kind
+  Kinds() = default;
+  Kinds(const SampleConvArgs& a, int axis, int64_t size, int64_t outputs, bool all)
+      : first(outputs), last(outputs), of(outputs) {
+    const int64_t kernel = a.kernel[axis];
+    for (int64_t o = 0; o < outputs; ++o) {
+      const int64_t start = o * a.stride[axis] - a.padding[axis];
+      int64_t begin = 0, end = kernel;
+      while (!all && begin < kernel && start + begin * a.dilation[axis] < 0) ++begin;
+      while (!all && end > begin && start + (end - 1) * a.dilation[axis] >= size) --end;
+      int64_t kind = 0;
+      while (kind < count && (first[kind] != begin || last[kind] != end)) ++kind;
+      if (kind == count) first[count] = begin, last[count++] = end;
+      of[o] = int32_t(kind);
+    }
+  }
+};
+
+template <class Format>
+struct TiledConvolution : Layer<Format> {
+  using Base = Layer<Format>;
+  using Base::a, Base::area, Base::bias, Base::border, Base::channel, Base::channels, Base::filter, Base::in_rows;
+  using Base::live, Base::out_rows;
+  using typename Base::Element;
+  static constexpr int64_t T = Format::kTogether, kSums = Format::kSums, kUnit = kSums * W;  // floats of a unit
+
+  int64_t rows, columns;        // of a tile
+  int64_t lines, across_lines;  // under it, and under a row of it
+  int64_t chunks, units, deep;  // units of a line of a chunk, and of a product
+  int64_t products;             // of a chunk
+  int64_t each, blocks;         // chunks of a block
+  int64_t hop;                  // from a tap to the one whose line is next to its line
+  int64_t pairs, part;          // of strips of 16 filters; of a job
+  bool merged = false;          // some product reaches over several lines
+  bool all;                     // taps outside the image count
+  double cost = 0;              // cycles of kLanes samples, about
+  Array<int64_t> row_source, column_source;
+  Kinds down_kinds, across_kinds;
+  Array<Read> reads;        // of a block, for each kind of row and of column
+  Array<int32_t> cuts;      // where they begin
+  Array<uint32_t> weights;  // [pairs][chunks][products][strips][16][deep]
+  Array<float> starts;      // [strips][16][16]
+
+  explicit TiledConvolution(const SampleConvArgs& args, int64_t shares = 1)
+      : Base(args), pairs(tiles(live, 32)), all(a.zero != 0) {
+    divide();
+    each = kBlockProducts < products ? 1 : kBlockProducts / products;
+    blocks = tiles(chunks, each);
+    each = tiles(chunks, blocks);
+    choose();
+    const Axis y(a.kernel[0], a.stride[0], a.dilation[0], rows), x(a.kernel[1], a.stride[1], a.dilation[1], columns);
+    across_lines = x.lines;
+    lines = y.lines * x.lines;
+    row_source = copied(y.source.data, y.lines);
+    column_source = copied(x.source.data, x.lines);
+    part = pairs ? tiles(pairs, pairs < shares ? pairs : shares) : 0;
+  }
+
+  void claim(Sizes& sizes) const {
+    Sizes::raise(sizes.packed, chunks * lines * units * kUnit);
+    Sizes::raise(sizes.sums, (blocks > 1 ? rows : 1) * columns * 2 * kSums * kTile);
+    Sizes::raise(sizes.offsets, lines);
+  }
+
+  void lay() {
+    const Axis y(a.kernel[0], a.stride[0], a.dilation[0], rows), x(a.kernel[1], a.stride[1], a.dilation[1], columns);
+    lay_reads(x, y);
+    starts = Array<float>(pairs * 2 * kTile);
+    for (int64_t o = 0; o < live; ++o) store(starts.data + o * W, Format::start(bias[o]));
+    lay_weights();
+  }
+
+  int64_t parts() const { return part ? tiles(pairs, part) : 1; }
+  int64_t jobs(int64_t samples) const {
+    return tiles(a.out_height, rows) * tiles(a.out_width, columns) * tiles(samples, Format::kLanes) * parts();
+  }
+  int64_t together_rows() const { return rows; }
+
+  void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
+           const Scratch& s) const {
+    const int64_t depth = tiles(samples, Format::kLanes), across = tiles(a.out_width, columns);
+    const int64_t mine = job % parts(), place = job / parts();
+    const int64_t sample = place % depth * Format::kLanes, n = samples - sample;
+    const int64_t left = place / depth % across * columns, top = place / depth / across * rows;
+    const int64_t bottom = top + rows < a.out_height ? top + rows : a.out_height;
+    const int64_t right = left + columns < a.out_width ? left + columns : a.out_width;
+    const int64_t end = (mine + 1) * part < pairs ? (mine + 1) * part : pairs;
+    if (pairs) {
+      pack(in + sample, top, left, n, samples, s);
+      TileShapes shapes;
+      for (int t = 0; t < 8; ++t) {  // 0 .. 3: sums, 4 and 5: weights, 6 and 7: inputs
+        shapes.rows[t] = uint8_t(t < 6 ? 16 : deep);
+        shapes.row_bytes[t] = uint16_t(t == 4 || t == 5 ? 4 * deep : 64);
+      }
+      tile_configure(shapes);
+      for (int64_t pair = mine * part; pair < end; ++pair) {
+        const int64_t strips = live - pair * 32 > 16 ? 2 : 1, pitch = strips * kSums * kTile;  // of a pixel's sums
+        const uint32_t* w = weights.data + pair * chunks * products * 32 * deep;
+        for (int64_t b = 0; b < blocks; ++b, w += each * products * strips * 16 * deep)
+          for (int64_t y = top; y < bottom; ++y) {
+            float* sums = s.sums.data + (blocks > 1 ? (y - top) * columns * pitch : 0);
+            const float* packed = s.packed.data + (b * each * lines + (y - top) * across_lines) * units * kUnit;
+            add_row(pair, b, y, left, right, w, packed, sums);
+            if (b + 1 < blocks) continue;
+            for (int64_t f = 0; f < 32 && pair * 32 + f < live; ++f)
+              Base::write(pair * 32 + f, y, left, 1, columns, sample, n, sums + f / 16 * kSums * kTile + f % 16 * 16,
+                          pitch, other, out, samples, kTile);
+          }
+      }
+      tile_release();
+    }
+    if (!mine) Base::write_dead(top, left, rows, columns, sample, n, other, out, samples);
+  }
+
+ private:
+  static Array<int64_t> copied(const int64_t* from, int64_t n) {
+    Array<int64_t> to(n);
+    memcpy(to.data, from, 8 * n);
+    return to;
+  }
+
+  // How many units a line and a product have: as few products as possible, then as little memory.
+  void divide() {
+    const int64_t all_units = channels ? tiles(channels, T) : 1;
+    chunks = tiles(all_units, 16);
+    hop = a.stride[1] % a.dilation[1] ? a.kernel[1] : a.stride[1] / a.dilation[1];
+    products = 0;
+    for (int64_t u = tiles(all_units, chunks); u <= 16; ++u)
+      for (int64_t d = 16; d > 0; --d) {
+        int64_t found = 0;
+        bool even = true;
+        for (int64_t first = 0; first < hop && first < a.kernel[1]; ++first) {
+          const int64_t run = tiles(a.kernel[1] - first, hop) * u;
+          even &= run % d == 0;
+          found += run / d;
+        }
+        if (even && (!products || found * a.kernel[0] < products)) products = found * a.kernel[0], units = u, deep = d;
+      }
+    merged = deep > units || units % deep;
+  }
+
+  // The tile that leaves the least to do.
+  void choose() {
+    const double pixels = double(a.out_height * a.out_width), strips = double(tiles(live, 16));
+    const double quads = pixels * strips * kSums / 4, depth = double(chunks * products);
+    const double fixed = quads * (depth * kQuadCost + blocks * kSumsCost) + pixels * live * kSums * kResultCost;
+    for (int64_t r = 1; r <= 16 && r <= Base::most_rows(); r *= 2)
+      for (int64_t c = 1; c <= 16; c *= 2) {
+        const Axis y(a.kernel[0], a.stride[0], a.dilation[0], r), x(a.kernel[1], a.stride[1], a.dilation[1], c);
+        const int64_t packed = chunks * y.lines * x.lines * units, sums = (blocks > 1 ? r : 1) * c * kSums * kTile * 8;
+        if (r * c > 1 && (4 * packed * kUnit > kPackedBytes || sums > kSumBytes)) continue;
+        const double work =
+            double(packed) * kSums / 2 * kUnitCost + strips * depth * 64 * deep * kStreamCost + kTilesCost;
+        const double total = fixed + work * double(tiles(a.out_height, r) * tiles(a.out_width, c));
+        if (!cost || total < cost) rows = r, columns = c, cost = total;
+      }
+  }
+
+  // Product p of a chunk: of kernel row p / (products / kernel height), of the run from tap `first` on, units from
+  // `unit` of it on.
+  struct Place {
+    int64_t row, first, unit;
+  };
+  Place place(int64_t p) const {
+    const int64_t across = products / a.kernel[0];
+    int64_t first = 0, at = p % across;
+    for (; at >= tiles(a.kernel[1] - first, hop) * units / deep; ++first)
+      at -= tiles(a.kernel[1] - first, hop) * units / deep;
+    return {p / across, first, at * deep};
+  }
+
+  void lay_reads(const Axis& x, const Axis& y) {
+    down_kinds = Kinds(a, 0, a.height, a.out_height, all);
+    across_kinds = Kinds(a, 1, a.width, a.out_width, all);
+    const int64_t kinds = down_kinds.count * across_kinds.count;
+    reads = Array<Read>(kinds * each * products);
+    cuts = Array<int32_t>(kinds + 1);
+    int32_t laid = 0;
+    for (int64_t k = 0; k < kinds; ++k, cuts[k] = laid) {
+      const int64_t down = k / across_kinds.count, across = k % across_kinds.count;
+      for (int64_t c = 0; c < each; ++c)
+        for (int64_t p = 0; p < products; ++p) {
+          const Place at = place(p);
+          bool inside = false;
+          for (int64_t u = at.unit / units; u <= (at.unit + deep - 1) / units; ++u) {
+            const int64_t tap = at.first + u * hop;
+            inside |= tap >= across_kinds.first[across] && tap < across_kinds.last[across];
+          }
+          if (!inside || at.row < down_kinds.first[down] || at.row >= down_kinds.last[down]) continue;
+          const int64_t line = y.first[at.row] * x.lines + x.first[at.first];
+          const int64_t unit = (c * lines + line) * units + at.unit;
+          reads[laid++] = {int32_t(unit * kUnit), int32_t(c * products + p)};
+        }
+    }
+  }
+
+  void lay_weights() {
+    const Array<float> full = Base::full();
+    const int64_t there = tiles(channels, T) * T;
+    weights = Array<uint32_t>(tiles(live, 16) * chunks * products * 16 * deep);
+    uint32_t* to = weights.data;
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      for (int64_t p = 0; p < chunks * products; ++p)
+        for (int64_t o = pair * 32, end = o + (live - o > 16 ? 32 : 16); o < end; ++o)
+          for (int64_t d = 0; d < deep; ++d) {
+            const Place at = place(p % products);
+            const int64_t unit = at.unit + d, tap = at.row * a.kernel[1] + at.first + unit / units * hop;
+            float w[T];
+            for (int64_t i = 0; i < T; ++i) {
+              const int64_t c = (p / products * units + unit % units) * T + i;
+              w[i] = o < live && c < there ? full[(o * there + c) * area + tap] : 0;
+            }
+            *to++ = Format::unit_weight(w);
+          }
+  }
+
+  // One block's products for the pixels of a row from `left` to `right`.
+  void add_row(int64_t pair, int64_t block, int64_t y, int64_t left, int64_t right, const uint32_t* w,
+               const float* packed, float* sums) const {
+    const int64_t strips = live - pair * 32 > 16 ? 2 : 1,
+                  here = (block + 1) * each < chunks ? each : chunks - block * each;
+    const int32_t* kinds = cuts.data + down_kinds.of[y] * across_kinds.count;
+    const float* start = starts.data + pair * 2 * kTile;
+    const int64_t step = units * kUnit;  // from a pixel's first line to the next one's
+    for (int64_t x = left; x < right; ++x, packed += step, sums += strips * kSums * kTile) {
+      const int32_t kind = across_kinds.of[x];
+      const Read *read = reads.data + kinds[kind], *end = reads.data + kinds[kind + 1];
+      if (here < each) end = read + (end - read) / each * here;
+      if (strips == 2)
+        for (int64_t v = 0; v < kSums; v += 2) {
+          float* to = sums + v * kTile;
+          const SumTiles t = block ? SumTiles{to, kTile, kSums * kTile, to, kSums * kTile, 0}
+                                   : SumTiles{start, 0, kTile, to, kSums * kTile, 0};
+          add_products<Format, 2, 2>(read, end, w, deep, packed + v * W, t);
+        }
+      else {
+        const bool two = kSums == 2 && x + 1 < right && across_kinds.of[x + 1] == kind;
+        const SumTiles t = block ? SumTiles{sums, kTile, 2 * kTile, sums, 2 * kTile, two ? step : 2 * W}
+                                 : SumTiles{start, 0, 0, sums, 2 * kTile, two ? step : 2 * W};
+        if (two || kSums == 4) add_products<Format, 1, 4>(read, end, w, deep, packed, t);
+        else add_products<Format, 1, 2>(read, end, w, deep, packed, t);
+        if (two) ++x, packed += step, sums += kSums * kTile;
+      }
+    }
+  }
+
+  // The lines under a tile, the samples past the n-th 0. Lines outside the image are written where a product reads one.
+  void pack(const Element* in, int64_t top, int64_t left, int64_t n, int64_t samples, const Scratch& s) const {
+    Element some[T][Format::kLanes] = {};
+    const int64_t plane = in_rows * a.width * samples, first_row = top * a.stride[0] - a.padding[0];
+    const int64_t first_column = left * a.stride[1] - a.padding[1];
+    const bool fills = merged || all;
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t i = 0; i < lines / across_lines; ++i) {
+        const int64_t row = first_row + row_source[i];
+        const bool there = row >= 0 && row < a.height;
+        if (!there && !fills) continue;
+        const Element* from = in + (there ? row % in_rows * a.width * samples : 0);
+        for (int64_t u = 0; u < units; ++u) {
+          float* out = s.packed.data + ((c * lines + i * across_lines) * units + u) * kUnit;
+          const Element* base[T];
+          for (int64_t j = 0; j < T; ++j) {
+            const int64_t k = (c * units + u) * T + j;
+            base[j] = there && k < channels ? from + channel[k] * plane : nullptr;
+          }
+          for (int64_t l = 0; l < across_lines; ++l, out += units * kUnit) {
+            const int64_t column = first_column + column_source[l];
+            const bool inside = column >= 0 && column < a.width;
+            if (!inside && !fills) continue;
+            const Element* at[T];
+            for (int64_t j = 0; j < T; ++j) {
+              at[j] = inside && base[j] ? base[j] + column * samples : border.data;
+              if (n < Format::kLanes) at[j] = static_cast<Element*>(memcpy(some[j], at[j], n * sizeof(Element)));
+            }
+            Format::pack_unit(at, out);
+          }
+        }
+      }
+  }
+};
+
+#endif
+
+}  // namespace CSAM_ISA
+}  // namespace csam
