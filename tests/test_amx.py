@@ -203,5 +203,5 @@ def test_tiles_are_taken_unasked_where_they_compute_what_avx512_does(amx: None, 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs objdump and x86-64")
 def test_the_instructions_are_in_the_extension() -> None:
     listing = subprocess.run(["objdump", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
-    for name in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"):
+    for name in ("ldtilecfg", "tileloadd", "tileloaddt1", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"):
         assert name in listing

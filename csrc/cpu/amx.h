@@ -26,6 +26,10 @@ CSAM_INLINE void tile_load(const void* from, int64_t stride) {  // bytes from ro
   asm volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
+CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {  // what need not stay in a first-level cache
+  asm volatile("tileloaddt1 (%0,%1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
 CSAM_INLINE void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
@@ -72,6 +76,10 @@ template <int T>
 CSAM_INLINE void tile_load(const void* from, int64_t stride) {
   Tile& t = configured(T);
   for (int r = 0; r < t.rows; ++r) memcpy(t.data[r], static_cast<const char*>(from) + r * stride, t.row_bytes);
+}
+template <int T>
+CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {
+  tile_load<T>(from, stride);
 }
 template <int T>
 CSAM_INLINE void tile_store(void* to, int64_t stride) {

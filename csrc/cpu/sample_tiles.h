@@ -2,9 +2,9 @@
 // input under it is packed so that what a product reads follows itself in memory: [chunk of channels][line][unit]; a
 // unit, a row of B, is the channels that one instruction multiplies at once, of all samples. The units of lines side by
 // side are a run, which products divide evenly: with few channels one reaches over several taps. 32 filters, two tiles
-// of A, and two vectors of samples share four tiles of sums; products pass over the pixels block by block, as many
-// channels as stay in a first-level cache with their weights. Taps outside the image are left out where that shows in
-// no bit.
+// of A, and two vectors of samples share four tiles of sums, which stay in registers over all products of a pixel.
+// Weights and inputs come from a second-level cache and pass by the first, where the sums of some pixels wait to be
+// stored: one plane's side by side. Taps outside the image are left out where that shows in no bit.
 #pragma once
 #include "amx.h"
 #include "sample_conv2d.h"
@@ -38,27 +38,33 @@ constexpr bool kTiled<Bfloat16Tiles> = true;
 template <>
 constexpr bool kTiled<Int8Tiles> = true;
 
-constexpr int64_t kTile = 256;  // floats, 16 rows of 16
-// Of products in a block: 4 KiB of weights of 32 filters and of inputs each.
-constexpr int64_t kBlockProducts = 9;
-constexpr int64_t kPackedBytes = 1280 << 10;  // of a second-level cache of 2 MiB
-// Cycles: what Intel's optimisation manual (chapter 20) says of the tiles, and counted of the rest.
-constexpr double kQuadCost = 64, kSumsCost = 40;  // four products; taking up and putting down their sums
-constexpr double kUnitCost = 8, kResultCost = 8;  // of packing a unit, and of a vector of results
-constexpr double kStreamCost = 1. / 16;           // of a byte of weights
-constexpr double kTilesCost = 500;                // of a job
+constexpr int64_t kTile = 256;                      // floats, 16 rows of 16
+constexpr int64_t kPixels = 8;                      // whose sums are kept
+constexpr int64_t kPackedBytes = 1280 << 10;        // of a second-level cache of 2 MiB
+constexpr int64_t kMostDown = 4, kMostAcross = 32;  // pixels of a tile
+// Cycles: four products, as Intel's manual says; measured on a Xeon (family 6, model 207): putting down their sums,
+// packing a unit, a vector of results, a byte of weights from a second-level cache, and about a job.
+constexpr double kQuadCost = 64, kSumsCost = 200, kUnitCost = 24, kResultCost = 8, kStreamCost = 1. / 16,
+                 kTilesCost = 500;
 
 struct Read {     // one product of a pixel
   int32_t in;     // what it reads, from the pixel's first line on, in floats
-  int32_t index;  // of its weights in the block
+  int32_t index;  // of its weights
 };
 
-struct SumTiles {          // four of sums: two strips of filters at two vectors, or one at four
-  const float* start;      // what they start from
-  int64_t vector, second;  // floats from the first tile to the second, and to the third
-  float* sums;             // [strip, vector, 16, 16]
-  int64_t sums_second;
-  int64_t in_second;  // floats from the input of the first two to that of the last two, where one strip has four
+template <class Element>
+struct Results {  // where they go, and what is added
+  Element* out;
+  const Element* other;  // or null
+  int64_t samples, sample, n;
+};
+
+struct SumTiles {      // four: two strips of filters at two vectors, or one at four
+  const float* start;  // what the first strip's start from
+  int64_t strip;       // floats to the second's
+  float* sums;         // where they are put, the second right behind the first
+  int64_t second;      // floats from the first to the third
+  int64_t in_second;   // floats from the input of the first two to that of the last two, where one strip has four
 };
 
 template <class Format, int Strips, int Vectors>
@@ -67,27 +73,27 @@ static void add_products(const Read* read, const Read* end, const uint32_t* weig
   constexpr int64_t kRow = 64, kUnit = 64 * Format::kSums;
   constexpr bool kFour = Strips * Vectors == 4;
   tile_load<0>(t.start, kRow);
-  tile_load<1>(t.start + t.vector, kRow);
+  tile_load<1>(t.start, kRow);
   if (kFour) {
-    tile_load<2>(t.start + t.second, kRow);
-    tile_load<3>(t.start + t.second + t.vector, kRow);
+    tile_load<2>(t.start + t.strip, kRow);
+    tile_load<3>(t.start + t.strip, kRow);
   }
   // Loads first: in between, a neighbour on the same core would have the products wait for them.
   for (; read < end; ++read) {
     const uint32_t* w = weights + read->index * Strips * 16 * deep;
     const float* in = packed + read->in;
-    tile_load<4>(w, 4 * deep);
-    if (Strips == 2) tile_load<5>(w + 16 * deep, 4 * deep);
-    tile_load<6>(in, kUnit);
-    tile_load<7>(in + W, kUnit);
+    tile_load_once<4>(w, 4 * deep);
+    if (Strips == 2) tile_load_once<5>(w + 16 * deep, 4 * deep);
+    tile_load_once<6>(in, kUnit);
+    tile_load_once<7>(in + W, kUnit);
     Format::template product<0, 4, 6>();
     Format::template product<1, 4, 7>();
     if (Strips == 2) {
       Format::template product<2, 5, 6>();
       Format::template product<3, 5, 7>();
     } else if (kFour) {
-      tile_load<6>(in + t.in_second, kUnit);
-      tile_load<7>(in + t.in_second + W, kUnit);
+      tile_load_once<6>(in + t.in_second, kUnit);
+      tile_load_once<7>(in + t.in_second + W, kUnit);
       Format::template product<2, 4, 6>();
       Format::template product<3, 4, 7>();
     }
@@ -95,8 +101,8 @@ static void add_products(const Read* read, const Read* end, const uint32_t* weig
   tile_store<0>(t.sums, kRow);
   tile_store<1>(t.sums + kTile, kRow);
   if (kFour) {
-    tile_store<2>(t.sums + t.sums_second, kRow);
-    tile_store<3>(t.sums + t.sums_second + kTile, kRow);
+    tile_store<2>(t.sums + t.second, kRow);
+    tile_store<3>(t.sums + t.second + kTile, kRow);
   }
 }
 
@@ -134,7 +140,6 @@ struct TiledConvolution : Layer<Format> {
   int64_t lines, across_lines;  // under it, and under a row of it
   int64_t chunks, units, deep;  // units of a line of a chunk, and of a product
   int64_t products;             // of a chunk
-  int64_t each, blocks;         // chunks of a block
   int64_t hop;                  // from a tap to the one whose line is next to its line
   int64_t pairs, part;          // of strips of 16 filters; of a job
   bool merged = false;          // some product reaches over several lines
@@ -142,7 +147,7 @@ struct TiledConvolution : Layer<Format> {
   double cost = 0;              // cycles of kLanes samples, about
   Array<int64_t> row_source, column_source;
   Kinds down_kinds, across_kinds;
-  Array<Read> reads;        // of a block, for each kind of row and of column
+  Array<Read> reads;        // for each kind of row and of column
   Array<int32_t> cuts;      // where they begin
   Array<uint32_t> weights;  // [pairs][chunks][products][strips][16][deep]
   Array<float> starts;      // [strips][16][16]
@@ -150,9 +155,6 @@ struct TiledConvolution : Layer<Format> {
   explicit TiledConvolution(const SampleConvArgs& args, int64_t shares = 1)
       : Base(args), pairs(tiles(live, 32)), all(a.zero != 0) {
     divide();
-    each = kBlockProducts < products ? 1 : kBlockProducts / products;
-    blocks = tiles(chunks, each);
-    each = tiles(chunks, blocks);
     choose();
     const Axis y(a.kernel[0], a.stride[0], a.dilation[0], rows), x(a.kernel[1], a.stride[1], a.dilation[1], columns);
     across_lines = x.lines;
@@ -164,7 +166,7 @@ struct TiledConvolution : Layer<Format> {
 
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, chunks * lines * units * kUnit);
-    Sizes::raise(sizes.sums, (blocks > 1 ? rows : 1) * columns * 2 * kSums * kTile);
+    Sizes::raise(sizes.sums, kPixels * 2 * kSums * kTile);
     Sizes::raise(sizes.offsets, lines);
   }
 
@@ -199,20 +201,9 @@ struct TiledConvolution : Layer<Format> {
         shapes.row_bytes[t] = uint16_t(t == 4 || t == 5 ? 4 * deep : 64);
       }
       tile_configure(shapes);
-      for (int64_t pair = mine * part; pair < end; ++pair) {
-        const int64_t strips = live - pair * 32 > 16 ? 2 : 1, pitch = strips * kSums * kTile;  // of a pixel's sums
-        const uint32_t* w = weights.data + pair * chunks * products * 32 * deep;
-        for (int64_t b = 0; b < blocks; ++b, w += each * products * strips * 16 * deep)
-          for (int64_t y = top; y < bottom; ++y) {
-            float* sums = s.sums.data + (blocks > 1 ? (y - top) * columns * pitch : 0);
-            const float* packed = s.packed.data + (b * each * lines + (y - top) * across_lines) * units * kUnit;
-            add_row(pair, b, y, left, right, w, packed, sums);
-            if (b + 1 < blocks) continue;
-            for (int64_t f = 0; f < 32 && pair * 32 + f < live; ++f)
-              Base::write(pair * 32 + f, y, left, 1, columns, sample, n, sums + f / 16 * kSums * kTile + f % 16 * 16,
-                          pitch, other, out, samples, kTile);
-          }
-      }
+      const Results<Element> results = {out, other, samples, sample, n};
+      for (int64_t pair = mine * part; pair < end; ++pair)
+        for (int64_t y = top; y < bottom; ++y) add_row(pair, y, top, left, right, s, results);
       tile_release();
     }
     if (!mine) Base::write_dead(top, left, rows, columns, sample, n, other, out, samples);
@@ -249,12 +240,12 @@ struct TiledConvolution : Layer<Format> {
   void choose() {
     const double pixels = double(a.out_height * a.out_width), strips = double(tiles(live, 16));
     const double quads = pixels * strips * kSums / 4, depth = double(chunks * products);
-    const double fixed = quads * (depth * kQuadCost + blocks * kSumsCost) + pixels * live * kSums * kResultCost;
-    for (int64_t r = 1; r <= 16 && r <= Base::most_rows(); r *= 2)
-      for (int64_t c = 1; c <= 16; c *= 2) {
+    const double fixed = quads * (depth * kQuadCost + kSumsCost) + pixels * live * kSums * kResultCost;
+    for (int64_t r = 1; r <= kMostDown && r <= Base::most_rows(); r *= 2)
+      for (int64_t c = 1; c <= kMostAcross; c *= 2) {
         const Axis y(a.kernel[0], a.stride[0], a.dilation[0], r), x(a.kernel[1], a.stride[1], a.dilation[1], c);
-        const int64_t packed = chunks * y.lines * x.lines * units, sums = (blocks > 1 ? r : 1) * c * kSums * kTile * 8;
-        if (r * c > 1 && (4 * packed * kUnit > kPackedBytes || sums > kSumBytes)) continue;
+        const int64_t packed = chunks * y.lines * x.lines * units;
+        if (r * c > 1 && 4 * packed * kUnit > kPackedBytes) continue;
         const double work =
             double(packed) * kSums / 2 * kUnitCost + strips * depth * 64 * deep * kStreamCost + kTilesCost;
         const double total = fixed + work * double(tiles(a.out_height, r) * tiles(a.out_width, c));
@@ -279,12 +270,12 @@ struct TiledConvolution : Layer<Format> {
     down_kinds = Kinds(a, 0, a.height, a.out_height, all);
     across_kinds = Kinds(a, 1, a.width, a.out_width, all);
     const int64_t kinds = down_kinds.count * across_kinds.count;
-    reads = Array<Read>(kinds * each * products);
+    reads = Array<Read>(kinds * chunks * products);
     cuts = Array<int32_t>(kinds + 1);
     int32_t laid = 0;
     for (int64_t k = 0; k < kinds; ++k, cuts[k] = laid) {
       const int64_t down = k / across_kinds.count, across = k % across_kinds.count;
-      for (int64_t c = 0; c < each; ++c)
+      for (int64_t c = 0; c < chunks; ++c)
         for (int64_t p = 0; p < products; ++p) {
           const Place at = place(p);
           bool inside = false;
@@ -320,32 +311,63 @@ struct TiledConvolution : Layer<Format> {
           }
   }
 
-  // One block's products for the pixels of a row from `left` to `right`.
-  void add_row(int64_t pair, int64_t block, int64_t y, int64_t left, int64_t right, const uint32_t* w,
-               const float* packed, float* sums) const {
-    const int64_t strips = live - pair * 32 > 16 ? 2 : 1,
-                  here = (block + 1) * each < chunks ? each : chunks - block * each;
+  // The results of a row of 32 filters, from column `left` to `right`, some pixels at a time.
+  void add_row(int64_t pair, int64_t y, int64_t top, int64_t left, int64_t right, const Scratch& s,
+               const Results<Element>& to) const {
+    const int64_t first = pair * 32, strips = live - first > 16 ? 2 : 1, pitch = strips * kSums * kTile;  // of a pixel
+    const int64_t step = units * kUnit;  // from a pixel's lines to the next's
+    const uint32_t* w = weights.data + pair * chunks * products * 32 * deep;
+    const float *packed = s.packed.data + (y - top) * across_lines * step, *start = starts.data + pair * 2 * kTile;
     const int32_t* kinds = cuts.data + down_kinds.of[y] * across_kinds.count;
-    const float* start = starts.data + pair * 2 * kTile;
-    const int64_t step = units * kUnit;  // from a pixel's first line to the next one's
-    for (int64_t x = left; x < right; ++x, packed += step, sums += strips * kSums * kTile) {
-      const int32_t kind = across_kinds.of[x];
-      const Read *read = reads.data + kinds[kind], *end = reads.data + kinds[kind + 1];
-      if (here < each) end = read + (end - read) / each * here;
-      if (strips == 2)
-        for (int64_t v = 0; v < kSums; v += 2) {
-          float* to = sums + v * kTile;
-          const SumTiles t = block ? SumTiles{to, kTile, kSums * kTile, to, kSums * kTile, 0}
-                                   : SumTiles{start, 0, kTile, to, kSums * kTile, 0};
-          add_products<Format, 2, 2>(read, end, w, deep, packed + v * W, t);
+    for (int64_t begin = left; begin < right; begin += kPixels) {
+      const int64_t end = begin + kPixels < right ? begin + kPixels : right;
+      float* sums = s.sums.data;
+      for (int64_t x = begin; x < end; ++x, packed += step, sums += pitch) {
+        const int32_t kind = across_kinds.of[x];
+        const Read *from = reads.data + kinds[kind], *last = reads.data + kinds[kind + 1];
+        if (strips == 2) {
+          for (int64_t v = 0; v < kSums; v += 2)
+            add_products<Format, 2, 2>(from, last, w, deep, packed + v * W,
+                                       {start, kTile, sums + v * kTile, kSums * kTile, 0});
+        } else if (kSums == 4) {
+          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, 2 * W});
+        } else if (x + 1 < end && across_kinds.of[x + 1] == kind) {
+          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, step});
+          ++x, packed += step, sums += pitch;
+        } else {
+          add_products<Format, 1, 2>(from, last, w, deep, packed, {start, 0, sums, 0, 0});
         }
-      else {
-        const bool two = kSums == 2 && x + 1 < right && across_kinds.of[x + 1] == kind;
-        const SumTiles t = block ? SumTiles{sums, kTile, 2 * kTile, sums, 2 * kTile, two ? step : 2 * W}
-                                 : SumTiles{start, 0, 0, sums, 2 * kTile, two ? step : 2 * W};
-        if (two || kSums == 4) add_products<Format, 1, 4>(read, end, w, deep, packed, t);
-        else add_products<Format, 1, 2>(read, end, w, deep, packed, t);
-        if (two) ++x, packed += step, sums += kSums * kTile;
+      }
+      finish(first, strips * 16, y, begin, end, pitch, s.sums.data, to);
+    }
+  }
+
+  // The results of some filters at the pixels of a row from `begin` to `end`, whose sums are `pitch` apart.
+  void finish(int64_t first, int64_t some, int64_t y, int64_t begin, int64_t end, int64_t pitch, const float* sums,
+              const Results<Element>& to) const {
+    Ending ending = Base::ending(1);
+    const int64_t count = live - first < some ? live - first : some, plane = out_rows * a.out_width * to.samples;
+    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
+    const int64_t pixel = (y % out_rows * a.out_width + begin) * to.samples + to.sample;
+    for (int64_t f = 0; f < count; ++f) {
+      const float* sum = sums + f / 16 * kSums * kTile + f % 16 * 16;
+      const int64_t at = filter[first + f] * plane + pixel;
+      const Element* other = to.other ? to.other + at : nullptr;
+      Element* out = to.out + at * width;
+      ending.scale = Base::scales[first + f];
+      if (to.n < Format::kLanes) {
+        Base::write_some(to.n, end - begin, sum, pitch, kTile, other, ending, out, to.samples);
+        continue;
+      }
+      for (int64_t x = begin; x < end; ++x, sum += pitch, out += width * to.samples) {
+        __builtin_prefetch(out + 2 * plane * width, 1);
+        if (other) {
+          __builtin_prefetch(other + 2 * plane);
+          Base::finish_at(sum, kTile, other, ending, out);
+          other += to.samples;
+        } else {
+          Base::finish_at(sum, kTile, nullptr, ending, out);
+        }
       }
     }
   }
