@@ -12,10 +12,10 @@ bench/results/layers-<processor>.csv, a row a layer and a row a network ("total"
   places a tile of 2x2 outputs (its transforms are not counted). Zeros around an image count as pixels;
 - ms: processor time a sample, the least of --rounds tiles;
 - of_loop, executed_of_loop: gflop and executed over ms, against what one core makes of independent multiply-adds in
-  registers (peak.cpp: float32 FMA, VDPBF16PS, VPDPBUSD); of_product: gflop over ms against torch's product of two large
+  registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over ms against torch's product of two large
   matrices on one thread. All measured in the same run. By its fewer multiplications winograd may pass both peaks.
 
-The peak of AMX tiles is not measured: where there are such, bfloat16 and int8 are set against the product alone.
+Where there are AMX tiles sparse layers, which have no use for them, are set against them all the same.
 """
 
 from __future__ import annotations
@@ -69,9 +69,6 @@ def loops(cores: int) -> dict[str, float]:
         runs = [subprocess.Popen([program], stdout=subprocess.PIPE, text=True) for _ in range(cores)]
         lines = [line.split() for run in runs for line in run.communicate()[0].splitlines()]
     total = {dtype: sum(1e9 * float(rate) for name, rate in lines if name == dtype) for dtype, _ in lines}
-    for dtype, tiles in (("bfloat16", "amx_bf16"), ("int8", "amx_int8")):
-        if torch.cpu.get_capabilities().get(tiles):
-            total.pop(dtype, None)  # oneDNN and the dense layers here multiply with tiles
     return total
 
 
