@@ -12,8 +12,9 @@ bench/results/layers-<processor>.csv, a row a layer and a row a network ("total"
   places a tile of 2x2 outputs (its transforms are not counted). Zeros around an image count as pixels;
 - ms: processor time a sample, the least of --rounds tiles;
 - of_loop, executed_of_loop: gflop and executed over ms, against what one core makes of independent multiply-adds in
-  registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over ms against torch's product of two large
-  matrices on one thread. All measured in the same run. By its fewer multiplications winograd may pass both peaks.
+  registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over
+  ms against torch's product of two large matrices on one thread. All measured in the same run. By its fewer
+  multiplications winograd may pass both peaks.
 
 Where there are AMX tiles sparse layers, which have no use for them, are set against them all the same.
 """
