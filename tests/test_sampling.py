@@ -454,6 +454,7 @@ def test_a_changed_model_is_quantised_again() -> None:
     assert smooth.recipe(x[0])["fingerprint"] != before
 
 
+@pytest.mark.skipif(csam_kernels._C.isa() == "amx", reason="AMX multiplies so small layers faster than what is left")
 def test_int8_is_sparse_where_few_weights_are_left() -> None:
     plan = sampling.plan(pruned("resnet20", 0.97), torch.rand(3, 16, 16), dtype="int8", sigma=SIGMA)
     assert sum(layer.engine == "sparse" for layer in plan.layers) > len(plan.layers) // 2
