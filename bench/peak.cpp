@@ -48,16 +48,10 @@ __attribute__((target("avx512f,avx512vnni"))) double dot_int() {
   TIMED(ZERO_INT, DOT_INT)
 }
 
-bool has_tiles() {  // and Linux grants them: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
-#if defined(__linux__)
-  return __builtin_cpu_supports("avx512bf16") && __get_cpuid_max(0, nullptr) >= 7 && [] {
-    unsigned a, b, c, d;
-    __cpuid_count(7, 0, a, b, c, d);
-    return (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
-  }() && !syscall(SYS_arch_prctl, 0x1023, 18);
-#else
-  return false;
-#endif
+bool has_tiles() {  // with BF16 and INT8, and Linux grants them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && !syscall(SYS_arch_prctl, 0x1023, 18);
 }
 struct alignas(64) Shapes {
   unsigned char palette = 1, rest[15] = {};

@@ -783,6 +783,12 @@ struct Layer {
     return out;
   }
 
+  static Array<int64_t> copied(const int64_t* from, int64_t n) {
+    Array<int64_t> to(n);
+    memcpy(to.data, from, 8 * n);
+    return to;
+  }
+
   // Sums [rows, columns] of one filter, `pitch` floats apart and their vectors `gap`, to the outputs from (top, left)
   // on that are inside.
   void write(int64_t slot, int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
@@ -886,8 +892,8 @@ struct Convolution : Layer<Format> {
     across_lines = x.lines;
     lines = y.lines * x.lines;
     unit = dense ? lines * W * Format::kSums : lines * W;
-    row_source = copied(y.source.data, y.lines);
-    column_source = copied(x.source.data, x.lines);
+    row_source = Base::copied(y.source.data, y.lines);
+    column_source = Base::copied(x.source.data, x.lines);
     const int64_t fitting = room / (4 * unit), most = (fitting < 1 ? 1 : fitting) * step();
     blocks = channels ? tiles(channels, most) : 1;
     together = tiles(tiles(channels, blocks), step()) * step();
@@ -937,12 +943,6 @@ struct Convolution : Layer<Format> {
       for (const Micro& m : micros)
         for (int64_t i = 1; i <= 8; i *= 2)
           for (int64_t j = 1; j <= 8; j *= 2) consider(room, m, i, j);
-  }
-
-  static Array<int64_t> copied(const int64_t* from, int64_t n) {
-    Array<int64_t> to(n);
-    memcpy(to.data, from, 8 * n);
-    return to;
   }
 
   int32_t offset(const Axis& x, const Axis& y, int64_t tap) const {  // in a channel, in vectors

@@ -132,7 +132,7 @@ template <class Format>
 struct TiledConvolution : Layer<Format> {
   using Base = Layer<Format>;
   using Base::a, Base::area, Base::bias, Base::border, Base::channel, Base::channels, Base::filter, Base::in_rows;
-  using Base::live, Base::out_rows;
+  using Base::live;
   using typename Base::Element;
   static constexpr int64_t T = Format::kTogether, kSums = Format::kSums, kUnit = kSums * W;  // floats of a unit
 
@@ -159,15 +159,14 @@ struct TiledConvolution : Layer<Format> {
     const Axis y(a.kernel[0], a.stride[0], a.dilation[0], rows), x(a.kernel[1], a.stride[1], a.dilation[1], columns);
     across_lines = x.lines;
     lines = y.lines * x.lines;
-    row_source = copied(y.source.data, y.lines);
-    column_source = copied(x.source.data, x.lines);
+    row_source = Base::copied(y.source.data, y.lines);
+    column_source = Base::copied(x.source.data, x.lines);
     part = pairs ? tiles(pairs, pairs < shares ? pairs : shares) : 0;
   }
 
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, chunks * lines * units * kUnit);
     Sizes::raise(sizes.sums, kPixels * 2 * kSums * kTile);
-    Sizes::raise(sizes.offsets, lines);
   }
 
   void lay() {
@@ -210,12 +209,6 @@ struct TiledConvolution : Layer<Format> {
   }
 
  private:
-  static Array<int64_t> copied(const int64_t* from, int64_t n) {
-    Array<int64_t> to(n);
-    memcpy(to.data, from, 8 * n);
-    return to;
-  }
-
   // How many units a line and a product have: as few products as possible, then as little memory.
   void divide() {
     const int64_t all_units = channels ? tiles(channels, T) : 1;
@@ -297,10 +290,10 @@ struct TiledConvolution : Layer<Format> {
     weights = Array<uint32_t>(tiles(live, 16) * chunks * products * 16 * deep);
     uint32_t* to = weights.data;
     for (int64_t pair = 0; pair < pairs; ++pair)
-      for (int64_t p = 0; p < chunks * products; ++p)
+      for (int64_t p = 0; p < chunks * products; ++p) {
+        const Place at = place(p % products);
         for (int64_t o = pair * 32, end = o + (live - o > 16 ? 32 : 16); o < end; ++o)
           for (int64_t d = 0; d < deep; ++d) {
-            const Place at = place(p % products);
             const int64_t unit = at.unit + d, tap = at.row * a.kernel[1] + at.first + unit / units * hop;
             float w[T];
             for (int64_t i = 0; i < T; ++i) {
@@ -309,6 +302,7 @@ struct TiledConvolution : Layer<Format> {
             }
             *to++ = Format::unit_weight(w);
           }
+      }
   }
 
   // The results of a row of 32 filters, from column `left` to `right`, some pixels at a time.
@@ -338,37 +332,9 @@ struct TiledConvolution : Layer<Format> {
           add_products<Format, 1, 2>(from, last, w, deep, packed, {start, 0, sums, 0, 0});
         }
       }
-      finish(first, strips * 16, y, begin, end, pitch, s.sums.data, to);
-    }
-  }
-
-  // The results of some filters at the pixels of a row from `begin` to `end`, whose sums are `pitch` apart.
-  void finish(int64_t first, int64_t some, int64_t y, int64_t begin, int64_t end, int64_t pitch, const float* sums,
-              const Results<Element>& to) const {
-    Ending ending = Base::ending(1);
-    const int64_t count = live - first < some ? live - first : some, plane = out_rows * a.out_width * to.samples;
-    const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
-    const int64_t pixel = (y % out_rows * a.out_width + begin) * to.samples + to.sample;
-    for (int64_t f = 0; f < count; ++f) {
-      const float* sum = sums + f / 16 * kSums * kTile + f % 16 * 16;
-      const int64_t at = filter[first + f] * plane + pixel;
-      const Element* other = to.other ? to.other + at : nullptr;
-      Element* out = to.out + at * width;
-      ending.scale = Base::scales[first + f];
-      if (to.n < Format::kLanes) {
-        Base::write_some(to.n, end - begin, sum, pitch, kTile, other, ending, out, to.samples);
-        continue;
-      }
-      for (int64_t x = begin; x < end; ++x, sum += pitch, out += width * to.samples) {
-        __builtin_prefetch(out + 2 * plane * width, 1);
-        if (other) {
-          __builtin_prefetch(other + 2 * plane);
-          Base::finish_at(sum, kTile, other, ending, out);
-          other += to.samples;
-        } else {
-          Base::finish_at(sum, kTile, nullptr, ending, out);
-        }
-      }
+      for (int64_t f = 0; f < strips * 16 && first + f < live; ++f)
+        Base::write(first + f, y, begin, 1, end - begin, to.sample, to.n,
+                    s.sums.data + f / 16 * kSums * kTile + f % 16 * 16, pitch, to.other, to.out, to.samples, kTile);
     }
   }
 
