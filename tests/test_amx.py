@@ -1,4 +1,5 @@
-"""The dense kernels on AMX tiles, their instructions emulated (csrc/cpu/amx.h): sums, bits, votes, the first check."""
+"""The kernels for processors with AMX and AVX512-FP16, their instructions emulated (csrc/cpu/amx.h, sample_halves.h):
+sums, bits, votes, the first check."""
 
 from __future__ import annotations
 
@@ -12,19 +13,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import amx_host
 import csam_kernels as ck
-from conftest import ISAS, assert_close
+from conftest import ISAS
 from csam.quantization import quantize
 from csam_kernels import _C, cpu, reference
 from csam_kernels.ops.sample_network import Program, Value
 from test_sample_conv2d import WINDOWS, both, sparse
-from test_sample_network import BODIES, SIGMA, built, convolution, network, of_kind, padded
+from test_sample_network import BODIES, SIGMA, agrees, built, convolution, network, of_kind, padded
 
 pytestmark = pytest.mark.skipif("avx512" not in ISAS, reason="the kernels around the tiles are AVX-512's")
+ENGINES = pytest.mark.parametrize("engine", ["sparse", "dense"])
 BOTH = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 
 
@@ -60,7 +63,7 @@ def test_windows(amx: None, threads: int, window: dict[str, Any]) -> None:
 def test_filters_and_channels(amx: None, filters: int, channels: int) -> None:
     """Whole tiles and parts of them, several blocks among them."""
     for size, kernel in ((3, 3), (5, 1)):
-        weight = sparse(filters, channels, kernel, 0.8) / (kernel * channels**0.5)
+        weight = sparse(filters, channels, kernel, 0.8)
         x = torch.randn(channels, size, size + 1, 21).bfloat16()
         both(x, ck.compress(weight), torch.randn(filters), kernel_size=kernel, padding=kernel // 2)
 
@@ -71,9 +74,10 @@ def test_samples(amx: None, samples: int) -> None:
     both(x, ck.compress(sparse(20, 6, 3, 0.5)), torch.randn(20), kernel_size=3, padding=1)
 
 
-def test_bits_do_not_depend_on_threads_or_samples(amx: None) -> None:
-    x, packed = torch.randn(40, 4, 4, 50).bfloat16(), ck.compress(sparse(70, 40, 3, 0.3))
-    call = lambda x: ck.sample_conv2d(x, *packed, torch.ones(70), kernel_size=3, padding=1, dense=True)  # noqa: E731
+@ENGINES
+def test_bits_do_not_depend_on_threads_or_samples(amx: None, engine: str) -> None:
+    x, packed, dense = torch.randn(40, 4, 4, 50).bfloat16(), ck.compress(sparse(70, 40, 3, 0.3)), engine == "dense"
+    call = lambda x: ck.sample_conv2d(x, *packed, torch.ones(70), kernel_size=3, padding=1, dense=dense)  # noqa: E731
     want, before = call(x), torch.get_num_threads()
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -113,17 +117,52 @@ def test_sums_are_in_the_processors_order(amx: None) -> None:
     assert torch.equal(found, (sums[0] + sums[1]).bfloat16().float())
 
 
+def once_rounded(x: torch.Tensor) -> torch.Tensor:
+    """float64 of x in float16; torch's own conversion rounds to float32 before."""
+    return torch.from_numpy(x.numpy().astype(np.float16).astype(np.float64))
+
+
+def test_sparse_sums_are_float16_for_64_products(amx: None) -> None:
+    """Each is rounded as it grows; then it enters a float32 one, which began with the bias. Weights of any size do."""
+    x = (torch.randn(150, 40) * 2.0 ** torch.randint(-6, 6, (150, 1))).bfloat16()
+    weight = torch.randn(16, 150) * (torch.rand(16, 150) < 0.9) * 2.0 ** torch.arange(-40, 40, 5)[:, None]
+    bias = torch.randn(16) * weight.abs().amax(1)
+    packed = ck.compress(weight[:, :, None, None])
+    found = ck.sample_conv2d(x[:, None, None], *packed, bias, kernel_size=1).squeeze()
+    power = 8 * torch.ldexp(torch.ones(16), torch.frexp(weight.abs().amax(1)).exponent)
+    halves, wanted = once_rounded((weight.bfloat16() / power[:, None]).double()), torch.empty(16, 40)
+    for f in range(16):
+        taps, total = weight[f].nonzero().squeeze(), bias[f].expand(40)
+        for some in taps.split(64):
+            short = torch.zeros(40).double()
+            for c in some:
+                short = once_rounded(short + halves[f, c] * x[c].double())
+            total = (total.double() + short * power[f].double()).float()
+        wanted[f] = total
+    assert len(taps) > 128
+    assert torch.equal(found, wanted.bfloat16())
+
+
+def test_what_leaves_float16_is_infinite_or_nan(amx: None) -> None:
+    x = torch.tensor([1.0, 65504, 65536, -1e30, float("inf"), float("nan")])[None, None, None].bfloat16()
+    one = ck.compress(torch.ones(1, 1, 1, 1))
+    inf, nan = float("inf"), float("nan")
+    wanted = torch.tensor([1.0, inf, inf, -inf, inf, nan]).bfloat16()  # 65504 is no bfloat16: 65536 is the nearest
+    assert torch.equal(ck.sample_conv2d(x, *one, kernel_size=1)[0, 0, 0].nan_to_num(7), wanted.nan_to_num(7))
+
+
 @pytest.mark.parametrize("name", BODIES)
+@ENGINES
 @BOTH
-def test_networks(amx: None, name: str, dtype: torch.dtype) -> None:
-    program, x = of_kind(built(name, scaled=True), "dense"), torch.rand(37, 3, 9, 7)
+def test_networks(amx: None, name: str, dtype: torch.dtype, engine: str) -> None:
+    program, x = of_kind(built(name, scaled=True), engine), torch.rand(37, 3, 9, 7)
     if dtype is torch.int8:
         program = quantize(program, x)
-    found, wanted = ck.sample_network(program, dtype).logits(x), reference.sample_network(program, x, dtype)
+    made = ck.sample_network(program, dtype)
     if dtype is torch.int8:
-        assert torch.equal(found, wanted)
+        assert torch.equal(made.logits(x), reference.sample_network(program, x, dtype))
     else:
-        assert_close(found, wanted, dtype)
+        agrees(made, x)
 
 
 def wide(filters: int, channels: int, kernel: int) -> Program:
@@ -165,18 +204,22 @@ def test_bfloat16_votes(amx: None, loaded: ModuleType) -> None:
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="needs a processor with AMX")
+@ENGINES
 @BOTH
 def test_the_processor_computes_what_is_emulated(
-    amx: None, loaded: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    amx: None, loaded: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: str
 ) -> None:
-    program, x = wide(40, 70, 3), torch.rand(70, 3, 4, 3)
+    program, x = of_kind(wide(40, 70, 3), engine), torch.rand(70, 3, 4, 3)
     if dtype is torch.int8:
         program = quantize(program, x)
     emulated = ck.sample_network(program, dtype)
     monkeypatch.setattr(cpu, "_C", _C)
+    before = _C.isa()
     _C.set_isa("amx")
-    real = ck.sample_network(program, dtype)
-    _C.set_isa("auto")
+    try:
+        real = ck.sample_network(program, dtype)
+    finally:
+        _C.set_isa(before)
     assert torch.equal(real.logits(x), emulated.logits(x))
     assert real.fingerprint == emulated.fingerprint
 
@@ -203,5 +246,14 @@ def test_tiles_are_taken_unasked_where_they_compute_what_avx512_does(amx: None, 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs objdump and x86-64")
 def test_the_instructions_are_in_the_extension() -> None:
     listing = subprocess.run(["objdump", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
-    for name in ("ldtilecfg", "tileloadd", "tileloaddt1", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"):
+    for name in (
+        "ldtilecfg",
+        "tileloadd",
+        "tileloaddt1",
+        "tdpbf16ps",
+        "tdpbsud",
+        "tilestored",
+        "tilerelease",
+        "vfmadd231ph",
+    ):
         assert name in listing

@@ -22,7 +22,16 @@ from conftest import ISAS, TOLERANCE, assert_close
 from csam.quantization import quantize
 from csam_kernels import _C, reference
 from csam_kernels.ops import sample_network
-from csam_kernels.ops.sample_network import ENGINES, Program, Step, Value, outputs, step_costs, transformable
+from csam_kernels.ops.sample_network import (
+    ENGINES,
+    Program,
+    SampleNetwork,
+    Step,
+    Value,
+    outputs,
+    step_costs,
+    transformable,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 KINDS = pytest.mark.parametrize("engine", ENGINES)
@@ -147,23 +156,34 @@ def built(name: str, engine: str = "sparse", scaled: bool = False) -> Program:
     return of_kind(program, engine)
 
 
+def agrees(made: SampleNetwork, x: Tensor) -> None:
+    """The logits of images are the reference's; of sparse layers that sum in float16, as near to float32's as those."""
+    program, found = made.program, made.logits(x)
+    wanted = reference.sample_network(program, x, made.dtype)
+    if "float16 sparse" in made._native.format and any(step.engine == "sparse" for step in program.steps):
+        exact = reference.sample_network(program, x, torch.float32)
+        assert (found - exact).norm() <= 1.15 * (wanted - exact).norm()
+    else:
+        assert_close(found, wanted, made.dtype)
+
+
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("name", BODIES)
 def test_logits_are_the_references(isa: str, name: str, engine: str, dtype: torch.dtype) -> None:
     program, x = built(name, engine, scaled=True), torch.rand(37, 3, 9, 7)
-    found = ck.sample_network(program, dtype).logits(x)
+    made = ck.sample_network(program, dtype)
     if (isa, engine, dtype) == ("amx", "winograd", torch.bfloat16):  # tiles multiply what would be transformed
-        program = of_kind(program, "dense")
-    assert_close(found, reference.sample_network(program, x, dtype), dtype)
+        made.program = of_kind(program, "dense")
+    agrees(made, x)
 
 
 @DTYPES
 def test_logits_of_any_number_of_samples(isa: str, dtype: torch.dtype) -> None:
     program, x = built("residual"), torch.rand(70, 3, 9, 7)
     made = ck.sample_network(program, dtype)
+    agrees(made, x)
     wanted = made.logits(x)
-    assert_close(wanted, reference.sample_network(program, x, dtype), dtype)
     for n in (0, 1, made.lanes - 1, made.lanes, made.lanes + 1):
         assert torch.equal(made.logits(x[:n]), wanted[:n])
     assert torch.equal(made.logits(x.double().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), wanted)

@@ -198,7 +198,8 @@ class SampleNetwork:
     Attributes:
         shape: (C, H, W) of an image.
         classes: K.
-        dtype: of all values; sums are float32, in int8 32-bit integers.
+        dtype: of all values; sums are float32, in int8 32-bit integers. On processors with AMX those of sparse steps in
+            bfloat16 are float16 for 64 products at a time, which then enter float32 ones.
         lanes: samples of a tile, which one thread takes through all steps.
         memory: bytes that a thread takes while it runs.
     """

@@ -40,10 +40,11 @@ const char* ask_for_amx() {
   if (!has_avx512() || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni"))
     return "the processor lacks AVX-512 BF16 or VNNI";
 #if !defined(CSAM_EMULATE_AMX)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kFp16 = 1u << 23;
+  constexpr unsigned kAll = kBf16 | kTile | kInt8 | kFp16;
   unsigned a, b, c, d, state, high;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll)
-    return "the processor lacks AMX with BF16 and INT8";
+    return "the processor lacks AMX with BF16 and INT8, or AVX-512 FP16";
   asm volatile("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of this process
   if ((state >> 17 & 3) != 3 || syscall(SYS_arch_prctl, kRequest, kTileData)) return "the kernel grants no tile memory";

@@ -37,6 +37,12 @@ constexpr double kEndCost = 6;           // of storing one vector of results
 constexpr double kRunCost = 20;          // of a row of one filter's results, wherever it goes
 constexpr double kJobCost = 100;         // of a tile, whatever it holds
 
+// Whether sums begin as short ones of half the width (sample_halves.h), and what that costs: packing a vector, and
+// taking up a short sum.
+template <class Format>
+constexpr bool kShortSums = false;
+constexpr double kHalvesPackCost = 9, kTakeUpCost = 7;
+
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 template <class T>
@@ -121,6 +127,7 @@ struct Block {  // some channels of the input under one tile, and what the filte
   int64_t pixels;         // from one filter's sums to the next's
   const Tap* taps;
   const int32_t* cuts;               // sparse: where the taps of each filter begin; they end at the cut after it
+  const float* powers;               // sparse, of short sums: what each filter's are multiplied by
   const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters]
   const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
   int64_t products;                  // dense: of a filter
@@ -874,6 +881,7 @@ struct Convolution : Layer<Format> {
   Array<int64_t> row_source, column_source;
   Array<Tap> taps;
   Array<int32_t> cuts, offsets;
+  Array<float> powers;
   Array<uint32_t> weights;
 
   void claim(Sizes& sizes) const {
@@ -932,8 +940,10 @@ struct Convolution : Layer<Format> {
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
       const double narrow = dense && m.columns == 1 ? 1.5 : 1;
-      const double put_down = double(turns - 1) * filters * pixels * (dense ? 1 : Format::kSums) * kSumCost;
-      const double work = products * pixels * narrow * r.cost + kPackCost * channels * y.lines * x.lines +
+      const double pack = kShortSums<Format> ? kHalvesPackCost : kPackCost;
+      const double put_down = double(turns - 1) * filters * pixels * (dense ? 1 : Format::kSums) * kSumCost +
+                              (kShortSums<Format> ? double(turns) * pixels * kTakeUpCost : 0);
+      const double work = products * pixels * narrow * r.cost + pack * channels * y.lines * x.lines +
                           rows * (turns * micros * kTurnCost + put_down) +
                           live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost;
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
@@ -952,6 +962,10 @@ struct Convolution : Layer<Format> {
   void lay_sparse(const Axis& x, const Axis& y) {
     taps = Array<Tap>(a.rows[a.filters]);
     cuts = Array<int32_t>(blocks * (live + 1));
+    if constexpr (kShortSums<Format>) {
+      powers = Array<float>(live);
+      for (int64_t o = 0; o < live; ++o) powers[o] = Format::power(a.values + a.rows[o], a.rows[o + 1] - a.rows[o]);
+    }
     Array<int32_t> next(live);  // tap of each filter
     for (int64_t o = 0; o < live; ++o) next[o] = a.rows[o];
     int32_t laid = 0;
@@ -961,7 +975,10 @@ struct Convolution : Layer<Format> {
         *cut++ = laid;
         for (int32_t& k = next[o]; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
           const int64_t at = place[a.taps[k] / area] - b * together;
-          taps[laid++] = {Format::weight(a.values[k]), int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
+          uint32_t weight;
+          if constexpr (kShortSums<Format>) weight = Format::tap(a.values[k] / powers[o]);
+          else weight = Format::weight(a.values[k]);
+          taps[laid++] = {weight, int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
         }
       }
       *cut = laid;
@@ -1044,6 +1061,7 @@ struct Convolution : Layer<Format> {
         } else {
           block.taps = taps.data;
           block.cuts = cuts.data + b * (live + 1) + slot;
+          if constexpr (kShortSums<Format>) block.powers = powers.data + slot;
         }
         if (straight) block.outputs = &outputs;
         tile.micro.add(block, here, sums);

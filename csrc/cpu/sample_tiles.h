@@ -7,7 +7,7 @@
 // stored: one plane's side by side. Taps outside the image are left out where that shows in no bit.
 #pragma once
 #include "amx.h"
-#include "sample_conv2d.h"
+#include "sample_halves.h"
 
 namespace csam {
 namespace CSAM_ISA {
@@ -19,8 +19,8 @@ struct TiledConvolution;
 
 #if defined(__AVX512F__)
 
-struct Bfloat16Tiles : Bfloat16Pairs {  // sums in another order
-  static constexpr const char* kName = "bfloat16 tiles";
+struct Bfloat16Tiles : Bfloat16Halves {  // dense sums in another order
+  static constexpr const char* kName = "bfloat16 tiles, float16 sparse";
   template <int C, int A, int B>
   static void product() {
     tile_product_bf16<C, A, B>();
@@ -35,6 +35,8 @@ struct Int8Tiles : Int8Quads {  // the same bits
 
 template <>
 constexpr bool kTiled<Bfloat16Tiles> = true;
+template <>
+constexpr bool kShortSums<Bfloat16Tiles> = true;
 template <>
 constexpr bool kTiled<Int8Tiles> = true;
 

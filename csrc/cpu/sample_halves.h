@@ -1,0 +1,114 @@
+// Sparse convolution in float16 (AVX512-FP16), of which a vector holds 32: twice the multiply-adds of float32. Products
+// are summed in float16 kShort at a time, in registers; these short sums enter float32 ones. A filter's weights are
+// scaled by a power of two to less than 1/8, so that no short sum of inputs up to 8188 leaves float16's range.
+#pragma once
+#include "sample_conv2d.h"
+
+namespace csam {
+namespace CSAM_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kShort = 64;
+constexpr int kHeadroom = 3;  // binary orders between the largest scaled weight and 1
+
+// sum + weight * x[0 .. 31] in float16, rounded once. As assembly, since an intrinsic would ask every caller to be
+// compiled for AVX512-FP16.
+#if !defined(CSAM_EMULATE_AMX)
+CSAM_INLINE __m512i add_product(__m512i sum, __m512i weight, const float* x) {
+  asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(weight), "m"(*reinterpret_cast<const __m512i*>(x)));
+  return sum;
+}
+#else
+static __m512i add_product(__m512i sum, __m512i weight, const float* x) {
+  _Float16 s[32], w[32], v[32];
+  memcpy(s, &sum, 64), memcpy(w, &weight, 64), memcpy(v, x, 64);
+  // A float64 holds the product; where it does not hold the sum, that is too far from halfway between two halves, or
+  // beyond them all, for the first rounding to matter.
+  for (int i = 0; i < 32; ++i) s[i] = _Float16(double(w[i]) * double(v[i]) + double(s[i]));
+  memcpy(&sum, s, 64);
+  return sum;
+}
+#endif
+
+CSAM_INLINE vf low_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
+CSAM_INLINE vf high_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
+
+template <class Format, int R, int C>
+static void add_halves(const Block& b, int64_t filters, float* sums) {
+  const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
+  for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
+    const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
+    fetch(b, share);
+    if (!b.bias && first == end && !b.outputs) continue;
+    const vf initial = splat(b.bias ? b.bias[o] : 0), scale = splat(b.powers[o]);
+    for (int64_t row = 0; row < b.rows; row += R)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + 2 * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + column * W;
+        alignas(64) float ended[2 * R * C * W];
+        float* to = b.outputs ? ended : sum;
+        const int64_t line = 2 * b.columns * W, to_line = b.outputs ? 2 * C * W : line;
+        const Tap* t = first;
+        do {
+          const bool begins = t == first;
+          const Tap* stop = end - t > kShort ? t + kShort : end;
+          __m512i v[R * C];
+#pragma GCC unroll 32
+          for (int i = 0; i < R * C; ++i) v[i] = _mm512_setzero_si512();
+          for (; t < stop; ++t) {
+            const __m512i w = _mm512_set1_epi32(int(t->weight));
+            const float* in = packed + t->offset;
+#pragma GCC unroll 32
+            for (int r = 0; r < R; ++r, in += b.pitch)
+#pragma GCC unroll 32
+              for (int c = 0; c < C; ++c) v[r * C + c] = add_product(v[r * C + c], w, in + c * W);
+          }
+          const auto enter = [&](const auto& before) __attribute__((always_inline)) {
+#pragma GCC unroll 32
+            for (int i = 0; i < R * C; ++i) {
+              float* at = to + i / C * to_line + 2 * (i % C) * W;
+              store(at, fma(low_half(v[i]), scale, before(i, 0)));
+              store(at + W, fma(high_half(v[i]), scale, before(i, 1)));
+            }
+          };
+          if (!begins) enter([&](int i, int h) { return load<vf>(to + i / C * to_line + (2 * (i % C) + h) * W); });
+          else if (b.bias) enter([&](int, int) { return initial; });
+          else enter([&](int i, int h) { return load<vf>(sum + i / C * line + (2 * (i % C) + h) * W); });
+        } while (t < end);
+        if (b.outputs) finish<Format, 1, R, C>(b, filters, o, row, column, reinterpret_cast<const vf*>(ended));
+      }
+  }
+}
+
+struct Bfloat16Halves : Bfloat16Pairs {  // sparse layers only; the sums' order is that of pairs
+  static constexpr Micro kSparse[] = {
+      {4, 4, add_halves<Bfloat16Halves, 4, 4>}, {2, 8, add_halves<Bfloat16Halves, 2, 8>},
+      {2, 7, add_halves<Bfloat16Halves, 2, 7>}, {1, 16, add_halves<Bfloat16Halves, 1, 16>},
+      {1, 4, add_halves<Bfloat16Halves, 1, 4>}, {1, 1, add_halves<Bfloat16Halves, 1, 1>}};
+  // The power of two by which a filter's weights are divided, and its short sums multiplied.
+  static float power(const float* weights, int64_t n) {
+    float most = 0;
+    for (int64_t i = 0; i < n; ++i) most = fabsf(weights[i]) > most ? fabsf(weights[i]) : most;
+    int exponent = 0;
+    frexpf(most, &exponent);  // most < 2^exponent
+    return ldexpf(1, (exponent < 120 ? exponent : 120) + kHeadroom);
+  }
+  static uint32_t tap(float weight) {  // for every two lanes; a bfloat16 as everywhere, which halves hold
+    const _Float16 half = _Float16(csam::from_bf16(csam::to_bf16(weight)));
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits * 0x10001u;
+  }
+  static vf pack(const uint16_t* in) {
+    vf v[2];
+    unpack(in, v);
+    const __m512i low = _mm512_castsi256_si512((__m256i)to_f16(v[0]));
+    return (vf)_mm512_inserti64x4(low, (__m256i)to_f16(v[1]), 1);
+  }
+};
+
+#endif
+
+}  // namespace CSAM_ISA
+}  // namespace csam
