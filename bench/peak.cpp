@@ -1,5 +1,6 @@
 // What one core can multiply and add at most: 1e9 operations a second, a multiplication and an addition each one, of
-// independent chains in registers; a line an instruction. Of bfloat16 and int8 AMX tiles where there are such.
+// independent chains in registers; a line an instruction. float16 with AVX512-FP16, of bfloat16 and int8 AMX tiles
+// where there are such.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -21,6 +22,7 @@ constexpr long kRounds = 1'000'000, kShorter = 10;  // rounds of tiles are longe
 #define FMA_512(i) a##i = _mm512_fmadd_ps(x, x, a##i);
 #define FMA_256(i) a##i = _mm256_fmadd_ps(x, x, a##i);
 #define ZERO_INT(i) __m512i a##i = _mm512_setzero_si512();
+#define FMA_HALF(i) asm("vfmadd231ph %1, %1, %0" : "+v"(a##i) : "v"(x));
 #define DOT_512(i) a##i = _mm512_dpbf16_ps(a##i, x, x);
 #define DOT_INT(i) a##i = _mm512_dpbusd_epi32(a##i, x, x);
 #define TIMED(zero, step)                              \
@@ -39,6 +41,10 @@ __attribute__((target("avx512f"))) double fma512() {
   const __m512 x = _mm512_set1_ps(1.0f);
   TIMED(ZERO_512, FMA_512)
 }
+__attribute__((target("avx512f"))) double fma_half() {
+  const __m512i x = _mm512_set1_epi16(0x3c00);
+  TIMED(ZERO_INT, FMA_HALF)
+}
 __attribute__((target("avx512f,avx512bf16"))) double dot512() {
   const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   TIMED(ZERO_512, DOT_512)
@@ -48,10 +54,12 @@ __attribute__((target("avx512f,avx512vnni"))) double dot_int() {
   TIMED(ZERO_INT, DOT_INT)
 }
 
-bool has_tiles() {  // with BF16 and INT8, and Linux grants them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;
+bool has(unsigned features) {  // of CPUID's leaf 7, EDX
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && !syscall(SYS_arch_prctl, 0x1023, 18);
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & features) == features;
+}
+bool has_tiles() {  // with BF16 and INT8, and Linux grants them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has(1u << 22 | 1u << 24 | 1u << 25) && !syscall(SYS_arch_prctl, 0x1023, 18);
 }
 struct alignas(64) Shapes {
   unsigned char palette = 1, rest[15] = {};
@@ -94,6 +102,7 @@ void report(const char* name, double (*run)(), double flops) {
 int main() {
   if (__builtin_cpu_supports("avx512f")) report("float32", fma512, 32);
   else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) report("float32", fma256, 16);
+  if (__builtin_cpu_supports("avx512f") && has(1u << 23)) report("float16", fma_half, 64);
   if (has_tiles()) {
     report("bfloat16", tiles_bf16, 4. / 12 * 16 * 16 * 32 * 2);
     report("int8", tiles_int8, 4. / 12 * 16 * 16 * 64 * 2);

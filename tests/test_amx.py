@@ -143,6 +143,16 @@ def test_sparse_sums_are_float16_for_64_products(amx: None) -> None:
     assert torch.equal(found, wanted.bfloat16())
 
 
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_sparse_bits_depend_neither_on_tiles_nor_on_blocks(amx: None, density: float) -> None:
+    """One pixel or many, of all channels in one block or some at a time."""
+    x, packed = torch.randn(600, 9, 17, 33).bfloat16(), ck.compress(sparse(20, 600, 1, density))
+    call = lambda x: ck.sample_conv2d(x.contiguous(), *packed, torch.ones(20), kernel_size=1)  # noqa: E731
+    whole = call(x)
+    for rows, columns in ((1, 1), (2, 3), (4, 4), (8, 16)):
+        assert torch.equal(call(x[:, :rows, :columns]), whole[:, :rows, :columns])
+
+
 def test_what_leaves_float16_is_infinite_or_nan(amx: None) -> None:
     x = torch.tensor([1.0, 65504, 65536, -1e30, float("inf"), float("nan")])[None, None, None].bfloat16()
     one = ck.compress(torch.ones(1, 1, 1, 1))

@@ -37,11 +37,14 @@ constexpr double kEndCost = 6;           // of storing one vector of results
 constexpr double kRunCost = 20;          // of a row of one filter's results, wherever it goes
 constexpr double kJobCost = 100;         // of a tile, whatever it holds
 
-// Whether sums begin as short ones of half the width (sample_halves.h), and what that costs: packing a vector, and
-// taking up a short sum.
+// Whether sums begin as short ones of half the width (sample_halves.h), of so many products. What that costs, reckoned
+// for a Xeon (family 6, model 207) and not measured: packing a vector, a short sum that enters the long one, and blocks
+// out of a first-level cache of 48 KB that gives two vectors a cycle, a second-level one less than one.
 template <class Format>
 constexpr bool kShortSums = false;
-constexpr double kHalvesPackCost = 9, kTakeUpCost = 7;
+constexpr int64_t kShort = 64;
+constexpr double kHalvesPackCost = 9, kEnterCost = 7;
+constexpr Room kHalvesRooms[] = {{20 << 10, 1}, {40 << 10, 1.1}, {96 << 10, 2}, {192 << 10, 2.2}};
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -127,7 +130,10 @@ struct Block {  // some channels of the input under one tile, and what the filte
   int64_t pixels;         // from one filter's sums to the next's
   const Tap* taps;
   const int32_t* cuts;               // sparse: where the taps of each filter begin; they end at the cut after it
-  const float* powers;               // sparse, of short sums: what each filter's are multiplied by
+  const float* powers;               // short sums: what each filter's are multiplied by
+  const int32_t* before;             // short sums: products of each filter in the blocks before
+  float* halves;                     // short sums: those that are put down
+  bool last;                         // of the blocks
   const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters]
   const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
   int64_t products;                  // dense: of a filter
@@ -880,20 +886,22 @@ struct Convolution : Layer<Format> {
   int64_t lines, across_lines, unit, together, blocks, down, across, group;
   Array<int64_t> row_source, column_source;
   Array<Tap> taps;
-  Array<int32_t> cuts, offsets;
+  Array<int32_t> cuts, offsets, before;
   Array<float> powers;
   Array<uint32_t> weights;
 
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, together / step() * unit);
-    Sizes::raise(sizes.sums, group * tile.rows * tile.columns * Format::kSums * W);
+    Sizes::raise(sizes.sums, group * tile.rows * tile.columns * sum_vectors() * W);
     Sizes::raise(sizes.offsets, lines);
   }
 
+  int64_t sum_vectors() const { return Format::kSums + (kShortSums<Format> ? 1 : 0); }
   int64_t step() const { return dense ? Format::kTogether : 1; }  // channels of a unit
 
   explicit Convolution(const SampleConvArgs& args, int64_t shares = 1) : Base(args) {
     if (dense) choose(kDenseRooms, Format::kDense);
+    else if (kShortSums<Format>) choose(kHalvesRooms, Format::kSparse);
     else choose(kSparseRooms, Format::kSparse);
     const Axis y(a.kernel[0], a.stride[0], a.dilation[0], tile.rows);
     const Axis x(a.kernel[1], a.stride[1], a.dilation[1], tile.columns);
@@ -908,7 +916,7 @@ struct Convolution : Layer<Format> {
     blocks = channels ? tiles(channels, together) : 1;
     down = tiles(a.out_height, tile.rows);
     across = tiles(a.out_width, tile.columns);
-    const int64_t sums = 4 * W * Format::kSums * tile.rows * tile.columns;
+    const int64_t sums = 4 * W * sum_vectors() * tile.rows * tile.columns;
     const int64_t fit = kSumBytes / sums, parts = tiles(live, fit < Format::kFilters ? Format::kFilters : fit);
     group = tiles(tiles(live, parts > shares ? parts : shares), Format::kFilters) * Format::kFilters;
     if (group < Format::kFilters) group = Format::kFilters;
@@ -928,6 +936,7 @@ struct Convolution : Layer<Format> {
     const int64_t filters = dense ? Format::kFilters : 1, rows = tiles(live, filters);
     const double products =
         dense ? double(rows * filters * tiles(channels, step()) * Format::kSums * area) : double(a.rows[a.filters]);
+    const bool halves = kShortSums<Format> && !dense;
     bool found = false;
     const auto consider = [&](const Room& r, const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
@@ -940,10 +949,10 @@ struct Convolution : Layer<Format> {
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
       const double narrow = dense && m.columns == 1 ? 1.5 : 1;
-      const double pack = kShortSums<Format> ? kHalvesPackCost : kPackCost;
-      const double put_down = double(turns - 1) * filters * pixels * (dense ? 1 : Format::kSums) * kSumCost +
-                              (kShortSums<Format> ? double(turns) * pixels * kTakeUpCost : 0);
-      const double work = products * pixels * narrow * r.cost + pack * channels * y.lines * x.lines +
+      const double pack = halves ? kHalvesPackCost : kPackCost;
+      const double put_down = double(turns - 1) * filters * pixels * (dense || halves ? 1 : Format::kSums) * kSumCost;
+      const double enter = halves ? (products / kShort + double(rows)) * pixels * kEnterCost : 0;
+      const double work = products * pixels * narrow * r.cost + enter + pack * channels * y.lines * x.lines +
                           rows * (turns * micros * kTurnCost + put_down) +
                           live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost;
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
@@ -963,6 +972,7 @@ struct Convolution : Layer<Format> {
     taps = Array<Tap>(a.rows[a.filters]);
     cuts = Array<int32_t>(blocks * (live + 1));
     if constexpr (kShortSums<Format>) {
+      before = Array<int32_t>(blocks * live);
       powers = Array<float>(live);
       for (int64_t o = 0; o < live; ++o) powers[o] = Format::power(a.values + a.rows[o], a.rows[o + 1] - a.rows[o]);
     }
@@ -973,6 +983,7 @@ struct Convolution : Layer<Format> {
       int32_t* cut = cuts.data + b * (live + 1);
       for (int64_t o = 0; o < live; ++o) {
         *cut++ = laid;
+        if (kShortSums<Format>) before[b * live + o] = next[o] - a.rows[o];
         for (int32_t& k = next[o]; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
           const int64_t at = place[a.taps[k] / area] - b * together;
           uint32_t weight;
@@ -1061,7 +1072,13 @@ struct Convolution : Layer<Format> {
         } else {
           block.taps = taps.data;
           block.cuts = cuts.data + b * (live + 1) + slot;
-          if constexpr (kShortSums<Format>) block.powers = powers.data + slot;
+          if constexpr (kShortSums<Format>) {
+            block.bias = bias.data + slot;
+            block.powers = powers.data + slot;
+            block.before = before.data + b * live + slot;
+            block.halves = s.sums.data + (2 * group + (blocks > 1 ? o : 0)) * pixels * W;
+            block.last = last;
+          }
         }
         if (straight) block.outputs = &outputs;
         tile.micro.add(block, here, sums);

@@ -1,5 +1,5 @@
 // Sparse convolution in float16 (AVX512-FP16), of which a vector holds 32: twice the multiply-adds of float32. Products
-// are summed in float16 kShort at a time, in registers; these short sums enter float32 ones. A filter's weights are
+// are summed in float16 kShort at a time; these short sums enter float32 ones. A filter's weights are
 // scaled by a power of two to less than 1/8, so that no short sum of inputs up to 8188 leaves float16's range.
 #pragma once
 #include "sample_conv2d.h"
@@ -9,7 +9,6 @@ namespace CSAM_ISA {
 
 #if defined(__AVX512F__)
 
-constexpr int64_t kShort = 64;
 constexpr int kHeadroom = 3;  // binary orders between the largest scaled weight and 1
 
 // sum + weight * x[0 .. 31] in float16, rounded once. As assembly, since an intrinsic would ask every caller to be
@@ -34,28 +33,34 @@ static __m512i add_product(__m512i sum, __m512i weight, const float* x) {
 CSAM_INLINE vf low_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
 CSAM_INLINE vf high_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
 
+// A short sum that a block leaves unfinished is put down as it is.
 template <class Format, int R, int C>
 static void add_halves(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
-  for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
+  for (int64_t o = 0; o < filters; ++o) {
     const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
     fetch(b, share);
-    if (!b.bias && first == end && !b.outputs) continue;
-    const vf initial = splat(b.bias ? b.bias[o] : 0), scale = splat(b.powers[o]);
+    if (first == end && !b.last) continue;
+    const vf initial = splat(b.bias[o]), scale = splat(b.powers[o]);
     for (int64_t row = 0; row < b.rows; row += R)
       for (int64_t column = 0; column < b.columns; column += C) {
-        float* sum = sums + 2 * (row * b.columns + column) * W;
+        const int64_t pixel = o * pixels + row * b.columns + column;
+        float *sum = sums + 2 * pixel * W, *put_down = b.halves + pixel * W;
         const float* packed = b.packed + row * b.pitch + column * W;
         alignas(64) float ended[2 * R * C * W];
         float* to = b.outputs ? ended : sum;
-        const int64_t line = 2 * b.columns * W, to_line = b.outputs ? 2 * C * W : line;
+        const int64_t line = b.columns * W, to_line = b.outputs ? C * W : line;
         const Tap* t = first;
-        do {
-          const bool begins = t == first;
-          const Tap* stop = end - t > kShort ? t + kShort : end;
-          __m512i v[R * C];
+        int64_t done = b.before[o];  // products
+        const bool taken_up = done % kShort;
+        __m512i v[R * C];
 #pragma GCC unroll 32
-          for (int i = 0; i < R * C; ++i) v[i] = _mm512_setzero_si512();
+        for (int i = 0; i < R * C; ++i)
+          v[i] = taken_up ? load<__m512i>(put_down + i / C * line + i % C * W) : _mm512_setzero_si512();
+        for (bool entered = false;; entered = true) {
+          const int64_t index = done / kShort, left = (index + 1) * kShort - done;
+          const Tap* stop = end - t > left ? t + left : end;
+          done += stop - t;
           for (; t < stop; ++t) {
             const __m512i w = _mm512_set1_epi32(int(t->weight));
             const float* in = packed + t->offset;
@@ -64,18 +69,27 @@ static void add_halves(const Block& b, int64_t filters, float* sums) {
 #pragma GCC unroll 32
               for (int c = 0; c < C; ++c) v[r * C + c] = add_product(v[r * C + c], w, in + c * W);
           }
+          if (t == end && !b.last && done % kShort) {
+#pragma GCC unroll 32
+            for (int i = 0; i < R * C; ++i) store(put_down + i / C * line + i % C * W, v[i]);
+            break;
+          }
           const auto enter = [&](const auto& before) __attribute__((always_inline)) {
 #pragma GCC unroll 32
             for (int i = 0; i < R * C; ++i) {
-              float* at = to + i / C * to_line + 2 * (i % C) * W;
+              float* at = to + 2 * (i / C * to_line + i % C * W);
               store(at, fma(low_half(v[i]), scale, before(i, 0)));
-              store(at + W, fma(high_half(v[i]), scale, before(i, 1)));
+              store(at + W, fma(high_half(v[i]), scale, before(i, W)));
             }
           };
-          if (!begins) enter([&](int i, int h) { return load<vf>(to + i / C * to_line + (2 * (i % C) + h) * W); });
-          else if (b.bias) enter([&](int, int) { return initial; });
-          else enter([&](int i, int h) { return load<vf>(sum + i / C * line + (2 * (i % C) + h) * W); });
-        } while (t < end);
+          const float* from = entered ? to : sum;
+          const int64_t from_line = entered ? to_line : line;
+          if (!index) enter([&](int, int) { return initial; });
+          else enter([&](int i, int half) { return load<vf>(from + 2 * (i / C * from_line + i % C * W) + half); });
+          if (t == end) break;
+#pragma GCC unroll 32
+          for (int i = 0; i < R * C; ++i) v[i] = _mm512_setzero_si512();
+        }
         if (b.outputs) finish<Format, 1, R, C>(b, filters, o, row, column, reinterpret_cast<const vf*>(ended));
       }
   }

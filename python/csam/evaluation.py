@@ -533,8 +533,15 @@ class _Desk:
     def exchange(self, found: Iterable[tuple[Piece, Tensor, float]]) -> list[Piece]:
         """Hand in pieces with their votes and the seconds they took, and fetch the next ones; nothing at the end."""
         with self._changed:
-            for piece, votes, seconds in found:
-                self._count(piece, votes, seconds)
+            complete = [piece.image for piece, votes, seconds in found if self._count(piece, votes, seconds)]
+        kept = [one.tell() for one in complete]  # others need not wait for a bound, which may take milliseconds
+        with self._changed:
+            self._kept += [votes for votes in kept if votes is not None]
+            for one in complete:
+                if one.ended:
+                    self._ended += 1
+                else:
+                    self._cut(one)
             return self._next()
 
     def collected(self) -> tuple[int, list[dict[str, Any]]]:
@@ -573,21 +580,14 @@ class _Desk:
             self._changed.notify()
         return pieces
 
-    def _count(self, piece: Piece, votes: Tensor, seconds: float) -> None:
+    def _count(self, piece: Piece, votes: Tensor, seconds: float) -> bool:
+        """Whether nothing is missing any more of what the piece's image wanted."""
         one, n, tile = piece.image, piece.n, self._tile
         self._drawn += n
         self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
         self._most = tile * max(1, int(SAVE_SECONDS * self._hands * n / seconds / tile))
         one.add(piece, votes, seconds / self._hands)
-        if one.left:
-            return
-        kept = one.tell()
-        if kept is not None:
-            self._kept.append(kept)
-        if one.ended:
-            self._ended += 1
-        else:
-            self._cut(one)
+        return not one.left
 
     def _begin(self) -> None:
         one = next(self._images, None)
