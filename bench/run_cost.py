@@ -149,5 +149,5 @@ if __name__ == "__main__":
         print(cost("fixed, engine, 99 % removed", smoothed(0.99, "engine"), 2, 50_000), flush=True)
         far = {"adaptive": True, "target_radius": 0.5}
         print(cost("target, engine", smoothed(0.0, "engine"), 50, 100_000, **far), flush=True)
-        print(cost("target, engine, 99 % removed", smoothed(0.99, "engine"), 100, 100_000, **far), flush=True)
+        print(cost("target, engine, 99 % removed", smoothed(0.99, "engine"), 500, 100_000, **far), flush=True)
         print(cost("fixed, callable", smoothed(0.0, "callable"), 1, 4_000), flush=True)

@@ -276,16 +276,25 @@ def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=messages, refresh_per_second=2) as progress:
-        task, start, drawn = progress.add_task(title, total=total, speed=""), time.monotonic(), 0
+    with Progress(*columns, console=messages, refresh_per_second=1) as progress:
+        task, done, drawn = progress.add_task(title, total=total, speed=""), 0, 0
+        start = shown = time.monotonic()
+
+        def show() -> None:
+            speed = f"{drawn / max(time.monotonic() - start, 1e-9):,.0f} samples/s" if drawn else ""
+            progress.update(task, completed=done, speed=speed)
 
         def advance(steps: int, samples: int = 0) -> None:
-            nonlocal drawn
-            drawn += samples
-            speed = f"{drawn / max(time.monotonic() - start, 1e-9):,.0f} samples/s" if drawn else ""
-            progress.update(task, advance=steps, speed=speed)
+            nonlocal done, drawn, shown
+            done, drawn = done + steps, drawn + samples
+            if time.monotonic() - shown > 0.5:
+                shown = time.monotonic()
+                show()
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            show()
 
 
 @contextmanager

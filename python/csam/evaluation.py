@@ -34,7 +34,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -53,8 +53,9 @@ from csam_kernels import checks
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
 WRITE_SECONDS = 0.1  # what is finished waits for others to be written with, at most
-PIECE_SECONDS = 0.03  # of samples that a thread takes at a time
+PIECE_SECONDS = 0.06  # of samples that a thread takes at a time
 Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
+_NONE = torch.zeros((), dtype=torch.int64)  # votes of no sample
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
 GAUSSIAN = {"noise": "gaussian", "norm": "l2"}  # records that do not say are from before there were other laws
@@ -318,11 +319,11 @@ def certify_dataset(
             own: list[Hand] = [lambda one, n, first: vote(one.x, n, first, one.idx)] * hands[0]
             draw = partial(_together, prepared, own + others)
         with team.asking(hands), TsvWriter(path) as record:
-            rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
-        broken = nan_samples(path, [rows[i] for i in wanted])
+            rows, nan = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        broken = [nan[i] for i in wanted if nan.get(i)]
         if broken:
             warnings.warn(
-                f"{sum(broken.values())} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
+                f"{sum(broken)} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
                 f"no class; {votes_path(path).name} has their numbers",
                 RuntimeWarning,
                 stacklevel=2,
@@ -340,8 +341,10 @@ def _recorded(
     draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[list[dict[str, Any]], None, None]],
     on_result: Callable[[Row], None] | None,
     on_samples: Callable[[int], None] | None,
-) -> dict[int, Row]:
-    """The rows of the record by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
+) -> tuple[dict[int, Row], dict[int, int]]:
+    """The rows of the record by image, those of `wanted` among them, and the samples of each that had NaN logits.
+
+    That is what `certify_dataset` does once all is checked.
 
     `draw` gives what the journal is to keep of images, of each the last time with its certificate.
     """
@@ -382,7 +385,7 @@ def _recorded(
             for votes in kept:
                 if "reason" in votes:
                     finish(votes)
-    return rows
+    return rows, {votes["idx"]: votes.get("nan", 0) for votes in journal.records[1:]}
 
 
 def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dict[int, dict[str, Any]]]:
@@ -441,14 +444,14 @@ class _Image:
         ended: it is decided.
         seconds: its part of the time so far.
         saved: when it was saved last, or begun.
-        votes: of the ranges wanted, by their number, [num_classes] each, so far.
+        votes: of each range wanted, [num_classes], so far.
         left: samples of these ranges that are missing.
     """
 
     def __init__(self, idx: int, x: Tensor, certification: Certification, known: Mapping[str, Any]) -> None:
         self.idx, self.x, self.certification, self.place, self.ended = idx, x, certification, 0, False
         self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
-        self.votes: dict[int, Tensor] = {}
+        self.votes: list[Tensor] = []
         self.left = 0
 
     def cut(self, most: int, piece: int, aligned: bool) -> list[Piece]:
@@ -458,17 +461,19 @@ class _Image:
         """
         self.certification.most = most
         ranges, pieces = self.certification.wanted, []
-        for k, (n, first) in enumerate(ranges):
-            start = first - first % piece if aligned else first
-            ends = [first, *range(start + piece, first + n, piece), first + n]
-            pieces += [Piece(self.place, k, begin, end - begin, self) for begin, end in pairwise(ends)]
-        self.votes, self.left = {}, sum(n for n, _ in ranges)
+        for k, (n, begin) in enumerate(ranges):
+            end = begin + n
+            while begin < end:
+                room = piece - begin % piece if aligned else piece
+                pieces.append(Piece(self.place, k, begin, min(room, end - begin), self))
+                begin += room
+        self.votes, self.left = [_NONE] * len(ranges), sum(n for n, _ in ranges)
         return pieces
 
     def add(self, piece: Piece, found: Tensor, seconds: float) -> None:
         """Count the votes of a piece."""
-        k = piece.range
-        self.votes[k] = self.votes[k] + found if k in self.votes else found
+        before = self.votes[piece.range]
+        self.votes[piece.range] = found if before is _NONE else before + found
         self.left -= piece.n
         self.seconds += seconds
 
@@ -478,7 +483,7 @@ class _Image:
         Returns:
             What the journal is to keep of the image now: its certificate, or every few seconds its state, or nothing.
         """
-        certificate = self.certification.tell([self.votes[k].tolist() for k in sorted(self.votes)])
+        certificate = self.certification.tell([votes.tolist() for votes in self.votes])
         if certificate is None:
             if time.monotonic() - self.saved <= SAVE_SECONDS:
                 return None
@@ -503,7 +508,7 @@ def _one_by_one(
             start = time.perf_counter()
             one.certification.most = most
             ranges = one.certification.wanted
-            one.votes = dict(enumerate(smooth.cast(one.x, ranges, batch_size, one.idx)))
+            one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
             seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
             one.seconds += seconds
             most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
@@ -530,10 +535,10 @@ class _Desk:
         self._piece, self._most, self._drawn = 2 * tile, 64 * tile, 0
         self._begun, self._ended, self._more = 0, 0, True
 
-    def exchange(self, found: Iterable[tuple[Piece, Tensor, float]]) -> list[Piece]:
+    def exchange(self, found: Sequence[tuple[Piece, Tensor, float]]) -> list[Piece]:
         """Hand in pieces with their votes and the seconds they took, and fetch the next ones; nothing at the end."""
         with self._changed:
-            complete = [piece.image for piece, votes, seconds in found if self._count(piece, votes, seconds)]
+            complete = self._counted(found)
         kept = [one.tell() for one in complete]  # others need not wait for a bound, which may take milliseconds
         with self._changed:
             self._kept += [votes for votes in kept if votes is not None]
@@ -580,14 +585,19 @@ class _Desk:
             self._changed.notify()
         return pieces
 
-    def _count(self, piece: Piece, votes: Tensor, seconds: float) -> bool:
-        """Whether nothing is missing any more of what the piece's image wanted."""
-        one, n, tile = piece.image, piece.n, self._tile
-        self._drawn += n
-        self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
-        self._most = tile * max(1, int(SAVE_SECONDS * self._hands * n / seconds / tile))
-        one.add(piece, votes, seconds / self._hands)
-        return not one.left
+    def _counted(self, found: Sequence[tuple[Piece, Tensor, float]]) -> list[_Image]:
+        """The images of which nothing is missing any more that they wanted."""
+        complete, n, seconds, tile = [], 0, 0.0, self._tile
+        for piece, votes, taken in found:
+            piece.image.add(piece, votes, taken / self._hands)
+            if not piece.image.left:
+                complete.append(piece.image)
+            n, seconds = n + piece.n, seconds + taken
+        if seconds:
+            self._drawn += n
+            self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
+            self._most = tile * max(1, int(SAVE_SECONDS * self._hands * n / seconds / tile))
+        return complete
 
     def _begin(self) -> None:
         one = next(self._images, None)

@@ -127,14 +127,14 @@ class Journal:
                 record = dict(json.loads(line))
             except (ValueError, TypeError) as error:
                 raise RunError(f"{path} line {number} is damaged: {error}") from error
-            if record.pop("crc32", None) != _crc32(record):
+            if record.pop("crc32", None) != _crc32(json.dumps(record)):
                 raise RunError(f"{path} line {number} is damaged: its checksum is not that of its content")
             records.append(record)
         return records, size
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add objects. Raises OSError naming the file (a full disk); it then ends in its last whole line before."""
-        data = "".join(json.dumps({**record, "crc32": _crc32(record)}) + "\n" for record in records).encode()
+        data = "".join(map(_line, records)).encode()
         try:
             with open(self.path, "ab") as file:
                 file.write(data)
@@ -150,8 +150,13 @@ class Journal:
         self.records += map(dict, records)
 
 
-def _crc32(record: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(dict(record)).encode()):08x}"
+def _line(record: Mapping[str, Any]) -> str:
+    content = json.dumps(dict(record))
+    return f'{content[:-1]}{", " if record else ""}"crc32": "{_crc32(content)}"}}\n'
+
+
+def _crc32(content: str) -> str:
+    return f"{zlib.crc32(content.encode()):08x}"
 
 
 def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -128,8 +128,10 @@ class Rule(ABC):
             TypeError, ValueError: no count, more counts than looks, or counts that cannot be.
         """
         counts = self._checked(counts)
-        if not self.stops(counts):
-            return None
+        return self.decision(counts) if self.stops(counts) else None
+
+    def decision(self, counts: Sequence[int]) -> Decision:
+        """The decision of an image that stops with these counts, not checked."""
         k = len(counts) - 1
         last = k == len(self.looks) - 1
         p_lower = self.bound(counts)
@@ -532,22 +534,23 @@ class Certification:
         Raises:
             ValueError: more votes than samples.
         """
-        missing = [n - sum(found) for found, (n, _) in zip(votes, self.wanted, strict=True)]
+        wanted = self.wanted
+        missing = [n - sum(found) for found, (n, _) in zip(votes, wanted, strict=True)]
         if min(missing) < 0:
-            raise ValueError(f"votes must be no more than the samples wanted, {self.wanted}, got {-min(missing)} more")
+            raise ValueError(f"votes must be no more than the samples wanted, {wanted}, got {-min(missing)} more")
         *selection, step = votes
         for found in selection:
             self.chosen = max(range(len(found)), key=found.__getitem__)  # of a tie the first
         assert self.chosen is not None
         self.votes += step[self.chosen]
-        self.seen += sum(step) + missing[-1]
+        self.seen += wanted[-1][0]
         self.nan += sum(missing)
         if self.seen < self.rule.looks[len(self.counts)]:
             return None
         self.counts.append(self.votes)
-        decision = self.rule.decide(self.counts) if self.rule.stops(self.counts) else None
-        if decision is None:
+        if not self.rule.stops(self.counts):
             return None
+        decision = self.rule.decision(self.counts)
         samples, reason = self.n0 + decision.samples, decision.reason
         if decision.radius is None:
             return Certificate(ABSTAIN, 0.0, samples, reason)
