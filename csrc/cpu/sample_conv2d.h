@@ -174,7 +174,7 @@ CSAM_INLINE vi start(vi, float bias) { return vi{} + int32_t(bias); }
 // before the first result is stored: over the loop before, and over the stores, they would take registers or be read
 // again.
 template <class Format, int F, int R, int C>
-CSAM_INLINE void finish(const Block& b, int64_t filters, int64_t o, int64_t row, int64_t column, const vf* sums) {
+CSAM_INLINE void finish(const Block& b, int64_t filters, int64_t o, int64_t row, int64_t column, const vs* sums) {
   using Element = typename Format::Element;
   const Outputs* outputs = b.outputs;
   asm volatile("" : "+r"(outputs));
@@ -238,7 +238,7 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
             for (int c = 0; c < C; ++c) v[r][c] = product_sum(w, load<V>(in + c * W), v[r][c]);
         }
         if (b.outputs) {
-          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -277,7 +277,7 @@ static void add_rows(const Block& b, int64_t filters, float* sums) {
           }
         }
         if (b.outputs) {
-          finish<Format, F, 1, C>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, F, 1, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -322,9 +322,9 @@ struct Float32 : Floats<Float32> {
   static uint32_t unit_weight(const float* w) { return float_bits(w[0]); }
   static vf pack(const float* in) { return load<vf>(in); }
   static void pack_unit(const float* const* in, float* out) { store(out, load<vf>(in[0])); }
-  static void unpack(const float* in, vf* out) { *out = load<vf>(in); }
+  static void unpack(const float* in, vs* out) { *out = load<vf>(in); }
   static void pack_sums(const vf* in, float* out) { store(out, in[0]); }
-  static void finish(const vf* sums, const float* other, const Ending& e, float* out) {
+  static void finish(const vs* sums, const float* other, const Ending& e, float* out) {
     store(out, finished(other ? sums[0] + load<vf>(other) : sums[0], e.low, e.high));
   }
   static float widen(Element v) { return v; }
@@ -345,9 +345,9 @@ struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint16_t* in) { return from_bf16(load<vh>(in)); }
   static void pack_unit(const uint16_t* const* in, float* out) { store(out, pack(in[0])); }
-  static void unpack(const uint16_t* in, vf* out) { *out = pack(in); }
+  static void unpack(const uint16_t* in, vs* out) { *out = pack(in); }
   static void pack_sums(const vf* in, float* out) { store(out, rounded(in[0])); }
-  static void finish(const vf* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+  static void finish(const vs* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
     store(out, to_bf16(finished(other ? sums[0] + from_bf16(load<vh>(other)) : sums[0], e.low, e.high)));
   }
   static float widen(Element v) { return csam::from_bf16(v); }
@@ -401,7 +401,7 @@ CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
         for (; end - t > 1; t += 2) add_pair<R, C, 2>(packed, b.pitch, t, v);
         if (t < end) add_pair<R, C, 1>(packed, b.pitch, t, v);
         if (b.outputs) {
-          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -442,7 +442,7 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
           }
         }
         if (b.outputs) {
-          finish<Format, F, 1, C>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, F, 1, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -482,7 +482,7 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
     _mm512_store_si512(out, _mm512_unpacklo_epi16(x, y));
     _mm512_store_si512(out + W, _mm512_unpackhi_epi16(x, y));
   }
-  static void unpack(const uint16_t* in, vf* out) {
+  static void unpack(const uint16_t* in, vs* out) {
     const __m512i x = once(_mm512_loadu_si512(in)), zero = _mm512_setzero_si512();
     out[0] = (vf)_mm512_unpacklo_epi16(zero, x);
     out[1] = (vf)_mm512_unpackhi_epi16(zero, x);
@@ -493,7 +493,7 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
     const __m512i both = csam::CSAM_ISA::rounded(in[0], in[1]);
     _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
   }
-  static void finish(const vf* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
+  static void finish(const vs* sums, const uint16_t* other, const Ending& e, uint16_t* out) {
     vf first = sums[0], second = sums[1];
     if (other) {
       const __m512i o = _mm512_loadu_si512(other), zero = _mm512_setzero_si512();
@@ -548,9 +548,9 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
   static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
-  static void unpack(const uint8_t* in, vf* out) { *out = pack(in); }
+  static void unpack(const uint8_t* in, vs* out) { *out = pack(in); }
   static void pack_unit(const uint8_t* const* in, float* out) { store(out, pack(in[0])); }
-  static void finish(const vf* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+  static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const vf added = other ? __builtin_convertvector(load<vb>(other), vf) : vf{};
     const vf y = ended((vi)sums[0], added, e);
     if (e.real) store(out, y);
@@ -621,7 +621,7 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
             }
         }
         if (b.outputs) {
-          finish<Format, 1, R, C>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, 1, R, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -663,7 +663,7 @@ CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
           }
         }
         if (b.outputs) {
-          finish<Format, F, 1, 1>(b, filters, o, row, column, (const vf*)v);
+          finish<Format, F, 1, 1>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
@@ -695,7 +695,7 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
                                _mm512_loadu_si512(in[3]));
     for (int i = 0; i < 4; ++i) _mm512_store_si512(out + i * W, q.v[i]);
   }
-  static void finish(const vf* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+  static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const __m512i zero = _mm512_setzero_si512();
     const Quad o = other ? interleaved(_mm512_loadu_si512(other), zero, zero, zero) : Quad{{zero, zero, zero, zero}};
     vf y[4];

@@ -31,7 +31,7 @@ struct Row {
     return row;
   }
   template <bool kAdds = true>
-  CSAM_INLINE void finish(const Row& to, int64_t x, const vf* sums) {
+  CSAM_INLINE void finish(const Row& to, int64_t x, const vs* sums) {
     const int64_t at = x * to.step, width = sizeof(Element) == 1 ? to.width : 1;
     Format::finish(sums, kAdds && to.other ? to.other + at : nullptr, to.ending, to.out + at * width);
   }
@@ -106,9 +106,9 @@ struct Depthwise : Layer<Format> {
         }
 #endif
       } else {
-        Format::unpack(top, reinterpret_cast<vf*>(v[0]));
-        Format::unpack(middle, reinterpret_cast<vf*>(v[1]));
-        Format::unpack(bottom, reinterpret_cast<vf*>(v[2]));
+        Format::unpack(top, reinterpret_cast<vs*>(v[0]));
+        Format::unpack(middle, reinterpret_cast<vs*>(v[1]));
+        Format::unpack(bottom, reinterpret_cast<vs*>(v[2]));
 #pragma GCC unroll 3
         for (int i = 0; i < kWords; ++i) v[i][0] = once(v[i][0]);
       }
@@ -319,7 +319,7 @@ struct Depthwise : Layer<Format> {
           sums[k] = product_sum(w.v[2][i], r.v[i][k], sums[k]);
         }
       }
-      To::finish(to, x, (const vf*)sums);
+      To::finish(to, x, (const vs*)sums);
       l = kStride == 1 ? m : r, m = r;
     }
   }
@@ -342,7 +342,7 @@ struct Depthwise : Layer<Format> {
       c.add(w.v[0], next);
     };
     const auto finish = [&](int64_t x, V* last) __attribute__((always_inline)) {
-      To::template finish<kAdds>(to, x - 2, (const vf*)last);
+      To::template finish<kAdds>(to, x - 2, (const vs*)last);
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) last[k] = first;
     };
@@ -384,7 +384,7 @@ struct Depthwise : Layer<Format> {
       const Column c = columns.next_or_border();
       if (x) {
         c.add(w.v[2], sums);
-        To::finish(to, x - 1, (const vf*)sums);
+        To::finish(to, x - 1, (const vs*)sums);
       }
       if (x == a.out_width) return;
       for (int k = 0; k < K; ++k) sums[k] = first;

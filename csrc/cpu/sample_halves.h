@@ -90,7 +90,7 @@ static void add_halves(const Block& b, int64_t filters, float* sums) {
 #pragma GCC unroll 32
           for (int i = 0; i < R * C; ++i) v[i] = _mm512_setzero_si512();
         }
-        if (b.outputs) finish<Format, 1, R, C>(b, filters, o, row, column, reinterpret_cast<const vf*>(ended));
+        if (b.outputs) finish<Format, 1, R, C>(b, filters, o, row, column, reinterpret_cast<const vs*>(ended));
       }
   }
 }

@@ -24,6 +24,7 @@ constexpr int W = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
+typedef float vs __attribute__((vector_size(4 * W), may_alias));  // the same, where integers' bits may lie
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint64_t vq __attribute__((vector_size(4 * W)));  // W/2 lanes of 64 bits
