@@ -1,4 +1,5 @@
 """Builds csam_kernels._C: plain C++17 with OpenMP, no torch headers; kernels are compiled once an instruction set.
+On x86-64 the assembler must know AMX and AVX512-FP16, as binutils does from 2.38 on (2022).
 
 Where nvcc is found (PATH or CUDA_HOME; CSAM_CUDA=0 turns it off) csam_kernels._CUDA is built too, with or without a
 GPU at hand. Should that fail, the rest is installed without it.

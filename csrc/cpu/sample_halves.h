@@ -1,6 +1,6 @@
 // Sparse convolution in float16 (AVX512-FP16), of which a vector holds 32: twice the multiply-adds of float32. Products
-// are summed in float16 kShort at a time; these short sums enter float32 ones. A filter's weights are
-// scaled by a power of two to less than 1/8, so that no short sum of inputs up to 8188 leaves float16's range.
+// are summed in float16 kShort at a time; these short sums enter float32 ones. A filter's weights are scaled by a power
+// of two to less than 1/8, so that no short sum of inputs up to 8188 leaves float16's range.
 #pragma once
 #include "sample_conv2d.h"
 
