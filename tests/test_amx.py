@@ -172,7 +172,7 @@ def test_networks(amx: None, name: str, dtype: torch.dtype, engine: str) -> None
     if dtype is torch.int8:
         assert torch.equal(made.logits(x), reference.sample_network(program, x, dtype))
     else:
-        agrees(made, x)
+        agrees(made, program, x)
 
 
 def wide(filters: int, channels: int, kernel: int) -> Program:

@@ -137,7 +137,7 @@ struct Block {  // some channels of the input under one tile, and what the filte
   const uint32_t* weights;           // dense: [filters / kFilters][products][kFilters]
   const int32_t* offsets;            // dense: of what each product reads of the first output's input, in floats
   int64_t products;                  // dense: of a filter
-  const float* bias;                 // what the sums start from; null after the first block
+  const float* bias;                 // what the sums start from; null after the first block, but for short sums
   Input* ahead;                      // the block after it, to fetch meanwhile
   int64_t fetches;                   // so many lines
   const Outputs* outputs = nullptr;  // where results go straight from the sums; after the last block
@@ -936,7 +936,7 @@ struct Convolution : Layer<Format> {
     const int64_t filters = dense ? Format::kFilters : 1, rows = tiles(live, filters);
     const double products =
         dense ? double(rows * filters * tiles(channels, step()) * Format::kSums * area) : double(a.rows[a.filters]);
-    const bool halves = kShortSums<Format> && !dense;
+    constexpr bool halves = kShortSums<Format>;  // dense layers of such formats are no Convolution
     bool found = false;
     const auto consider = [&](const Room& r, const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
@@ -1062,7 +1062,7 @@ struct Convolution : Layer<Format> {
         const int64_t here = mine - o < turn ? mine - o : turn, slot = first + o;
         float* sums = s.sums.data + (blocks > 1 ? o : 0) * pixels * Format::kSums * W;
         Block block = {s.packed.data, across_lines * W * (dense ? Format::kSums : 1), tile.rows, tile.columns, pixels};
-        block.bias = b ? nullptr : bias.data + slot;
+        block.bias = b && !kShortSums<Format> ? nullptr : bias.data + slot;
         block.ahead = &ahead;
         block.fetches = far && ahead.next < ahead.end ? (ahead.end - ahead.next) * lines : 0;
         if (dense) {
@@ -1073,7 +1073,6 @@ struct Convolution : Layer<Format> {
           block.taps = taps.data;
           block.cuts = cuts.data + b * (live + 1) + slot;
           if constexpr (kShortSums<Format>) {
-            block.bias = bias.data + slot;
             block.powers = powers.data + slot;
             block.before = before.data + b * live + slot;
             block.halves = s.sums.data + (2 * group + (blocks > 1 ? o : 0)) * pixels * W;

@@ -30,8 +30,8 @@ static __m512i add_product(__m512i sum, __m512i weight, const float* x) {
 }
 #endif
 
-CSAM_INLINE vf low_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
-CSAM_INLINE vf high_half(__m512i v) { return (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
+CSAM_INLINE vf low_half(__m512i v) { return from_f16((vh)_mm512_castsi512_si256(v)); }
+CSAM_INLINE vf high_half(__m512i v) { return from_f16((vh)_mm512_extracti64x4_epi64(v, 1)); }
 
 // A short sum that a block leaves unfinished is put down as it is.
 template <class Format, int R, int C>
@@ -109,10 +109,7 @@ struct Bfloat16Halves : Bfloat16Pairs {  // sparse layers only; the sums' order 
     return ldexpf(1, (exponent < 120 ? exponent : 120) + kHeadroom);
   }
   static uint32_t tap(float weight) {  // for every two lanes; a bfloat16 as everywhere, which halves hold
-    const _Float16 half = _Float16(csam::from_bf16(csam::to_bf16(weight)));
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits * 0x10001u;
+    return csam::to_f16(csam::from_bf16(csam::to_bf16(weight))) * 0x10001u;
   }
   static vf pack(const uint16_t* in) {
     vf v[2];

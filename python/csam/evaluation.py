@@ -319,11 +319,11 @@ def certify_dataset(
             own: list[Hand] = [lambda one, n, first: vote(one.x, n, first, one.idx)] * hands[0]
             draw = partial(_together, prepared, own + others)
         with team.asking(hands), TsvWriter(path) as record:
-            rows, nan = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
-        broken = [nan[i] for i in wanted if nan.get(i)]
+            rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        broken = nan_samples(path, [rows[i] for i in wanted])
         if broken:
             warnings.warn(
-                f"{sum(broken)} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
+                f"{sum(broken.values())} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
                 f"no class; {votes_path(path).name} has their numbers",
                 RuntimeWarning,
                 stacklevel=2,
@@ -341,10 +341,8 @@ def _recorded(
     draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[list[dict[str, Any]], None, None]],
     on_result: Callable[[Row], None] | None,
     on_samples: Callable[[int], None] | None,
-) -> tuple[dict[int, Row], dict[int, int]]:
-    """The rows of the record by image, those of `wanted` among them, and the samples of each that had NaN logits.
-
-    That is what `certify_dataset` does once all is checked.
+) -> dict[int, Row]:
+    """The rows of the record by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
 
     `draw` gives what the journal is to keep of images, of each the last time with its certificate.
     """
@@ -385,7 +383,7 @@ def _recorded(
             for votes in kept:
                 if "reason" in votes:
                     finish(votes)
-    return rows, {votes["idx"]: votes.get("nan", 0) for votes in journal.records[1:]}
+    return rows
 
 
 def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dict[int, dict[str, Any]]]:
@@ -593,8 +591,8 @@ class _Desk:
             if not piece.image.left:
                 complete.append(piece.image)
             n, seconds = n + piece.n, seconds + taken
+        self._drawn += n
         if seconds:
-            self._drawn += n
             self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
             self._most = tile * max(1, int(SAVE_SECONDS * self._hands * n / seconds / tile))
         return complete

@@ -428,9 +428,7 @@ def image(x: Tensor, layout: str = "NCHW") -> Tensor:
     if x.dim() != 3 or x.numel() == 0:
         axes = ", ".join(layout[1:])
         raise ValueError(f"x must be one image [{axes}] or [1, {axes}], got shape {tuple(x.shape)}")
-    if layout == "NHWC":
-        x = x.permute(2, 0, 1)
-    x = x.to(torch.float32).contiguous()
+    x = nchw(x[None], layout)[0].to(torch.float32).contiguous()
     if x.device.type == "cpu" and not math.isfinite(x.sum()):  # or finite pixels with a sum that is not
         read(x, [])
     return x
