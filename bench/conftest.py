@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from csam.runs import processor
 from csam_kernels import _C
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,15 +46,6 @@ def versus(
     benchmark.extra_info["our_seconds"] = list(benchmark.stats.stats.data)
 
 
-def _processor() -> str:
-    """The model's name, with the family where it has no number."""
-    there = Path("/proc/cpuinfo")
-    lines = [line.split(":", 1) for line in there.read_text().splitlines() if ":" in line] if there.exists() else []
-    found = {key.strip(): value.strip() for key, value in reversed(lines)}
-    name = found.get("model name", platform.processor())
-    return name if re.search(r"\d", name) or "cpu family" not in found else f"{name} family {found['cpu family']}"
-
-
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -62,7 +54,7 @@ def _commit() -> str:
 
 def results_path() -> Path:
     """The CSV of this processor."""
-    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', _processor().lower()).strip('-') or 'cpu'}.csv"
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-') or 'cpu'}.csv"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -78,7 +70,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             for q in QUANTILES:
                 row[f"{side}_ms_p{int(100 * q)}"] = f"{1e3 * np.quantile(seconds, q):.4g}"
         row["ratio_p50"] = f"{np.median(twin / ours):.3g}"
-        row |= {"device": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _C.isa()}
+        row |= {"device": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _C.isa()}
         row |= {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit()}
         rows.append(row | {"date": datetime.now(UTC).strftime("%Y-%m-%d")})
     if not rows:

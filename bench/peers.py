@@ -11,8 +11,9 @@ Written to bench/results/peers-<processor>.csv, a row a candidate, and drawn bes
   likewise; "50 % filters, shared" the same channels in all layers that are summed, which leaves a narrower network;
 - gflop: operations on surviving weights a sample, a multiplication and an addition each one, / 1e9;
 - samples_s: quantiles over the rounds; spread over both cores;
-- ratio_cohen, ratio_bf16: medians over the rounds of the speed against Cohen's loop and against the fastest bf16 peer,
-  both on the dense network; ratio_narrow: against the fastest bf16 peer on the network of the same row;
+- ratio_cohen, ratio_float: medians over the rounds of the speed against Cohen's loop and against the fastest other peer
+  in floating point (bfloat16, or float32 where the processor multiplies no bfloat16), both on the dense network;
+  ratio_narrow: against the fastest such peer on the network of the same row;
 - agreement: share of LABELLED samples that get the label of the float32 module on the same noise.
 """
 
@@ -46,8 +47,9 @@ from torch.fx.experimental.optimization import fuse
 
 import csam
 from bench_smooth import SIGMA, N, cohen_counts
-from conftest import QUANTILES, _commit, _processor, results_path
+from conftest import QUANTILES, _commit, results_path
 from csam import lanes, models
+from csam.runs import processor
 from csam_kernels import _C, smoothing_noise
 
 matplotlib.use("Agg")
@@ -57,13 +59,16 @@ CLASSES, LABELLED, TUNED = 10, 400, 400
 DTYPES = ("int8", "bfloat16", "float32")  # of the sampling engine
 WEIGHTS, FILTERS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99), (0.5, 0.75)
 EAGER, COMPILED, OPENVINO = (50, 64, 100, 128, 200, 400), (50, 100, 200), (8, 16, 50, 100, 200)  # batch sizes
+FLOAT = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32  # what peers multiply
+FLOAT_NAME = str(FLOAT).removeprefix("torch.")
 PEERS = (
     ("Cohen's loop", "float32"),
-    ("eager", "bfloat16"),
-    ("inductor", "bfloat16"),
-    ("OpenVINO", "bfloat16"),
+    ("eager", FLOAT_NAME),
+    ("inductor", FLOAT_NAME),
+    ("OpenVINO", FLOAT_NAME),
     ("OpenVINO", "int8"),
 )
+OWN = ("csam", "Cohen's loop")  # which are compared with the fastest of the others
 KEY = ("network", "removed", "engine", "dtype")
 
 
@@ -237,7 +242,7 @@ def compiled_twice(model: nn.Module, x: Tensor, batch: int) -> Candidate:
             pipe.send(images.numpy())
         return torch.from_numpy([pipe.recv() for pipe in pipes].pop())
 
-    return Candidate("inductor, 2 processes", "bfloat16", votes, labels, f"batch {batch}")
+    return Candidate("inductor, 2 processes", FLOAT_NAME, votes, labels, f"batch {batch}")
 
 
 def _serve(pipe: Connection, core: int, model: nn.Module, x: Tensor, batch: int) -> None:
@@ -257,7 +262,7 @@ def _serve(pipe: Connection, core: int, model: nn.Module, x: Tensor, batch: int)
 
 
 def _folded(model: nn.Module) -> nn.Module:
-    return fuse(model).to(torch.bfloat16, memory_format=torch.channels_last)
+    return fuse(model).to(FLOAT, memory_format=torch.channels_last)
 
 
 def _frozen(model: nn.Module) -> Any:
@@ -269,7 +274,7 @@ def _frozen(model: nn.Module) -> Any:
 def _torch(engine: str, model: Any, x: Tensor, batch: int) -> Candidate:
     @torch.no_grad()
     def label(images: Tensor) -> Tensor:
-        return model(images.to(torch.bfloat16, memory_format=torch.channels_last)).argmax(1)
+        return model(images.to(FLOAT, memory_format=torch.channels_last)).argmax(1)
 
     def votes(n: int) -> Tensor:
         counts = torch.zeros(CLASSES, dtype=torch.int64)
@@ -281,16 +286,16 @@ def _torch(engine: str, model: Any, x: Tensor, batch: int) -> Candidate:
     def labels(images: Tensor) -> Tensor:
         return torch.cat([label(part)[: len(images) - i] for i, part in batches(images, batch)])
 
-    return Candidate(engine, "bfloat16", votes, labels, f"batch {batch}")
+    return Candidate(engine, FLOAT_NAME, votes, labels, f"batch {batch}")
 
 
 def openvinos(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
-    """OpenVINO in bf16, and after NNCF's post-training quantization on noisy samples of x."""
+    """OpenVINO in floating point, and after NNCF's post-training quantization on noisy samples of x."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, x[None])
         network = openvino.convert_model(traced, input=[-1, *x.shape])
-    yield fastest(OPENVINO, lambda batch: _openvino(network, "bfloat16", x, batch))
+    yield fastest(OPENVINO, lambda batch: _openvino(network, FLOAT_NAME, x, batch))
     samples = nncf.Dataset([images.numpy() for images in noisy(x, 300, 10)])
     quantized = nncf.quantize(network, samples, subset_size=30)
     yield fastest(OPENVINO, lambda batch: _openvino(quantized, "int8", x, batch))
@@ -299,7 +304,7 @@ def openvinos(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
 def _openvino(network: Any, dtype: str, x: Tensor, batch: int) -> Candidate:
     network = network.clone()
     network.reshape([batch, *x.shape])
-    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16" if FLOAT is torch.bfloat16 else "f32"}
     made = openvino.Core().compile_model(network, "CPU", hints)
     queue = openvino.AsyncInferQueue(made)
 
@@ -389,12 +394,12 @@ def candidates(name: str, x: Tensor, wanted: re.Pattern[str], dtypes: Iterable[s
         def found(model: nn.Module) -> Iterator[Candidate]:
             if width == 1 and asked(removed, "Cohen's loop", "float32"):
                 yield cohen(model, x)
-            if asked(removed, "eager", "bfloat16"):
+            if asked(removed, "eager", FLOAT_NAME):
                 yield eager(model, x)
-            if asked(removed, "inductor", "bfloat16"):
+            if asked(removed, "inductor", FLOAT_NAME):
                 yield (one := compiled(model, x))
                 yield compiled_twice(model, x, int(one.setting.split()[1]))
-            if asked(removed, "OpenVINO", "bfloat16") or asked(removed, "OpenVINO", "int8"):
+            if asked(removed, "OpenVINO", FLOAT_NAME) or asked(removed, "OpenVINO", "int8"):
                 yield from openvinos(model, x)
 
         if any(asked(removed, engine, dtype) for engine, dtype in PEERS):
@@ -425,8 +430,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
             candidate.rates.append(1 / seconds(candidate, args.n))
         print(f"{time.perf_counter() - start:6.0f} s  {name}: round {i + 1} of {args.rounds}", flush=True)
 
-    def bf16(removed: str) -> Candidate | None:
-        these = [c for c in found if (c.removed, c.dtype) == (removed, "bfloat16") and c.engine != "csam"]
+    def peer(removed: str) -> Candidate | None:
+        these = [c for c in found if (c.removed, c.dtype) == (removed, FLOAT_NAME) and c.engine not in OWN]
         return max(these, key=lambda c: float(np.median(c.rates)), default=None)
 
     def ratio(ours: Candidate, peer: Candidate | None) -> str:
@@ -438,9 +443,9 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
         row: dict[str, object] = dict(zip(KEY, (name, c.removed, c.engine, c.dtype), strict=True))
         row |= {"setting": c.setting, "gflop": f"{c.gflop:.4g}", "n": args.n, "rounds": args.rounds}
         row |= {f"samples_s_p{int(100 * q)}": f"{np.quantile(c.rates, q):.4g}" for q in QUANTILES}
-        row |= {"ratio_cohen": ratio(c, loop), "ratio_bf16": ratio(c, bf16("nothing"))}
-        row |= {"ratio_narrow": ratio(c, bf16(c.removed)), "agreement": f"{c.agreement:.4f}"}
-        row |= {"device": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _C.isa()}
+        row |= {"ratio_cohen": ratio(c, loop), "ratio_float": ratio(c, peer("nothing"))}
+        row |= {"ratio_narrow": ratio(c, peer(c.removed)), "agreement": f"{c.agreement:.4f}"}
+        row |= {"device": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _C.isa()}
         row |= {"torch": torch.__version__, "openvino": openvino.__version__.split("-")[0], "nncf": nncf.__version__}
         row |= {"python": platform.python_version(), "commit": _commit()}
         rows.append(row | {"date": datetime.now(UTC).strftime("%Y-%m-%d")})
@@ -522,7 +527,7 @@ def main() -> None:
         rows = measure(name, args)
         write(args.out, rows)
         for row in rows:
-            print("  ".join(str(row[k]) for k in (*KEY, "setting", "samples_s_p50", "ratio_cohen", "ratio_bf16")))
+            print("  ".join(str(row[k]) for k in (*KEY, "setting", "samples_s_p50", "ratio_cohen", "ratio_float")))
     draw(args.out)
     print(f"wrote {args.out} and the plot beside it")
 

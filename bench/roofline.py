@@ -44,8 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import csam
 import networks
 from bench_smooth import SIGMA, N
-from conftest import _commit, _processor, results_path
+from conftest import _commit, results_path
 from csam import engine, models, sampling
+from csam.runs import processor
 from csam_kernels import _C
 from csam_kernels.ops.sample_network import Step
 
@@ -189,7 +190,7 @@ def measure(
         "loop_gflop_s": f"{loop / 1e9:.1f}" if loop else "",
         "product_gflop_s": f"{product / 1e9:.1f}" if product else "",
     }
-    about |= {"device": _processor(), "isa": _C.isa(), "torch": torch.__version__, "commit": _commit()}
+    about |= {"device": processor(), "isa": _C.isa(), "torch": torch.__version__, "commit": _commit()}
     about |= {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
     def row(what: dict[str, str], gflop: float, made: float, ms: float) -> dict[str, Any]:

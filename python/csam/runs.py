@@ -269,12 +269,20 @@ def version() -> str:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system tells it, with family and model where the name has no number, as on virtual
+    machines, which call generations apart in speed by the same name."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        about = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+        name = about.get("model name", "")
+        if name and not re.search(r"\d", name):
+            name += "".join(f" {word} {about[key]}" for word, key in _GENERATION.items() if key in about)
+        if name:
+            return name
     return platform.processor() or "unknown"
+
+
+_GENERATION = {"family": "cpu family", "model": "model"}  # of /proc/cpuinfo
 
 
 def commit() -> str | None:
