@@ -383,7 +383,7 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
             continue
         entries, taps, rows = s.weight
         added: Tensor | float = 0.0 if s.other is None else new(s.other).float()
-        if s.engine == "winograd":
+        if s.engine == "winograd" and s.integers is None:
             weight = _dense_weight(entries, taps, rows, len(image), kernel)
             result = _winograd(images, weight, s.bias, padding, dtype).permute(1, 2, 3, 0) + added
         elif s.integers is None:

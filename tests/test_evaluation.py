@@ -551,7 +551,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(
         ({"make": partial(lanes, sigma=0.4)}, "sigma: 0.5 there, 0.4 now"),
         ({"make": partial(lanes, 1, seed=1)}, "seed: 0 there, 1 now"),
         ({"make": modules}, "dtype: 'float32' there, None now"),
-        ({"make": partial(lanes, choices="sparse")}, "choices.conv_fused: 'dense' there, 'sparse' now.*two plans"),
+        ({"make": partial(lanes, choices="sparse")}, "choices.conv: 'dense' there, 'sparse' now.*two plans"),
         ({"make": whole}, "dtype: 'float32' there, 'int8' now"),
         ({"make": partial(lanes, 2)}, r"\(fingerprint: '\w+' there, '\w+' now\); the network runs another way"),
     ],

@@ -357,63 +357,63 @@ struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   static void put(vf v, Element* out) { store(out, to_bf16(v)); }
 };
 
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
-#define CSAM_BF16 __attribute__((target("avx512bf16"))) static
+#define CSAM_PAIRS __attribute__((target("avx512bf16"))) static
+#else
+#define CSAM_PAIRS static
+#endif
 
 // One tap, or two whose products enter the sums in one instruction. The one alone is paired with zeros times zero,
 // which spread no NaN.
-template <int R, int C, int Taps>
-CSAM_BF16 inline __attribute__((always_inline)) void add_pair(const float* packed, int64_t pitch, const Tap* t,
-                                                              __m512 (*sum)[2]) {
-  const uint32_t second = Taps > 1 ? t[1].weight : 0;
-  const __m512bh w = (__m512bh)_mm512_set1_epi32(int(t->weight >> 16 | second));
+template <class Format, int R, int C, int Taps>
+CSAM_PAIRS inline __attribute__((always_inline)) void add_pair(const float* packed, int64_t pitch, const Tap* t,
+                                                               vf (*sum)[2]) {
+  const auto w = Taps > 1 ? Format::weights(t[0], t[1]) : Format::weights(t[0]);
   const float *p = packed + t->offset, *q = Taps > 1 ? packed + t[1].offset : p;
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r, p += pitch, q += pitch)
 #pragma GCC unroll 32
     for (int c = 0; c < C; ++c, ++sum) {
-      __m512i x = _mm512_load_si512(p + c * W);
-      __m512i y = Taps > 1 ? _mm512_load_si512(q + c * W) : _mm512_setzero_si512();
-      asm("" : "+v"(x), "+v"(y));  // in registers: as operands in memory each would be loaded twice
-      (*sum)[0] = _mm512_dpbf16_ps((*sum)[0], (__m512bh)_mm512_unpacklo_epi16(x, y), w);
-      (*sum)[1] = _mm512_dpbf16_ps((*sum)[1], (__m512bh)_mm512_unpackhi_epi16(x, y), w);
+      const vi x = once(load<vi>(p + c * W)), y = once(Taps > 1 ? load<vi>(q + c * W) : vi{});
+      (*sum)[0] = Format::dot((*sum)[0], low_pairs(x, y), w);
+      (*sum)[1] = Format::dot((*sum)[1], high_pairs(x, y), w);
     }
 }
 
 template <class Format, int R, int C>
-CSAM_BF16 void add_pairs(const Block& b, int64_t filters, float* sums) {
+CSAM_PAIRS void add_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, filters), pixels = b.rows * b.columns;
   for (int64_t o = 0; o < filters; ++o, sums += 2 * pixels * W) {
     const Tap *first = b.taps + b.cuts[o], *end = b.taps + b.cuts[o + 1];
     fetch(b, share);
     if (!b.bias && first == end && !b.outputs) continue;
-    const __m512 start = _mm512_set1_ps(b.bias ? b.bias[o] : 0);
+    const vf initial = Format::start(b.bias ? b.bias[o] : 0);
     for (int64_t row = 0; row < b.rows; row += R)
       for (int64_t column = 0; column < b.columns; column += C) {
         float* sum = sums + 2 * (row * b.columns + column) * W;
         const float* packed = b.packed + row * b.pitch + column * W;
-        __m512 v[R * C][2];
+        vf v[R * C][2];
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * R * C; ++i)
-          v[i / 2][i % 2] =
-              b.bias ? start : _mm512_load_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W);
+          v[i / 2][i % 2] = b.bias ? initial : load<vf>(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W);
         const Tap* t = first;
-        for (; end - t > 1; t += 2) add_pair<R, C, 2>(packed, b.pitch, t, v);
-        if (t < end) add_pair<R, C, 1>(packed, b.pitch, t, v);
+        for (; end - t > 1; t += 2) add_pair<Format, R, C, 2>(packed, b.pitch, t, v);
+        if (t < end) add_pair<Format, R, C, 1>(packed, b.pitch, t, v);
         if (b.outputs) {
           finish<Format, 1, R, C>(b, filters, o, row, column, (const vs*)v);
           continue;
         }
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * R * C; ++i)
-          _mm512_store_ps(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
+          store(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
       }
   }
 }
 
 // F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
 template <class Format, int F, int C>
-CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
+CSAM_PAIRS void add_row_pairs(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
   for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
     fetch(b, share);
@@ -422,23 +422,23 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
       for (int64_t column = 0; column < b.columns; column += C) {
         float* sum = sums + 2 * (row * b.columns + column) * W;
         const float* packed = b.packed + row * b.pitch + 2 * column * W;
-        __m512 v[F][2 * C];
+        vf v[F][2 * C];
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
 #pragma GCC unroll 32
           for (int i = 0; i < 2 * C; ++i)
-            v[f][i] = b.bias ? _mm512_set1_ps(b.bias[o + f]) : _mm512_load_ps(sum + (2 * f * pixels + i) * W);
+            v[f][i] = b.bias ? Format::start(b.bias[o + f]) : load<vf>(sum + (2 * f * pixels + i) * W);
         const uint32_t* w = weights;
         for (int64_t p = 0; p < b.products; ++p, w += F) {
           const float* in = packed + b.offsets[p];
-          __m512bh x[2 * C];
+          vi x[2 * C];
 #pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i) x[i] = (__m512bh)_mm512_load_si512(in + i * W);
+          for (int i = 0; i < 2 * C; ++i) x[i] = load<vi>(in + i * W);
 #pragma GCC unroll 32
           for (int f = 0; f < F; ++f) {
-            const __m512bh each = (__m512bh)_mm512_set1_epi32(int(w[f]));
+            const vi each = spread<vi>(w[f]);
 #pragma GCC unroll 32
-            for (int i = 0; i < 2 * C; ++i) v[f][i] = _mm512_dpbf16_ps(v[f][i], x[i], each);
+            for (int i = 0; i < 2 * C; ++i) v[f][i] = Format::dot(v[f][i], x[i], each);
           }
         }
         if (b.outputs) {
@@ -448,11 +448,13 @@ CSAM_BF16 void add_row_pairs(const Block& b, int64_t filters, float* sums) {
 #pragma GCC unroll 32
         for (int f = 0; f < F; ++f)
 #pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i) _mm512_store_ps(sum + (2 * f * pixels + i) * W, v[f][i]);
+          for (int i = 0; i < 2 * C; ++i) store(sum + (2 * f * pixels + i) * W, v[f][i]);
       }
   }
 }
+#endif
 
+#if defined(__AVX512F__)
 // a and, behind it, b as bfloat16: to nearest even, subnormals to 0. As assembly, since an intrinsic would ask every
 // caller to be compiled for AVX512-BF16.
 CSAM_INLINE __m512i rounded(vf a, vf b) {
@@ -476,6 +478,11 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
   using Logit = uint16_t;
   static uint32_t weight(float w) { return Bfloat16::weight(w); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]) >> 16 | weight(w[1]); }
+  CSAM_PAIRS inline __attribute__((always_inline)) vf dot(vf sum, vi x, vi w) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+  CSAM_INLINE vi weights(const Tap& t) { return spread<vi>(t.weight >> 16); }
+  CSAM_INLINE vi weights(const Tap& t, const Tap& u) { return spread<vi>(t.weight >> 16 | u.weight); }
   static vf pack(const uint16_t* in) { return load<vf>(in); }
   static void pack_unit(const uint16_t* const* in, float* out) {
     const __m512i x = _mm512_loadu_si512(in[0]), y = _mm512_loadu_si512(in[1]);
@@ -516,6 +523,10 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
 CSAM_INLINE void store_bytes(vf v, uint8_t* out) {  // of whole numbers 0 .. 255
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+#elif defined(__AVX2__)
+  const __m256i n = _mm256_cvtps_epi32((__m256)v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
 #else
   for (int i = 0; i < W; ++i) out[i] = uint8_t(v[i]);
 #endif
@@ -716,6 +727,61 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
   static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
 
+#elif defined(__AVX2__)
+struct Int8Pairs {  // multiplied as integers of 16 bits; unpacking a vector gives the sums' order, and packing undoes
+                    // it
+  using Element = uint8_t;
+  using Image = float;
+  using Logit = float;
+  static constexpr const char* kName = "int8";
+  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 2;
+  static constexpr Micro kSparse[] = {{1, 4, add_pairs<Int8Pairs, 1, 4>}, {1, 1, add_pairs<Int8Pairs, 1, 1>}};
+  static constexpr Micro kDense[] = {{1, 2, add_row_pairs<Int8Pairs, 2, 2>}, {1, 1, add_row_pairs<Int8Pairs, 2, 1>}};
+  static uint32_t weight(float w) { return Int8::weight(w); }
+  static uint32_t unit_weight(const float* w) { return (weight(w[0]) & 0xFFFFu) | weight(w[1]) << 16; }
+  // As assembly, in this order: with intrinsics the sums of a tile move between registers and memory.
+  CSAM_INLINE vf dot(vf sum, vi x, vi w) {
+    vi products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(x), "x"(w));
+    return sum;
+  }
+  CSAM_INLINE vi weights(const Tap& t) { return spread<vi>(t.weight); }
+  CSAM_INLINE vi weights(const Tap& t, const Tap& u) {
+    return (vi)_mm256_blend_epi16((__m256i)spread<vi>(t.weight), (__m256i)(spread<vi>(u.weight) << 16), 0xAA);
+  }
+  CSAM_INLINE vi widened(const uint8_t* in) { return (vi)_mm256_cvtepu8_epi16(load<__m128i>(in)); }
+  static vf pack(const uint8_t* in) { return (vf)widened(in); }
+  static void pack_unit(const uint8_t* const* in, float* out) {
+    const vi x = widened(in[0]), y = widened(in[1]);
+    store(out, low_pairs(x, y));
+    store(out + W, high_pairs(x, y));
+  }
+  static void unpack(const uint8_t* in, vs* out) {
+    const vi x = widened(in);
+    out[0] = (vf)low_pairs(x, vi{}), out[1] = (vf)high_pairs(x, vi{});
+  }
+  static void pack_sums(const vf* in, float* out) {  // of 16 bits each
+    store(out, _mm256_blend_epi16((__m256i)in[0], (__m256i)((vi)in[1] << 16), 0xAA));
+  }
+  static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
+    const vi o = other ? widened(other) : vi{};
+    const vf first = ended((vi)sums[0], to_float(low_pairs(o, vi{})), e);
+    const vf second = ended((vi)sums[1], to_float(high_pairs(o, vi{})), e);
+    if (e.real) {
+      store(out, _mm256_permute2f128_ps((__m256)first, (__m256)second, 0x20));
+      store(out + 4 * W, _mm256_permute2f128_ps((__m256)first, (__m256)second, 0x31));
+      return;
+    }
+    const __m256i n = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)first), _mm256_cvtps_epi32((__m256)second));
+    store(out, _mm_packus_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1)));
+  }
+  static float widen(uint8_t v) { return v; }
+  static float widen(float v) { return v; }
+  static uint8_t narrow(float v) { return uint8_t(v); }
+  static vf rounded(vf v) { return v; }
+  static vf start(float bias) { return Int8::start(bias); }
+  static void put(vf v, uint8_t* out) { Int8::put(v, out); }
+};
 #endif
 
 struct Shape {  // of a tile of output pixels, and the register tile that fills it

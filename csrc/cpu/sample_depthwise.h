@@ -59,8 +59,8 @@ struct Depthwise : Layer<Format> {
   static constexpr int64_t kMostRows = 64;    // of a kernel
   static constexpr int64_t kRowsOfAJob = 32;  // of results, at least if there are so many
   static constexpr bool kQuads = K == 4;      // four taps are multiplied at once
-  static constexpr bool kPairs = K == 2;      // two are, where columns roll
   static constexpr bool kIntegers = sizeof(Element) == 1;
+  static constexpr bool kPairs = K == 2 && !kIntegers;  // two are, where columns roll
   using V = std::conditional_t<kIntegers, vi, vf>;
 
   Array<uint32_t> weights;  // [filters, words()], as the format multiplies; column by column if they roll

@@ -19,8 +19,8 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
-  // Winograd's: integers would leave their range, and AMX multiplies faster as it is.
-  static constexpr bool kTransforms = sizeof(Element) > 1 && !kTiled<Format>;
+  // Winograd's: of integers where they are multiplied as 16 bits, which it takes; AMX multiplies faster as it is.
+  static constexpr bool kTransforms = !kTiled<Format> && (sizeof(Element) > 1 || Format::kTogether == 2);
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -324,7 +324,11 @@ SampleNetwork* sample_network(const SampleNetworkArgs& a) {
   if (a.dtype == kInt8 && __builtin_cpu_supports("avx512vnni")) return new Network<Int8Quads>(a);
   if (__builtin_cpu_supports("avx512bf16")) return new Network<Bfloat16Pairs>(a);
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (a.dtype == kInt8) return new Network<Int8Pairs>(a);
+#else
   if (a.dtype == kInt8) return new Network<Int8>(a);
+#endif
   return new Network<Bfloat16>(a);
 }
 

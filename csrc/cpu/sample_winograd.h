@@ -2,7 +2,8 @@
 // Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1): each 4x4 of the input and each 3x3 of the
 // weight become 4x4 places, whose products, summed over channels, give 2x2 outputs: 16 multiplications in place of 36.
 // A job is a block of such tiles of one vector of samples: its input is transformed once, and at every place the
-// filters add their products by the dense loops of sample_conv2d.h, a tile standing for a pixel.
+// filters add their products by the dense loops of sample_conv2d.h, a tile standing for a pixel. Of integers all of
+// that is exact: what weights become is a multiple of a quarter, and is multiplied by four.
 #pragma once
 #include "sample_conv2d.h"
 
@@ -15,10 +16,14 @@ constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one p
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
 
 // The four combinations of B^T, of A^T the two, along one axis.
-CSAM_INLINE void input_combinations(vf a, vf b, vf c, vf d, vf* out) {
+template <class V>
+CSAM_INLINE void input_combinations(V a, V b, V c, V d, V* out) {
   out[0] = a - c, out[1] = b + c, out[2] = c - b, out[3] = b - d;
 }
-CSAM_INLINE void output_combinations(vf a, vf b, vf c, vf d, vf* out) { out[0] = a + b + c, out[1] = b - c - d; }
+template <class V>
+CSAM_INLINE void output_combinations(V a, V b, V c, V d, V* out) {
+  out[0] = a + b + c, out[1] = b - c - d;
+}
 
 template <class Format>
 struct Winograd : Layer<Format> {
@@ -27,6 +32,8 @@ struct Winograd : Layer<Format> {
   using typename Base::Element;
   static constexpr int64_t S = Format::kLanes, P = Format::kSums * W;  // samples; floats of a packed or summed tile
   static constexpr int64_t T = Format::kTogether, kColumns = 2 * kMostTiles + 2;
+  static constexpr bool kIntegers = sizeof(Element) == 1;
+  using V = std::conditional_t<kIntegers, vu, vf>;  // unsigned: sums of sums may pass 2^31 on the way
   // Of a tile of a channel, of a filter, in multiply-adds.
   static constexpr double kInputCost = 40 + 35 * Format::kSums, kOutputCost = 80 + 40 * Format::kSums;
 
@@ -60,6 +67,7 @@ struct Winograd : Layer<Format> {
   // G w G^T, in double, for the dense loops.
   void lay() {
     static constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    constexpr double scale = kIntegers ? 4 : 1;
     const Array<float> full = Base::full();
     const int64_t size = padded * units * T;
     Array<float> places(kPlaces * size);
@@ -69,7 +77,7 @@ struct Winograd : Layer<Format> {
         for (int64_t x = 0; x < 3; ++x)
           for (int64_t k = 0; k < 3; ++k) row[x] += G[y][k] * full[i * 9 + 3 * k + x];
         for (int64_t x = 0; x < 4; ++x)
-          places[(4 * y + x) * size + i] = float(G[x][0] * row[0] + G[x][1] * row[1] + G[x][2] * row[2]);
+          places[(4 * y + x) * size + i] = float(scale * (G[x][0] * row[0] + G[x][1] * row[1] + G[x][2] * row[2]));
       }
     weights = Array<uint32_t>(size / T * kPlaces);
     uint32_t* to = weights.data;
@@ -134,7 +142,7 @@ struct Winograd : Layer<Format> {
   // A row of tiles of one unit, whose first pixel is (top, left), to its places, `units * rows * columns * P` apart.
   void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out) const {
     constexpr int64_t N = Format::kSums;
-    vf down_combined[4][N][kColumns][T];
+    V down_combined[4][N][kColumns][T];
     const int64_t inside = a.width - left < 2 * columns + 2 ? a.width - left : 2 * columns + 2;
     for (int64_t i = 0; i < T; ++i) {
       const int64_t c = unit * T + i;
@@ -147,11 +155,11 @@ struct Winograd : Layer<Format> {
       }
       for (int64_t j = 0; j < 2 * columns + 2; ++j) {
         const int64_t across = j >= -left && j < inside;
-        vf v[4][N];
+        vs v[4][N];
         for (int64_t y = 0; y < 4; ++y) Format::unpack(across ? row[y] + j * step[y] : border.data, v[y]);
         for (int64_t n = 0; n < N; ++n) {
-          vf each[4];
-          input_combinations(v[0][n], v[1][n], v[2][n], v[3][n], each);
+          V each[4];
+          input_combinations((V)v[0][n], (V)v[1][n], (V)v[2][n], (V)v[3][n], each);
           for (int64_t y = 0; y < 4; ++y) down_combined[y][n][j][i] = each[y];
         }
       }
@@ -163,33 +171,36 @@ struct Winograd : Layer<Format> {
         for (int64_t t = 0; t < columns; ++t) {
           vf v[4][T];
           for (int64_t i = 0; i < T; ++i) {
-            vf each[4];
+            V each[4];
             input_combinations(d[2 * t][i], d[2 * t + 1][i], d[2 * t + 2][i], d[2 * t + 3][i], each);
-            for (int64_t x = 0; x < 4; ++x) v[x][i] = each[x];
+            for (int64_t x = 0; x < 4; ++x) v[x][i] = (vf)each[x];
           }
           for (int64_t x = 0; x < 4; ++x) Format::pack_sums(v[x], out + (4 * y + x) * place + t * P + n * W);
         }
       }
   }
 
+  static vf unscaled(vf sum) { return sum; }
+  static vu unscaled(vu sum) { return (vu)((vi)sum >> 2); }
+
   // A^T of what is summed at the places, and to the outputs.
   void finish(int64_t slot, int64_t top, int64_t left, const float* sums, const Element* other, Element* out) const {
     constexpr int64_t N = Format::kSums;
     const int64_t place = rows * columns * P;
-    const vf start = splat(bias[slot]);
+    const V start = (V)Format::start(bias[slot]);
     alignas(64) float done[4 * P];
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c, sums += P) {
         for (int64_t n = 0; n < N; ++n) {
-          vf d[4][2];
+          V d[4][2];
           const float* from = sums + n * W;
           for (int64_t x = 0; x < 4; ++x, from += place)
-            output_combinations(load<vf>(from), load<vf>(from + 4 * place), load<vf>(from + 8 * place),
-                                load<vf>(from + 12 * place), d[x]);
+            output_combinations(load<V>(from), load<V>(from + 4 * place), load<V>(from + 8 * place),
+                                load<V>(from + 12 * place), d[x]);
           for (int64_t y = 0; y < 2; ++y) {
-            vf both[2];
+            V both[2];
             output_combinations(d[0][y], d[1][y], d[2][y], d[3][y], both);
-            for (int64_t x = 0; x < 2; ++x) store(done + (2 * y + x) * P + n * W, both[x] + start);
+            for (int64_t x = 0; x < 2; ++x) store(done + (2 * y + x) * P + n * W, unscaled(both[x]) + start);
           }
         }
         Base::write(slot, top + 2 * r, left + 2 * c, 2, 2, 0, S, done, P, other, out, S);

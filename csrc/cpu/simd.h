@@ -51,6 +51,23 @@ CSAM_INLINE Vector once(Vector x) {
 #endif
   return x;
 }
+#if defined(__AVX2__)
+// Of every 128 bits the lower, or the upper, 16-bit values of x and y in turn.
+CSAM_INLINE vi low_pairs(vi x, vi y) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_unpacklo_epi16((__m512i)x, (__m512i)y);
+#else
+  return (vi)_mm256_unpacklo_epi16((__m256i)x, (__m256i)y);
+#endif
+}
+CSAM_INLINE vi high_pairs(vi x, vi y) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_unpackhi_epi16((__m512i)x, (__m512i)y);
+#else
+  return (vi)_mm256_unpackhi_epi16((__m256i)x, (__m256i)y);
+#endif
+}
+#endif
 CSAM_INLINE vf splat(float x) { return x - vf{}; }
 
 CSAM_INLINE vf fma(vf a, vf b, vf c) {

@@ -409,15 +409,21 @@ def _fold_batch_norms(network: nn.Module) -> nn.Module:
         merge = kinds.get((type(layer), type(norm)))
         if merge is None or len(calls[1].users) > 1:
             continue
-        name = f"{calls[1].name}_{node.name}"
+        calls[1].target = name = _name(calls[1])
         modules[name] = merge(layer, norm)
         traced.add_submodule(name, modules[name])
-        calls[1].target = name
         node.replace_all_uses_with(calls[1])
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _name(call: fx.Node) -> str:
+    """Of a layer to call instead: that of the layer itself, unless others call it too. What a plan calls its layers is
+    then the same on processors that fuse convolutions and on those that do not."""
+    others = (n for n in call.graph.nodes if n is not call and n.op == "call_module" and n.target == call.target)
+    return f"{call.name}_own" if any(others) else str(call.target)
 
 
 def _fuse_convolutions(network: nn.Module, probe: Tensor, kind: type[FusedConv2d] | type[KernelConv2d]) -> nn.Module:
@@ -440,13 +446,14 @@ def _fuse_convolutions(network: nn.Module, probe: Tensor, kind: type[FusedConv2d
             chain += chain[-1].users
         relu = [user for user in chain[-1].users if len(chain[-1].users) == 1 and _is_relu(user, modules)]
         chain += relu
-        name = f"{node.name}_fused"
+        name = _name(node)
         traced.add_submodule(name, kind.of(layer, [modules[str(n.target)] for n in norms], "relu" if relu else "none"))
-        with traced.graph.inserting_before(chain[-1]):
-            fused = traced.graph.call_module(name, (node.args[0], *([] if other is None else [other])))
-        shapes[fused] = shapes[chain[-1]]
-        chain[-1].replace_all_uses_with(fused)
-        for dead in reversed(chain):
+        node.target, node.args = name, (node.args[0], *([] if other is None else [other]))
+        shapes[node] = shapes[chain[-1]]
+        if len(chain) > 1:
+            chain[-1].prepend(node)  # where all that it reads is there
+            chain[-1].replace_all_uses_with(node)
+        for dead in reversed(chain[1:]):
             traced.graph.erase_node(dead)
     traced.delete_all_unused_submodules()
     traced.recompile()
