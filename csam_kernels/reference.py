@@ -394,7 +394,8 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
             around = F.pad(images.double(), (left, left, top, top), value=whole.zero)
             weight = _dense_weight(entries.double(), taps, rows, len(image), kernel)
             sums = F.conv2d(around, weight, None if s.bias is None else s.bias.double(), stride, 0, dilation)
-            added = torch.as_tensor(added * whole.other_scale + whole.shift).float()  # rounded as in the kernels
+            factor, shift = torch.tensor([whole.other_scale, whole.shift]).double()  # of float32
+            added = (torch.as_tensor(added).double() * factor + shift).float()  # rounded once, as in the kernels
             scales = whole.scales.double().view(-1, 1, 1, 1)
             result = (sums.float().permute(1, 2, 3, 0).double() * scales + added).float()
         result = result.clamp(s.low, s.high)

@@ -24,6 +24,7 @@ from csam_kernels import _C, reference
 from csam_kernels.ops import sample_network
 from csam_kernels.ops.sample_network import (
     ENGINES,
+    WINOGRAD_CHANNELS,
     Program,
     SampleNetwork,
     Step,
@@ -231,6 +232,37 @@ def test_winograd_covers_every_output(
         assert step.engine == "winograd"
         found = ck.sample_network(program, dtype).logits(images)
         assert_close(found, reference.sample_network(program, images, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_int8_bits_depend_neither_on_the_engine_nor_on_the_instruction_set(name: str) -> None:
+    program, x = built(name, scaled=True), torch.rand(70, 3, 9, 7)
+    program = quantize(program, x)
+    wanted = reference.sample_network(program, x, torch.int8)
+    for isa in ISAS:
+        _C.set_isa(isa)
+        for engine in ENGINES:
+            found = ck.sample_network(of_kind(program, engine, torch.int8), torch.int8).logits(x)
+            assert torch.equal(found, wanted), (isa, engine)
+    _C.set_isa("auto")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 40, WINOGRAD_CHANNELS])
+def test_winograd_of_the_largest_integers(isa: str, channels: int) -> None:
+    """Inputs of 255 and weights of 127, of one sign at all or at some taps, in the most channels that are served."""
+    weight = torch.ones(4, channels, 3, 3)
+    weight[1], weight[2, :, 1], weight[3, :, :, ::2] = -1, -1, -1
+    x, images = Value(channels, 5, 4), torch.ones(35, channels, 5, 4)
+    images[:, :, 2:4, 1] = torch.rand(35, 1, 2)
+    step = Step(x, Value(4, 5, 4), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
+    head = convolution(flattened(step.out), 5)
+    program = quantize(Program(x, head.out, [step, head]), images)
+    assert float(step.weight[0].abs().max()) == 1
+    assert float(program.steps[0].weight[0].abs().max()) == 127
+    found = ck.sample_network(of_kind(program, "winograd", torch.int8), torch.int8).logits(images)
+    assert program.steps[0].engine == "winograd"
+    assert torch.equal(found, ck.sample_network(of_kind(program, "dense"), torch.int8).logits(images))
+    assert torch.equal(found, reference.sample_network(program, images, torch.int8))
 
 
 @DTYPES

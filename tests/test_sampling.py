@@ -67,6 +67,18 @@ def test_a_mixture_of_engines_is_the_model_too() -> None:
         torch.testing.assert_close(logits(plan.prepared, x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_have_the_same_names_where_no_convolution_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = pruned("resnet20", 0.9), torch.rand(3, 8, 8)
+    plan = sampling.plan(model, x, dtype=torch.float32, choices="sparse")
+    assert {"conv1", "layer1_0_conv1", "layer3_2_conv2"} <= plan.choices.keys()
+    onednn = inference.onednn(torch.float32)
+    monkeypatch.setattr(inference, "onednn", lambda dtype: False)
+    again = sampling.plan(model, x, dtype=torch.float32, choices=plan.choices)
+    assert plan.prepared.steps != again.prepared.steps or not onednn
+    assert again.choices == plan.choices
+    assert torch.equal(again.votes(x, SIGMA, 100), plan.votes(x, SIGMA, 100))
+
+
 def test_votes_do_not_depend_on_batches_threads_or_splits() -> None:
     model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
     plan = sampling.plan(model, x, choices="sparse")
