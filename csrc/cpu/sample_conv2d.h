@@ -23,12 +23,17 @@ struct Room {
   int64_t bytes;
   double cost;
 };
+#if defined(__AVX512F__)
 constexpr Room kSparseRooms[] = {{20 << 10, 1}, {48 << 10, 1.09}, {96 << 10, 1.24}, {192 << 10, 1.28}};
 constexpr Room kDenseRooms[] = {{40 << 10, 1}};
+#else  // of 32 KB in the first level, AMD EPYC family 25 model 1
+constexpr Room kSparseRooms[] = {{14 << 10, 1}, {28 << 10, 1.05}, {48 << 10, 1.2}, {96 << 10, 1.3}, {192 << 10, 1.4}};
+constexpr Room kDenseRooms[] = {{28 << 10, 1}};
+#endif
 constexpr int64_t kNearBytes = 1 << 20;   // of input that needs no prefetch
 constexpr int64_t kSumBytes = 512 << 10;  // of sums that a job keeps: half of a second-level cache
 constexpr int64_t kMostTileRows = 32;
-constexpr int64_t kTurn = 8;             // filters whose results are stored while their sums are near
+constexpr int64_t kTurn = 8;             // filters, at least, whose results are stored while their sums are near
 constexpr int64_t kMostLines = 1 << 20;  // of a channel under a tile of more than one pixel
 constexpr double kPackCost = 3;          // of one packed vector, in fused multiply-adds
 constexpr double kTurnCost = 20;         // of one filter's turn over a block
@@ -36,6 +41,9 @@ constexpr double kSumCost = 2;           // of one sum put down and taken up aga
 constexpr double kEndCost = 6;           // of storing one vector of results
 constexpr double kRunCost = 20;          // of a row of one filter's results, wherever it goes
 constexpr double kJobCost = 100;         // of a tile, whatever it holds
+// Sums that keep multiply-adds busy: two a cycle, of four cycles; of integers the product is not waited for.
+template <class Format>
+constexpr double kChains = std::is_same_v<typename Format::Element, uint8_t> && Format::kSums < 4 ? 2 : 8;
 
 // Whether sums begin as short ones of half the width (sample_halves.h), of so many products. What that costs, reckoned
 // for a Xeon (family 6, model 207) and not measured: packing a vector, a short sum that enters the long one, and blocks
@@ -247,7 +255,7 @@ static void add_taps(const Block& b, int64_t filters, float* sums) {
   }
 }
 
-// F filters at a time, C pixels side by side.
+// F filters at a time, C pixels side by side: what is fewer is held in registers, the others come one by one.
 template <class Format, int F, int C>
 static void add_rows(const Block& b, int64_t filters, float* sums) {
   using V = typename Format::Sum;
@@ -266,14 +274,26 @@ static void add_rows(const Block& b, int64_t filters, float* sums) {
         const uint32_t* w = weights;
         for (int64_t p = 0; p < b.products; ++p, w += F) {
           const float* in = packed + b.offsets[p];
-          V x[C];
+          if constexpr (F < C) {
+            V each[F];
 #pragma GCC unroll 32
-          for (int c = 0; c < C; ++c) x[c] = load<V>(in + c * W);
+            for (int f = 0; f < F; ++f) each[f] = spread<V>(w[f]);
 #pragma GCC unroll 32
-          for (int f = 0; f < F; ++f) {
-            const V each = spread<V>(w[f]);
+            for (int c = 0; c < C; ++c) {
+              const V x = load<V>(in + c * W);
 #pragma GCC unroll 32
-            for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
+              for (int f = 0; f < F; ++f) v[f][c] = product_sum(each[f], x, v[f][c]);
+            }
+          } else {
+            V x[C];
+#pragma GCC unroll 32
+            for (int c = 0; c < C; ++c) x[c] = load<V>(in + c * W);
+#pragma GCC unroll 32
+            for (int f = 0; f < F; ++f) {
+              const V each = spread<V>(w[f]);
+#pragma GCC unroll 32
+              for (int c = 0; c < C; ++c) v[f][c] = product_sum(each, x[c], v[f][c]);
+            }
           }
         }
         if (b.outputs) {
@@ -301,12 +321,13 @@ struct Floats {
                                       {1, 4, add_taps<Format, 1, 4>}, {1, 1, add_taps<Format, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 4, add_rows<Format, 4, 4>}, {1, 1, add_rows<Format, 4, 1>}};
 #else
-  static constexpr int kFilters = 2;
+  static constexpr int kFilters = 3;
   static constexpr Micro kSparse[] = {{2, 4, add_taps<Format, 2, 4>},
+                                      {2, 7, add_taps<Format, 2, 7>},
                                       {1, 8, add_taps<Format, 1, 8>},
                                       {1, 4, add_taps<Format, 1, 4>},
                                       {1, 1, add_taps<Format, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Format, 2, 4>}, {1, 1, add_rows<Format, 2, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Format, 3, 4>}, {1, 1, add_rows<Format, 3, 1>}};
 #endif
 };
 
@@ -554,7 +575,7 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
 #else
   static constexpr Micro kSparse[] = {
       {2, 4, add_taps<Int8, 2, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 2, 4>}, {1, 1, add_rows<Int8, 2, 1>}};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 3, 4>}, {1, 1, add_rows<Int8, 3, 1>}};
 #endif
   static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
@@ -1014,7 +1035,10 @@ struct Convolution : Layer<Format> {
       const int64_t fitting = r.bytes / each;
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
-      const double narrow = dense && m.columns == 1 ? 1.5 : 1;
+      const double chains = double(m.rows * m.columns * Format::kSums);
+      const double narrow = dense                      ? (m.columns == 1 ? 1.5 : 1)
+                            : chains < kChains<Format> ? kChains<Format> / chains
+                                                       : 1;
       const double pack = halves ? kHalvesPackCost : kPackCost;
       const double put_down = double(turns - 1) * filters * pixels * (dense || halves ? 1 : Format::kSums) * kSumCost;
       const double enter = halves ? (products / kShort + double(rows)) * pixels * kEnterCost : 0;
@@ -1123,7 +1147,8 @@ struct Convolution : Layer<Format> {
       ahead.end = ahead.next + together < channels ? ahead.next + together : channels;
       // Filters end in the last block, some at a time while their sums are near.
       const bool last = b + 1 == blocks, straight = last && n >= Format::kLanes;
-      const int64_t turn = last && !straight ? kTurn : mine, pixels = tile.rows * tile.columns;
+      const int64_t some = tiles(kTurn, Format::kFilters) * Format::kFilters;
+      const int64_t turn = last && !straight ? some : mine, pixels = tile.rows * tile.columns;
       for (int64_t o = 0; o < mine; o += turn) {
         const int64_t here = mine - o < turn ? mine - o : turn, slot = first + o;
         float* sums = s.sums.data + (blocks > 1 ? o : 0) * pixels * Format::kSums * W;
