@@ -5,6 +5,7 @@
 // filters share what they load; only live filters and channels take part.
 #pragma once
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <new>
 #include <type_traits>
@@ -54,16 +55,22 @@ constexpr int64_t kShort = 64;
 constexpr double kHalvesPackCost = 9, kEnterCost = 7;
 constexpr Room kHalvesRooms[] = {{20 << 10, 1}, {40 << 10, 1.1}, {96 << 10, 2}, {192 << 10, 2.2}};
 
+constexpr size_t kHugeBytes = 2 << 20;
+
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 template <class T>
-struct Array {  // zeroed memory, aligned to a vector
+struct Array {  // zeroed memory, aligned to a vector; on huge pages if there is much, for all of it is read in turn
   T* data = nullptr;
   Array() = default;
   explicit Array(int64_t n) {
-    const size_t bytes = (sizeof(T) * (n > 0 ? n : 1) + 63) & ~size_t(63);
-    data = static_cast<T*>(aligned_alloc(64, bytes));
+    const size_t least = sizeof(T) * (n > 0 ? n : 1), unit = least < kHugeBytes / 2 ? 64 : kHugeBytes;
+    const size_t bytes = (least + unit - 1) / unit * unit;
+    data = static_cast<T*>(aligned_alloc(unit, bytes));
     if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (unit == kHugeBytes) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
     memset(static_cast<void*>(data), 0, bytes);
   }
   Array(const Array&) = delete;

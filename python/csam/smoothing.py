@@ -45,7 +45,7 @@ from csam_kernels.ops.sample_network import Program, SampleNetwork
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN = -1  # version of a tensor made in inference mode, which does not count its changes
-_SHARE = 2  # tiles of a sampler that a thread takes at a time
+_SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
 _LANES = 32  # a multiple of the tile of every sampler
 _setting_threads = threading.Lock()
 
@@ -359,7 +359,8 @@ def votes(
     counting = threading.Lock()
 
     if prepared.sampler is not None:
-        sampler, share = prepared.sampler, _SHARE * prepared.sampler.lanes
+        sampler, few = prepared.sampler, 4 * torch.get_num_threads() * prepared.sampler.lanes
+        share = (1 if n <= few else _SHARE) * sampler.lanes
 
         def tally(start: int) -> None:
             left = min(share, first_sample + n - start)
