@@ -568,23 +568,38 @@ CSAM_INLINE vf ended(vi sum, vf other, const Ending& e) {
   return finished(y, e.low, e.high);
 }
 
-struct Int8 {  // unsigned values times signed weights, summed in 32 bits
+struct Integers {  // unsigned values times signed weights, summed in 32 bits: the same bits however they are multiplied
   using Element = uint8_t;
-  using Sum = vi;
   using Image = float;
   using Logit = float;
   static constexpr const char* kName = "int8";
+  static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
+  static float widen(uint8_t v) { return v; }
+  static float widen(float v) { return v; }
+  static uint8_t narrow(float v) { return uint8_t(v); }
+  static vf rounded(vf v) { return v; }
+  static vf start(float bias) { return (vf)csam::CSAM_ISA::start(vi{}, bias); }
+  static void put(vf v, uint8_t* out) { store_bytes(nearest(finished(v, 0, 255)), out); }
+};
+
+struct Int8 : Integers {
+  using Sum = vi;
   static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
 #if defined(__AVX512F__)
-  static constexpr Micro kSparse[] = {
-      {4, 4, add_taps<Int8, 4, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 4, 4>}, {1, 1, add_rows<Int8, 4, 1>}};
+  static constexpr Micro kSparse[] = {{4, 4, add_taps<Int8, 4, 4>},
+                                      {1, 4, add_taps<Int8, 1, 4>},
+                                      { 1,
+                                        1,
+                                        add_taps<Int8, 1, 1> }};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 4, 4>}, { 1, 1, add_rows<Int8, 4, 1> }};
 #else
-  static constexpr Micro kSparse[] = {
-      {2, 4, add_taps<Int8, 2, 4>}, {1, 4, add_taps<Int8, 1, 4>}, {1, 1, add_taps<Int8, 1, 1>}};
-  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 3, 4>}, {1, 1, add_rows<Int8, 3, 1>}};
+  static constexpr Micro kSparse[] = {{2, 4, add_taps<Int8, 2, 4>},
+                                      {1, 4, add_taps<Int8, 1, 4>},
+                                      { 1,
+                                        1,
+                                        add_taps<Int8, 1, 1> }};
+  static constexpr Micro kDense[] = {{1, 4, add_rows<Int8, 3, 4>}, { 1, 1, add_rows<Int8, 3, 1> }};
 #endif
-  static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
   static void unpack(const uint8_t* in, vs* out) { *out = pack(in); }
@@ -595,13 +610,6 @@ struct Int8 {  // unsigned values times signed weights, summed in 32 bits
     if (e.real) store(out, y);
     else store_bytes(nearest(y), out);
   }
-  static float widen(uint8_t v) { return v; }
-  static float widen(float v) { return v; }
-  static uint8_t narrow(float v) { return uint8_t(v); }
-  static vf rounded(vf v) { return v; }
-  static vf start(float bias) { return (vf)csam::CSAM_ISA::start(vi{}, bias); }
-  static void put(vf v, uint8_t* out) { store_bytes(nearest(clamped(v)), out); }
-  static vf clamped(vf v) { return finished(v, 0, 255); }
 };
 
 #if defined(__AVX512F__)
@@ -713,16 +721,11 @@ CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
   }
 }
 
-struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and packing undoes it
-  using Element = uint8_t;
-  using Image = float;
-  using Logit = float;
-  static constexpr const char* kName = "int8";  // integers: the same bits as without it
+struct Int8Quads : Integers {  // for AVX512-VNNI; interleaving gives the sums' order, and packing undoes it
   static constexpr int kLanes = 4 * W, kSums = 4, kTogether = 4, kFilters = 4;
   static constexpr Micro kSparse[] = {
       {2, 2, add_quads<Int8Quads, 2, 2>}, {1, 4, add_quads<Int8Quads, 1, 4>}, {1, 1, add_quads<Int8Quads, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 1, add_row_quads<Int8Quads, 4>}};
-  static uint32_t weight(float w) { return Int8::weight(w); }
   static uint32_t unit_weight(const float* w) {
     uint32_t bits = 0;
     for (int i = 0; i < 4; ++i) bits |= (weight(w[i]) & 0xFFu) << (8 * i);
@@ -747,25 +750,15 @@ struct Int8Quads {  // for AVX512-VNNI; interleaving gives the sums' order, and 
     for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32((__m512)nearest(y[i]));
     _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
   }
-  static float widen(uint8_t v) { return v; }
-  static float widen(float v) { return v; }
-  static uint8_t narrow(float v) { return uint8_t(v); }
-  static vf rounded(vf v) { return v; }
-  static vf start(float bias) { return Int8::start(bias); }
-  static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
 
 #elif defined(__AVX2__)
-struct Int8Pairs {  // multiplied as integers of 16 bits; unpacking a vector gives the sums' order, and packing undoes
-                    // it
-  using Element = uint8_t;
-  using Image = float;
-  using Logit = float;
-  static constexpr const char* kName = "int8";
+struct Int8Pairs
+    : Integers {  // multiplied as integers of 16 bits; unpacking a vector gives the sums' order, and packing undoes
+                  // it
   static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 2;
   static constexpr Micro kSparse[] = {{1, 4, add_pairs<Int8Pairs, 1, 4>}, {1, 1, add_pairs<Int8Pairs, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 2, add_row_pairs<Int8Pairs, 2, 2>}, {1, 1, add_row_pairs<Int8Pairs, 2, 1>}};
-  static uint32_t weight(float w) { return Int8::weight(w); }
   static uint32_t unit_weight(const float* w) { return (weight(w[0]) & 0xFFFFu) | weight(w[1]) << 16; }
   // As assembly, in this order: with intrinsics the sums of a tile move between registers and memory.
   CSAM_INLINE vf dot(vf sum, vi x, vi w) {
@@ -803,12 +796,6 @@ struct Int8Pairs {  // multiplied as integers of 16 bits; unpacking a vector giv
     const __m256i n = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)first), _mm256_cvtps_epi32((__m256)second));
     store(out, _mm_packus_epi16(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1)));
   }
-  static float widen(uint8_t v) { return v; }
-  static float widen(float v) { return v; }
-  static uint8_t narrow(float v) { return uint8_t(v); }
-  static vf rounded(vf v) { return v; }
-  static vf start(float bias) { return Int8::start(bias); }
-  static void put(vf v, uint8_t* out) { Int8::put(v, out); }
 };
 #endif
 

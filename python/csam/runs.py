@@ -276,13 +276,11 @@ def processor() -> str:
         about = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
         name = about.get("model name", "")
         if name and not re.search(r"\d", name):
-            name += "".join(f" {word} {about[key]}" for word, key in _GENERATION.items() if key in about)
+            generation = (("family", "cpu family"), ("model", "model"))
+            name += "".join(f" {word} {about[key]}" for word, key in generation if key in about)
         if name:
             return name
     return platform.processor() or "unknown"
-
-
-_GENERATION = {"family": "cpu family", "model": "model"}  # of /proc/cpuinfo
 
 
 def commit() -> str | None:
