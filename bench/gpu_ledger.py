@@ -5,7 +5,8 @@ device, compiles every launch it records ahead of time for sm_80, sm_90 and sm_1
 compiles every csrc/cuda/*.cu for the same, and writes bench/gpu_ledger.csv: registers, spills, shared memory,
 theoretical occupancy, bytes and FLOPs a call against the least possible, launches, and the time that the card's
 published bandwidth and peak allow. `--check` compares with the committed ledger instead and fails on any spill and on
-an occupancy or a byte count that got worse.
+an occupancy or a byte count that got worse. It compiles what the ledger has no stamp of, which names the kernel's source,
+its arguments and Triton's version, and every sixteenth of the rest; `--check-all` compiles everything.
 
 Bytes are those of the tensors that a launch reads and writes, each once: what the caches do not hold comes on top.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import multiprocessing
 import os
 import re
@@ -42,6 +44,7 @@ from nvcc import compile_kernels, nvcc
 
 T = TypeVar("T")
 LEDGER = Path(__file__).with_name("gpu_ledger.csv")
+TRUST = 16  # `--check` compiles one in so many kernels again whose stamp the ledger has
 MORE_THAN_LEAST = 1.05  # bytes a call over each input once + each output once
 
 
@@ -85,6 +88,7 @@ FIELDS = (
     "flops",
     "flops_per_byte",
     "predicted_us",
+    "stamp",
 )
 
 
@@ -164,8 +168,11 @@ def _compiles(index: int) -> bool:
     return True
 
 
-def triton_rows() -> Iterator[dict[str, Any]]:
-    """A row for every kernel of a call and one, kernel "*", for the whole call, for each architecture."""
+def triton_rows(known: dict[str, Compiled]) -> Iterator[dict[str, Any]]:
+    """A row for every kernel of a call and one, kernel "*", for the whole call, for each architecture.
+
+    What is known by its stamp is not compiled.
+    """
     calls, sources = [], {}
     for case in cases(torch.device("meta")):
         allow_tf32(case.peak == "tf32")
@@ -173,10 +180,11 @@ def triton_rows() -> Iterator[dict[str, Any]]:
             with tuning.forced(tuning.CLASSES[arch // 10]), record() as launches:
                 out = getattr(provider, case.op)(*case.arguments)
             jobs = [source_of(launch, arch) for launch in launches]
-            keys = [specialization(*job) for job in jobs]
+            keys = [stamp(*job) for job in jobs]
             sources |= dict(zip(keys, jobs, strict=True))
             calls.append((case, arch, launches, keys, sum(t.nbytes for t in case.inputs() + tensors(out))))
-    compiled = dict(zip(sources, _in_parallel(_compile_job, list(sources.values())), strict=True))
+    new = {key: job for key, job in sources.items() if key not in known}
+    compiled = known | dict(zip(new, _in_parallel(_compile_job, list(new.values())), strict=True))
     for case, arch, launches, keys, least in calls:
         card = CARDS[arch]
         variants: Counter[str] = Counter()
@@ -191,6 +199,7 @@ def triton_rows() -> Iterator[dict[str, Any]]:
                 "shared_bytes": c.shared_bytes,
                 "warps": warps,
                 "occupancy": round(occupancy(c.registers, c.shared_bytes, warps, card), 3),
+                "stamp": key,
             }
         yield _row("triton", case, "*", arch, launches, least)
 
@@ -259,6 +268,12 @@ def specialization(source: ASTSource, target: GPUTarget, options: dict[str, Any]
     return f"{source.hash()} {sorted(options.items(), key=str)} {target.arch}"
 
 
+def stamp(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """Names what is compiled, on any machine: where the files of Triton's own library lie is left out."""
+    here = {name: value for name, value in options.items() if name != "extern_libs"}
+    return hashlib.sha256(f"{triton.__version__} {specialization(source, target, here)}".encode()).hexdigest()[:16]
+
+
 _jobs: list[tuple[ASTSource, GPUTarget, dict[str, Any]]] = []
 
 
@@ -296,18 +311,28 @@ def check(rows: list[dict[str, Any]], committed: list[dict[str, str]]) -> list[s
     return faults
 
 
+def trusted(committed: list[dict[str, str]]) -> dict[str, Compiled]:
+    """What the ledger says of its stamps, but for every sixteenth."""
+    stamped = {row["stamp"]: row for row in committed if row["stamp"]}
+    measured = ("registers", "spill_bytes", "shared_bytes")
+    return {s: Compiled(*(int(stamped[s][m]) for m in measured)) for i, s in enumerate(sorted(stamped)) if i % TRUST}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed ledger, write nothing")
-    only_check = parser.parse_args().check
+    parser.add_argument("--check-all", action="store_true", help="the same, all kernels compiled anew")
+    asked = parser.parse_args()
     if backend.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: kernels are compiled here, not interpreted; unset it")
-    rows = [*triton_rows(), *cuda_rows()]
-    if only_check:
+    if asked.check or asked.check_all:
         with LEDGER.open(newline="") as file:
-            faults = check(rows, list(csv.DictReader(file)))
+            committed = list(csv.DictReader(file))
+        rows = [*triton_rows({} if asked.check_all else trusted(committed)), *cuda_rows()]
+        faults = check(rows, committed)
         print("\n".join(faults) or f"{len(rows)} rows, none worse than the ledger")
         return 1 if faults else 0
+    rows = [*triton_rows({}), *cuda_rows()]
     with LEDGER.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -151,7 +151,7 @@ def test_check_names_what_is_worse(tool: ModuleType) -> None:
 
 
 def test_ledger_holds_on_a_fresh_compilation() -> None:
-    """Every kernel and configuration compiled anew for the three architectures, none worse than committed."""
+    """No kernel or configuration worse than committed on the three architectures; what changed is compiled anew."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, BENCH / "gpu_ledger.py", "--check"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
