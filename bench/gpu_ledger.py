@@ -5,8 +5,8 @@ device, compiles every launch it records ahead of time for sm_80, sm_90 and sm_1
 compiles every csrc/cuda/*.cu for the same, and writes bench/gpu_ledger.csv: registers, spills, shared memory,
 theoretical occupancy, bytes and FLOPs a call against the least possible, launches, and the time that the card's
 published bandwidth and peak allow. `--check` compares with the committed ledger instead and fails on any spill and on
-an occupancy or a byte count that got worse. It compiles what the ledger has no stamp of, which names the kernel's source,
-its arguments and Triton's version, and every sixteenth of the rest; `--check-all` compiles everything.
+an occupancy or a byte count that got worse. It compiles what the ledger has no stamp of, which names the kernel's
+source, its arguments and Triton's version, and every sixteenth of the rest; `--check-all` compiles everything.
 
 Bytes are those of the tensors that a launch reads and writes, each once: what the caches do not hold comes on top.
 """

@@ -9,7 +9,8 @@ bench/results/layers-<processor>.csv, a row a layer and a row a network ("total"
 - default: what `csam.sampling.plan` runs unasked; where that is torch, the layers are those that the engine would run;
 - weight, image, engine, density: as `csam.sampling.Layer`; gflop: operations a sample on surviving weights, a
   multiplication and an addition each one, / 1e9; executed: on what is multiplied: dense the zeros too, winograd 16
-  places a tile of 2x2 outputs (its transforms are not counted). Zeros around an image count as pixels;
+  places a tile of 2x2 outputs, in int8 36 a tile of 4x4, of 16 bits, which count twice (its transforms are not
+  counted). Zeros around an image count as pixels;
 - ms: processor time a sample, the least of --rounds tiles;
 - of_loop, executed_of_loop: gflop and executed over ms, against what one core makes of independent multiply-adds in
   registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over
@@ -175,7 +176,8 @@ def executed(layer: sampling.Layer, step: Step) -> float:
     if layer.engine == "sparse":
         return layer.gflop
     if layer.engine == "winograd":
-        return 2e-9 * filters * channels * 16 * -(-height // 2) * -(-width // 2)
+        out, products = (2, 16) if step.integers is None else (4, 2 * 36)
+        return 2e-9 * filters * channels * products * -(-height // out) * -(-width // out)
     return 2e-9 * filters * channels * kernel[0] * kernel[1] * height * width
 
 

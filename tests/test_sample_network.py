@@ -24,7 +24,6 @@ from csam_kernels import _C, reference
 from csam_kernels.ops import sample_network
 from csam_kernels.ops.sample_network import (
     ENGINES,
-    WINOGRAD_CHANNELS,
     Program,
     SampleNetwork,
     Step,
@@ -75,11 +74,10 @@ def network(
     return Program(x, head.out, [*steps, head], mean, std)
 
 
-def of_kind(program: Program, engine: str, dtype: torch.dtype = torch.float32) -> Program:
+def of_kind(program: Program, engine: str) -> Program:
     """Dense where Winograd's is not offered."""
     for step in program.steps:
-        transformed = engine == "winograd" and transformable(step, dtype)
-        step.engine = engine if engine != "winograd" or transformed else "dense"
+        step.engine = engine if engine != "winograd" or transformable(step) else "dense"
     return program
 
 
@@ -228,7 +226,7 @@ def test_winograd_covers_every_output(
         out = Value(filters, *(s + 2 * p - 2 for s, p in zip(size, padding, strict=True)))
         step = Step(x, out, weight=ck.compress(weight), bias=torch.randn(filters), kernel=(3, 3), padding=padding)
         head = convolution(flattened(out), 5)
-        program = of_kind(Program(x, head.out, [step, head]), "winograd", dtype)
+        program = of_kind(Program(x, head.out, [step, head]), "winograd")
         assert step.engine == "winograd"
         found = ck.sample_network(program, dtype).logits(images)
         assert_close(found, reference.sample_network(program, images, dtype), dtype)
@@ -242,14 +240,14 @@ def test_int8_bits_depend_neither_on_the_engine_nor_on_the_instruction_set(name:
     for isa in ISAS:
         _C.set_isa(isa)
         for engine in ENGINES:
-            found = ck.sample_network(of_kind(program, engine, torch.int8), torch.int8).logits(x)
+            found = ck.sample_network(of_kind(program, engine), torch.int8).logits(x)
             assert torch.equal(found, wanted), (isa, engine)
     _C.set_isa("auto")
 
 
-@pytest.mark.parametrize("channels", [1, 3, 40, WINOGRAD_CHANNELS])
+@pytest.mark.parametrize("channels", [1, 3, 40, 115, 116, 500])
 def test_winograd_of_the_largest_integers(isa: str, channels: int) -> None:
-    """Inputs of 255 and weights of 127, of one sign at all or at some taps, in the most channels that are served."""
+    """Inputs of 255, weights of 127, of one sign at all or at some taps; transformed as long as sums are below 2^25."""
     weight = torch.ones(4, channels, 3, 3)
     weight[1], weight[2, :, 1], weight[3, :, :, ::2] = -1, -1, -1
     x, images = Value(channels, 5, 4), torch.ones(35, channels, 5, 4)
@@ -259,9 +257,12 @@ def test_winograd_of_the_largest_integers(isa: str, channels: int) -> None:
     program = quantize(Program(x, head.out, [step, head]), images)
     assert float(step.weight[0].abs().max()) == 1
     assert float(program.steps[0].weight[0].abs().max()) == 127
-    found = ck.sample_network(of_kind(program, "winograd", torch.int8), torch.int8).logits(images)
+    found = ck.sample_network(of_kind(program, "winograd"), torch.int8).logits(images)
     assert program.steps[0].engine == "winograd"
+    transformed = step_costs(program, torch.int8)[0]
     assert torch.equal(found, ck.sample_network(of_kind(program, "dense"), torch.int8).logits(images))
+    if isa != "amx":
+        assert (transformed != step_costs(program, torch.int8)[0]) == (channels * 9 * 127 * 255 < 2**25)
     assert torch.equal(found, reference.sample_network(program, images, torch.int8))
 
 

@@ -19,7 +19,6 @@ from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_noise
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
-WINOGRAD_CHANNELS = 2**31 // (4 * 9 * 255 * 128)  # of int8: four times their sum is below 2^31
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
 _ARITHMETIC = 5  # goes up when the same plan gives other bits
@@ -85,9 +84,9 @@ class Step:
         engine: how a convolution multiplies. "sparse": each filter its own taps. "dense": filters share what they load,
             with the zeros between channels and filters that are alive at all; faster from a density of about 0.4 on.
             "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)) and
-            about twice the rounding; for a kernel of 3x3, stride 1, no dilation. In int8 it has the bits of the others,
-            serves up to WINOGRAD_CHANNELS channels, and runs where integers are multiplied as 16 bits (AVX2); elsewhere
-            such a step runs dense.
+            about twice the rounding; for a kernel of 3x3, stride 1, no dilation. In int8 36 in place of 144 (F(4x4,
+            3x3)), with the bits of the others. It runs dense where tiles of AMX are faster, and in int8 where the sum
+            of a filter could pass 2^25.
         name: for messages.
         integers: in a program of int8 and no other.
     """
@@ -355,11 +354,8 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
         if (step.integers is not None) != (integers and step.weight is not None):
             raise ValueError(f"{name}: integers must be given for a convolution in torch.int8 and for no other step")
         checks.choice(f"{name}: engine", step.engine, ENGINES)
-        if step.engine == "winograd" and not transformable(step, dtype):
-            raise ValueError(
-                f"{name}: engine winograd needs a 3x3 kernel of stride and dilation 1, and in torch.int8 at most "
-                f"{WINOGRAD_CHANNELS} channels"
-            )
+        if step.engine == "winograd" and not transformable(step):
+            raise ValueError(f"{name}: engine winograd needs a 3x3 kernel of stride and dilation 1")
         real = step.integers is not None and step.integers.real
         if integers and (real != (step.out is logits) or (step.out.root is logits.root) != real):
             raise ValueError(f"{name}: out must be real where it is program.logits, which is no part, and there alone")
@@ -370,11 +366,9 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
         raise ValueError("program.logits must be given by the steps")
 
 
-def transformable(step: Step, dtype: torch.dtype) -> bool:
+def transformable(step: Step) -> bool:
     """Whether the step may have engine "winograd"."""
-    plain = (step.kernel, step.stride, step.dilation) == ((3, 3), (1, 1), (1, 1))
-    fits = dtype is not torch.int8 or step.input.channels <= WINOGRAD_CHANNELS
-    return step.weight is not None and plain and fits
+    return step.weight is not None and (step.kernel, step.stride, step.dilation) == ((3, 3), (1, 1), (1, 1))
 
 
 def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

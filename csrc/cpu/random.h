@@ -17,8 +17,8 @@ struct Counter {
 };
 
 // Out of line, so that the keys are in memory and each round broadcasts its own on a load port, which is idle.
-__attribute__((noinline)) static void counter(uint64_t seed, uint64_t sample, uint32_t stream, uint32_t domain,
-                                              Counter& c) {
+__attribute__((noinline, unused)) static void counter(uint64_t seed, uint64_t sample, uint32_t stream, uint32_t domain,
+                                                      Counter& c) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32) ^ domain;
   for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
     c.key0[round] = k0;
@@ -172,8 +172,8 @@ CSAM_INLINE void interleave(const V in[4], V out[4]) {
 }
 
 // The 64 bits that come after an element's word where that does not decide: of a generator of its own.
-__attribute__((noinline, cold)) static uint64_t bits_after(uint64_t seed, uint64_t sample, uint32_t stream,
-                                                           uint64_t element) {
+__attribute__((noinline, cold, unused)) static uint64_t bits_after(uint64_t seed, uint64_t sample, uint32_t stream,
+                                                                   uint64_t element) {
   const Words start = {{uint32_t(element), uint32_t(sample), uint32_t(sample >> 32), stream}};
   const Words w = philox4x32(start, uint32_t(seed), uint32_t(seed >> 32) ^ kCellDomain);
   return uint64_t(w.v[0]) << 32 | w.v[1];

@@ -338,12 +338,14 @@ struct Floats {
 #endif
 };
 
-// How samples lie: kLanes of them make a packed vector, and kSums vectors of sums.
+// How samples lie: kLanes of them make a packed vector, and kSums vectors of sums; kWork vectors of Work where they are
+// transformed (sample_winograd.h).
 struct Float32 : Floats<Float32> {
   using Element = float;
   using Sum = vf;
+  using Work = vf;
   static constexpr const char* kName = "float32";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1;  // channels of a unit
+  static constexpr int kLanes = W, kSums = 1, kWork = 1, kTogether = 1;  // channels of a unit
   using Image = float;
   using Logit = float;
   static uint32_t weight(float w) { return float_bits(w); }
@@ -365,8 +367,9 @@ struct Float32 : Floats<Float32> {
 struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   using Element = uint16_t;
   using Sum = vf;
+  using Work = vf;
   static constexpr const char* kName = "bfloat16";
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1;
+  static constexpr int kLanes = W, kSums = 1, kWork = 1, kTogether = 1;
   using Image = uint16_t;
   using Logit = uint16_t;
   static uint32_t weight(float w) { return uint32_t(csam::to_bf16(w)) << 16; }
@@ -493,8 +496,9 @@ CSAM_INLINE __m512i rounded(vf a, vf b) {
 
 struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' order, and packing undoes it
   using Element = uint16_t;
+  using Work = vf;
   static constexpr const char* kName = "bfloat16 pairs";
-  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 4;
+  static constexpr int kLanes = 2 * W, kSums = 2, kWork = 2, kTogether = 2, kFilters = 4;
   static constexpr Micro kSparse[] = {{2, 4, add_pairs<Bfloat16Pairs, 2, 4>},
                                       {1, 8, add_pairs<Bfloat16Pairs, 1, 8>},
                                       {1, 7, add_pairs<Bfloat16Pairs, 1, 7>},
@@ -582,9 +586,23 @@ struct Integers {  // unsigned values times signed weights, summed in 32 bits: t
   static void put(vf v, uint8_t* out) { store_bytes(nearest(finished(v, 0, 255)), out); }
 };
 
+#if defined(__AVX2__)
+struct Words {  // integers of 16 bits, of two channels together
+  using Work = vw;
+  static uint32_t unit_weight(const float* w) {
+    return (Integers::weight(w[0]) & 0xFFFFu) | Integers::weight(w[1]) << 16;
+  }
+  static void pack_sums(const vw* in, float* out) {
+    store(out, low_pairs((vi)in[0], (vi)in[1]));
+    store(out + W, high_pairs((vi)in[0], (vi)in[1]));
+  }
+};
+#endif
+
 struct Int8 : Integers {
   using Sum = vi;
-  static constexpr int kLanes = W, kSums = 1, kTogether = 1, kFilters = Float32::kFilters;
+  using Work = vi;
+  static constexpr int kLanes = W, kSums = 1, kWork = 1, kTogether = 1, kFilters = Float32::kFilters;
 #if defined(__AVX512F__)
   static constexpr Micro kSparse[] = {{4, 4, add_taps<Int8, 4, 4>},
                                       {1, 4, add_taps<Int8, 1, 4>},
@@ -603,6 +621,7 @@ struct Int8 : Integers {
   static uint32_t unit_weight(const float* w) { return weight(w[0]); }
   static vf pack(const uint8_t* in) { return (vf) __builtin_convertvector(load<vb>(in), vi); }
   static void unpack(const uint8_t* in, vs* out) { *out = pack(in); }
+  static void pack_sums(const vi* in, float* out) { store(out, in[0]); }
   static void pack_unit(const uint8_t* const* in, float* out) { store(out, pack(in[0])); }
   static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const vf added = other ? __builtin_convertvector(load<vb>(other), vf) : vf{};
@@ -678,7 +697,7 @@ CSAM_VNNI void add_quads(const Block& b, int64_t filters, float* sums) {
   }
 }
 
-// F filters at a time at one pixel; four channels lie interleaved.
+// F filters at a time at one pixel; the channels of a unit lie interleaved.
 template <class Format, int F>
 CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
   const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
@@ -706,7 +725,7 @@ CSAM_VNNI void add_row_quads(const Block& b, int64_t filters, float* sums) {
           for (int f = 0; f < F; ++f) {
             const __m512i each = _mm512_set1_epi32(int(w[f]));
 #pragma GCC unroll 32
-            for (int i = 0; i < 4; ++i) v[f][i] = _mm512_dpbusd_epi32(v[f][i], x[i], each);
+            for (int i = 0; i < 4; ++i) v[f][i] = Format::dot(v[f][i], x[i], each);
           }
         }
         if (b.outputs) {
@@ -726,6 +745,9 @@ struct Int8Quads : Integers {  // for AVX512-VNNI; interleaving gives the sums' 
   static constexpr Micro kSparse[] = {
       {2, 2, add_quads<Int8Quads, 2, 2>}, {1, 4, add_quads<Int8Quads, 1, 4>}, {1, 1, add_quads<Int8Quads, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 1, add_row_quads<Int8Quads, 4>}};
+  CSAM_VNNI inline __attribute__((always_inline)) __m512i dot(__m512i sum, __m512i x, __m512i w) {
+    return _mm512_dpbusd_epi32(sum, x, w);
+  }
   static uint32_t unit_weight(const float* w) {
     uint32_t bits = 0;
     for (int i = 0; i < 4; ++i) bits |= (weight(w[i]) & 0xFFu) << (8 * i);
@@ -752,14 +774,24 @@ struct Int8Quads : Integers {  // for AVX512-VNNI; interleaving gives the sums' 
   }
 };
 
+struct Int8Words : Int8Quads, Words {  // in the sums' order of Int8Quads
+  static constexpr int kWork = 2, kTogether = 2;
+  static constexpr Micro kDense[] = {{1, 1, add_row_quads<Int8Words, 4>}};
+  using Words::unit_weight;
+  CSAM_VNNI inline __attribute__((always_inline)) __m512i dot(__m512i sum, __m512i x, __m512i w) {
+    return _mm512_dpwssd_epi32(sum, x, w);
+  }
+  static void unpack_words(const uint8_t* in, vw* out) {
+    const __m512i x = once(_mm512_loadu_si512(in)), zero = _mm512_setzero_si512();
+    out[0] = (vw)_mm512_unpacklo_epi8(x, zero), out[1] = (vw)_mm512_unpackhi_epi8(x, zero);
+  }
+};
+
 #elif defined(__AVX2__)
-struct Int8Pairs
-    : Integers {  // multiplied as integers of 16 bits; unpacking a vector gives the sums' order, and packing undoes
-                  // it
-  static constexpr int kLanes = 2 * W, kSums = 2, kTogether = 2, kFilters = 2;
+struct Int8Pairs : Integers, Words {  // unpacking a vector gives the sums' order, and packing undoes it
+  static constexpr int kLanes = 2 * W, kSums = 2, kWork = 1, kTogether = 2, kFilters = 2;
   static constexpr Micro kSparse[] = {{1, 4, add_pairs<Int8Pairs, 1, 4>}, {1, 1, add_pairs<Int8Pairs, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 2, add_row_pairs<Int8Pairs, 2, 2>}, {1, 1, add_row_pairs<Int8Pairs, 2, 1>}};
-  static uint32_t unit_weight(const float* w) { return (weight(w[0]) & 0xFFFFu) | weight(w[1]) << 16; }
   // As assembly, in this order: with intrinsics the sums of a tile move between registers and memory.
   CSAM_INLINE vf dot(vf sum, vi x, vi w) {
     vi products;
@@ -781,9 +813,7 @@ struct Int8Pairs
     const vi x = widened(in);
     out[0] = (vf)low_pairs(x, vi{}), out[1] = (vf)high_pairs(x, vi{});
   }
-  static void pack_sums(const vf* in, float* out) {  // of 16 bits each
-    store(out, _mm256_blend_epi16((__m256i)in[0], (__m256i)((vi)in[1] << 16), 0xAA));
-  }
+  static void unpack_words(const uint8_t* in, vw* out) { *out = (vw)widened(in); }
   static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const vi o = other ? widened(other) : vi{};
     const vf first = ended((vi)sums[0], to_float(low_pairs(o, vi{})), e);

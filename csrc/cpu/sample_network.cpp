@@ -19,8 +19,8 @@ template <class Format>
 class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
-  // Winograd's: of integers where they are multiplied as 16 bits, which it takes; AMX multiplies faster as it is.
-  static constexpr bool kTransforms = !kTiled<Format> && (sizeof(Element) > 1 || Format::kTogether == 2);
+  static constexpr bool kTransforms = !kTiled<Format>;  // AMX multiplies faster what is not
+  using Minimal = Winograd<typename Transformed<Format>::Type>;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -36,8 +36,8 @@ class Network final : public SampleNetwork {
         continue;
       }
       if constexpr (kTransforms)
-        if (layer.engine == kWinograd) {
-          steps[i].winograd = ready(new Winograd<Format>(layer));
+        if (layer.engine == kWinograd && Minimal::serves(layer)) {
+          steps[i].winograd = ready(new Minimal(layer));
           continue;
         }
       if constexpr (kTiled<Format>)
@@ -147,7 +147,7 @@ class Network final : public SampleNetwork {
     SampleStep what;
     Convolution<Format>* convolution;
     Depthwise<Format>* depthwise;
-    Winograd<Format>* winograd;
+    Minimal* winograd;
     TiledConvolution<Format>* tiled;
   };
   struct Arena {  // of one thread
@@ -174,7 +174,8 @@ class Network final : public SampleNetwork {
       std::conditional_t<sizeof(Element) == 1, uint8_t, std::conditional_t<sizeof(Element) == 2, int16_t, int32_t>>;
   typedef Lane Keys __attribute__((vector_size(S * sizeof(Lane))));
   static constexpr int kBits = 8 * sizeof(Lane);
-  static constexpr Lane kSize = Lane(~(uint64_t(1) << (kBits - 1))), kInfinity = kBits == 16 ? 0x7F80 : 0x7F800000;
+  static constexpr Lane kSize = Lane(~(uint64_t(1) << (kBits - 1))),
+                        kInfinity = Lane(kBits == 16 ? 0x7F80 : 0x7F800000);
   static constexpr Lane kLowest = kBits == 8 ? 0 : Lane(~kInfinity);
 
   static Keys swapped(Keys v) {  // bits and key
@@ -255,7 +256,7 @@ class Network final : public SampleNetwork {
     Element* out = arena.at(step.what.out);
     if (step.what.pools) return pool(step.what.conv, in, out, reinterpret_cast<Keys*>(arena.scratch.packed.data));
     if constexpr (kTransforms)
-      if (const Winograd<Format>* w = step.winograd) {
+      if (const Minimal* w = step.winograd) {
         const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
         for (int64_t job = 0; job < w->jobs(); ++job) w->run(job, in, other, out, arena.scratch);
         return;

@@ -1,29 +1,71 @@
-// A 3x3 convolution of stride 1 by Winograd's minimal filtering F(2x2, 3x3), samples innermost (Lavin and Gray, "Fast
-// Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1): each 4x4 of the input and each 3x3 of the
-// weight become 4x4 places, whose products, summed over channels, give 2x2 outputs: 16 multiplications in place of 36.
-// A job is a block of such tiles of one vector of samples: its input is transformed once, and at every place the
-// filters add their products by the dense loops of sample_conv2d.h, a tile standing for a pixel. Of integers all of
-// that is exact: what weights become is a multiple of a quarter, and is multiplied by four.
+// A 3x3 convolution of stride 1 by Winograd's minimal filtering, samples innermost (Lavin and Gray, "Fast Algorithms
+// for Convolutional Neural Networks", CVPR 2016, section 4): windows of the input and each 3x3 of the weight become
+// places, whose products, summed over channels, give a square of outputs. F(2x2, 3x3) for floats: 16 multiplications in
+// place of 36. F(4x4, 3x3) for integers: 36 in place of 144, exactly, where floats would lose digits. A job is a block
+// of such tiles of one vector of samples: its input is transformed once, and at every place the filters add their
+// products by the dense loops of sample_conv2d.h, a tile standing for a pixel.
 #pragma once
 #include "sample_conv2d.h"
 
 namespace csam {
 namespace CSAM_ISA {
 
-constexpr int64_t kPlaces = 16;
 constexpr int64_t kMostTiles = 8;                 // of a block
 constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one place that filters go over in turn
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
 
-// The four combinations of B^T, of A^T the two, along one axis.
-template <class V>
-CSAM_INLINE void input_combinations(V a, V b, V c, V d, V* out) {
-  out[0] = a - c, out[1] = b + c, out[2] = c - b, out[3] = b - d;
-}
-template <class V>
-CSAM_INLINE void output_combinations(V a, V b, V c, V d, V* out) {
-  out[0] = a + b + c, out[1] = b - c - d;
-}
+// B^T, G and A^T along one axis, and what is left to do to a result.
+struct F2 {
+  static constexpr int64_t kOut = 2, kIn = 4;
+  static constexpr double kWeight[kIn][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  static constexpr double kInputCost = 40, kEachInputCost = 35, kOutputCost = 80, kEachOutputCost = 40;
+  template <class V>
+  CSAM_INLINE void input(const V* d, V* out) {
+    out[0] = d[0] - d[2], out[1] = d[1] + d[2], out[2] = d[2] - d[1], out[3] = d[1] - d[3];
+  }
+  template <class V>
+  CSAM_INLINE void output(const V* m, V* out) {
+    out[0] = m[0] + m[1] + m[2], out[1] = m[1] - m[2] - m[3];
+  }
+  CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
+};
+
+// Of bytes: what windows become is within 16 bits, and so are weights, whose rows are multiplied by 24, 6, 6, 24,
+// 24, 6. Results are multiples of 3 * 2^kShift along each axis, modulo 2^32: the product with the inverse of 9 and a
+// shift give them exactly if they are below 2^25, though sums on the way may pass 2^31.
+struct F4 {
+  static constexpr int64_t kOut = 4, kIn = 6;
+  static constexpr double kWeight[kIn][3] = {{6, 0, 0}, {-1, -1, -1}, {-1, 1, -1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
+  static constexpr double kInputCost = 80, kEachInputCost = 165, kOutputCost = 160, kEachOutputCost = 200;
+  static constexpr int kShift[kOut] = {3, 2, 1, 1};
+  static constexpr uint32_t kNinth = 0x38E38E39;
+  static constexpr double kMost = 1 << 25;
+  template <class V>
+  CSAM_INLINE void input(const V* d, V* out) {
+    const V a = d[4] - (d[2] << 2), b = d[3] - (d[1] << 2), c = d[4] - d[2], e = (d[3] - d[1]) << 1;
+    out[0] = ((d[0] - d[2]) << 2) + c;
+    out[1] = a + b, out[2] = a - b, out[3] = c + e, out[4] = c - e;
+    out[5] = d[5] - d[3] - (e << 1);
+  }
+  template <class V>
+  CSAM_INLINE void output(const V* m, V* out) {
+    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
+    out[0] = m[0] + (p << 2) + r, out[1] = (q << 1) + s, out[2] = p + r, out[3] = q + (s << 1) + m[5];
+  }
+  CSAM_INLINE vu result(vu sum, int64_t y, int64_t x) { return (vu)((vi)(sum * kNinth) >> (kShift[y] + kShift[x])); }
+};
+
+// The format that multiplies what is transformed, with the samples and sums of the network's.
+template <class Format>
+struct Transformed {
+  using Type = Format;
+};
+#if defined(__AVX512F__)
+template <>
+struct Transformed<Int8Quads> {
+  using Type = Int8Words;
+};
+#endif
 
 template <class Format>
 struct Winograd : Layer<Format> {
@@ -31,11 +73,16 @@ struct Winograd : Layer<Format> {
   using Base::a, Base::bias, Base::border, Base::channel, Base::channels, Base::filter, Base::live, Base::padded;
   using typename Base::Element;
   static constexpr int64_t S = Format::kLanes, P = Format::kSums * W;  // samples; floats of a packed or summed tile
-  static constexpr int64_t T = Format::kTogether, kColumns = 2 * kMostTiles + 2;
   static constexpr bool kIntegers = sizeof(Element) == 1;
-  using V = std::conditional_t<kIntegers, vu, vf>;  // unsigned: sums of sums may pass 2^31 on the way
-  // Of a tile of a channel, of a filter, in multiply-adds.
-  static constexpr double kInputCost = 40 + 35 * Format::kSums, kOutputCost = 80 + 40 * Format::kSums;
+  using F = std::conditional_t<kIntegers, F4, F2>;
+  using V = std::conditional_t<kIntegers, vu, vf>;
+  using Work = typename Format::Work;
+  static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
+  static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
+  // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
+  static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1;
+  static constexpr double kInputCost = kUnit * (F::kInputCost + F::kEachInputCost * Format::kSums);
+  static constexpr double kOutputCost = kUnit * (F::kOutputCost + F::kEachOutputCost * Format::kSums);
 
   int64_t rows, columns;  // of a block, in tiles
   int64_t units, together, group, down, across;
@@ -57,27 +104,37 @@ struct Winograd : Layer<Format> {
     const int64_t fit = kSumBytes / (4 * kPlaces * count * P) / Format::kFilters * Format::kFilters;
     group = tiles(live, tiles(live, fit < Format::kFilters ? Format::kFilters : fit));
     group = tiles(group, Format::kFilters) * Format::kFilters;
-    down = tiles(a.out_height, 2 * rows);
-    across = tiles(a.out_width, 2 * columns);
+    down = tiles(a.out_height, kOut * rows);
+    across = tiles(a.out_width, kOut * columns);
     nothing = Array<float>(group);
     offsets = Array<int32_t>(together);
     for (int64_t u = 0; u < together; ++u) offsets[u] = int32_t(u * count * P);
   }
 
+  // Whether results are exact, whatever the bytes.
+  static bool serves(const SampleConvArgs& args) {
+    for (int64_t o = 0; kIntegers && o < args.filters; ++o) {
+      double most = 0, least = 0;
+      for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
+      if (255 * (most > -least ? most : -least) >= F4::kMost) return false;
+    }
+    return true;
+  }
+
   // G w G^T, in double, for the dense loops.
   void lay() {
-    static constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-    constexpr double scale = kIntegers ? 4 : 1;
     const Array<float> full = Base::full();
     const int64_t size = padded * units * T;
     Array<float> places(kPlaces * size);
     for (int64_t i = 0; i < size; ++i)
-      for (int64_t y = 0; y < 4; ++y) {
+      for (int64_t y = 0; y < kIn; ++y) {
         double row[3] = {};
         for (int64_t x = 0; x < 3; ++x)
-          for (int64_t k = 0; k < 3; ++k) row[x] += G[y][k] * full[i * 9 + 3 * k + x];
-        for (int64_t x = 0; x < 4; ++x)
-          places[(4 * y + x) * size + i] = float(scale * (G[x][0] * row[0] + G[x][1] * row[1] + G[x][2] * row[2]));
+          for (int64_t k = 0; k < 3; ++k) row[x] += F::kWeight[y][k] * full[i * 9 + 3 * k + x];
+        for (int64_t x = 0; x < kIn; ++x) {
+          const double* g = F::kWeight[x];
+          places[(kIn * y + x) * size + i] = float(g[0] * row[0] + g[1] * row[1] + g[2] * row[2]);
+        }
       }
     weights = Array<uint32_t>(size / T * kPlaces);
     uint32_t* to = weights.data;
@@ -87,24 +144,27 @@ struct Winograd : Layer<Format> {
   }
 
   void claim(Sizes& sizes) const {
-    Sizes::raise(sizes.packed, kPlaces * units * rows * columns * P);
+    Sizes::raise(sizes.packed, kPlaces * pitch());
     Sizes::raise(sizes.sums, kPlaces * group * rows * columns * P);
   }
 
   int64_t jobs() const { return down * across; }
+  // Floats from one place of a block to the next: a line more than are needed, for places whole pages apart would share
+  // the same few lines of a first-level cache.
+  int64_t pitch() const { return units * rows * columns * P + 16; }
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const {
-    const int64_t top = job / across * 2 * rows, left = job % across * 2 * columns, count = rows * columns;
+    const int64_t top = job / across * kOut * rows, left = job % across * kOut * columns, count = rows * columns;
     for (int64_t u = 0; u < units; ++u)
       for (int64_t r = 0; r < rows; ++r)
-        transform(in, u, top + 2 * r - a.padding[0], left - a.padding[1],
+        transform(in, u, top + kOut * r - a.padding[0], left - a.padding[1],
                   s.packed.data + (u * count + r * columns) * P);
     for (int64_t first = 0; first < live; first += group) {
       const int64_t mine = live - first < group ? live - first : group;
       for (int64_t p = 0; p < kPlaces; ++p)
         for (int64_t u = 0; u < units; u += together) {
           const int64_t here = units - u < together ? units - u : together;
-          Block block = {s.packed.data + (p * units + u) * count * P, 0, 1, count, kPlaces * count};
+          Block block = {s.packed.data + p * pitch() + u * count * P, 0, 1, count, kPlaces * count};
           block.weights = weights.data + (p * units + u) * padded + first * here;
           block.offsets = offsets.data;
           block.products = here;
@@ -114,7 +174,7 @@ struct Winograd : Layer<Format> {
       for (int64_t o = 0; o < mine; ++o)
         finish(first + o, top, left, s.sums.data + o * kPlaces * count * P, other, out);
     }
-    Base::write_dead(top, left, 2 * rows, 2 * columns, 0, S, other, out, S);
+    Base::write_dead(top, left, kOut * rows, kOut * columns, 0, S, other, out, S);
   }
 
  private:
@@ -129,81 +189,87 @@ struct Winograd : Layer<Format> {
           continue;
         const int64_t fitting = kPlaceBytes / (4 * P * count);
         const double parts = double(tiles(units, fitting < 1 ? 1 : fitting)), n = double(count);
-        const double narrow = count % Format::kDense[0].columns ? 1.5 : 1;
+        const double narrow = count % Format::kDense[0].columns ? 1.5 : kUnit;
         const double micros = n / Format::kDense[0].columns;
-        const double work = kPlaces * (double(padded * units * T) * n * narrow +
+        const double work = kPlaces * (double(padded * units * Format::kSums) * n * narrow +
                                        parts * turns * (micros * kTurnCost + Format::kFilters * n * kSumCost)) +
                             double(channels) * n * kInputCost + double(live) * n * kOutputCost;
-        const double total = work * double(tiles(a.out_height, 2 * r) * tiles(a.out_width, 2 * c));
+        const double total = work * double(tiles(a.out_height, kOut * r) * tiles(a.out_width, kOut * c));
         if (!cost || total < cost) rows = r, columns = c, cost = total;
       }
   }
 
+  static void unpack(const Element* in, Work* out) {
+    if constexpr (std::is_same_v<Work, vw>) Format::unpack_words(in, out);
+    else Format::unpack(in, reinterpret_cast<vs*>(out));
+  }
+
   // A row of tiles of one unit, whose first pixel is (top, left), to its places, `units * rows * columns * P` apart.
   void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out) const {
-    constexpr int64_t N = Format::kSums;
-    V down_combined[4][N][kColumns][T];
-    const int64_t inside = a.width - left < 2 * columns + 2 ? a.width - left : 2 * columns + 2;
+    Work down_combined[kIn][N][kColumns][T];
+    const int64_t reached = kOut * columns + 2, inside = a.width - left < reached ? a.width - left : reached;
     for (int64_t i = 0; i < T; ++i) {
       const int64_t c = unit * T + i;
-      const Element* row[4];
-      int64_t step[4];
-      for (int64_t y = 0; y < 4; ++y) {
+      const Element* row[kIn];
+      int64_t step[kIn];
+      for (int64_t y = 0; y < kIn; ++y) {
         const bool there = c < channels && top + y >= 0 && top + y < a.height;
         step[y] = there ? S : 0;
         row[y] = there ? in + ((int64_t(channel[c]) * a.height + top + y) * a.width + left) * S : border.data;
       }
-      for (int64_t j = 0; j < 2 * columns + 2; ++j) {
+      for (int64_t j = 0; j < reached; ++j) {
         const int64_t across = j >= -left && j < inside;
-        vs v[4][N];
-        for (int64_t y = 0; y < 4; ++y) Format::unpack(across ? row[y] + j * step[y] : border.data, v[y]);
+        Work v[N][kIn];
+        for (int64_t y = 0; y < kIn; ++y) {
+          Work pixel[N];
+          unpack(across ? row[y] + j * step[y] : border.data, pixel);
+          for (int64_t n = 0; n < N; ++n) v[n][y] = pixel[n];
+        }
         for (int64_t n = 0; n < N; ++n) {
-          V each[4];
-          input_combinations((V)v[0][n], (V)v[1][n], (V)v[2][n], (V)v[3][n], each);
-          for (int64_t y = 0; y < 4; ++y) down_combined[y][n][j][i] = each[y];
+          Work each[kIn];
+          F::input(v[n], each);
+          for (int64_t y = 0; y < kIn; ++y) down_combined[y][n][j][i] = each[y];
         }
       }
     }
-    const int64_t place = units * rows * columns * P;
-    for (int64_t y = 0; y < 4; ++y)
-      for (int64_t n = 0; n < N; ++n) {
-        const auto& d = down_combined[y][n];
+    const int64_t place = pitch();
+    for (int64_t y = 0; y < kIn; ++y)
+      for (int64_t n = 0; n < N; ++n)
         for (int64_t t = 0; t < columns; ++t) {
-          vf v[4][T];
+          Work v[kIn][T];
           for (int64_t i = 0; i < T; ++i) {
-            V each[4];
-            input_combinations(d[2 * t][i], d[2 * t + 1][i], d[2 * t + 2][i], d[2 * t + 3][i], each);
-            for (int64_t x = 0; x < 4; ++x) v[x][i] = (vf)each[x];
+            Work d[kIn], each[kIn];
+            for (int64_t x = 0; x < kIn; ++x) d[x] = down_combined[y][n][kOut * t + x][i];
+            F::input(d, each);
+            for (int64_t x = 0; x < kIn; ++x) v[x][i] = each[x];
           }
-          for (int64_t x = 0; x < 4; ++x) Format::pack_sums(v[x], out + (4 * y + x) * place + t * P + n * W);
+          for (int64_t x = 0; x < kIn; ++x) Format::pack_sums(v[x], out + (kIn * y + x) * place + t * P + n * (P / N));
         }
-      }
   }
-
-  static vf unscaled(vf sum) { return sum; }
-  static vu unscaled(vu sum) { return (vu)((vi)sum >> 2); }
 
   // A^T of what is summed at the places, and to the outputs.
   void finish(int64_t slot, int64_t top, int64_t left, const float* sums, const Element* other, Element* out) const {
-    constexpr int64_t N = Format::kSums;
     const int64_t place = rows * columns * P;
     const V start = (V)Format::start(bias[slot]);
-    alignas(64) float done[4 * P];
+    alignas(64) float done[kOut * kOut * P];
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c, sums += P) {
-        for (int64_t n = 0; n < N; ++n) {
-          V d[4][2];
-          const float* from = sums + n * W;
-          for (int64_t x = 0; x < 4; ++x, from += place)
-            output_combinations(load<V>(from), load<V>(from + 4 * place), load<V>(from + 8 * place),
-                                load<V>(from + 12 * place), d[x]);
-          for (int64_t y = 0; y < 2; ++y) {
-            V both[2];
-            output_combinations(d[0][y], d[1][y], d[2][y], d[3][y], both);
-            for (int64_t x = 0; x < 2; ++x) store(done + (2 * y + x) * P + n * W, unscaled(both[x]) + start);
+        for (int64_t n = 0; n < Format::kSums; ++n) {
+          V d[kIn][kOut];
+          for (int64_t x = 0; x < kIn; ++x) {
+            V m[kIn];
+            for (int64_t y = 0; y < kIn; ++y) m[y] = load<V>(sums + (kIn * y + x) * place + n * W);
+            F::output(m, d[x]);
+          }
+          for (int64_t y = 0; y < kOut; ++y) {
+            V m[kIn], each[kOut];
+            for (int64_t x = 0; x < kIn; ++x) m[x] = d[x][y];
+            F::output(m, each);
+            for (int64_t x = 0; x < kOut; ++x)
+              store(done + (kOut * y + x) * P + n * W, F::result(each[x], y, x) + start);
           }
         }
-        Base::write(slot, top + 2 * r, left + 2 * c, 2, 2, 0, S, done, P, other, out, S);
+        Base::write(slot, top + kOut * r, left + kOut * c, kOut, kOut, 0, S, done, P, other, out, S);
       }
   }
 };

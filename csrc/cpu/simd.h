@@ -29,6 +29,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint64_t vq __attribute__((vector_size(4 * W)));  // W/2 lanes of 64 bits
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef int16_t vw __attribute__((vector_size(4 * W)));  // 2W lanes of 16 bits
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef float vhalf __attribute__((vector_size(2 * W)));  // half the lanes of vf, and the same in double
 typedef double vd __attribute__((vector_size(4 * W)));

@@ -127,16 +127,16 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         times = {}
         for engine in ENGINES:
             for step in layers:
-                step.engine = _nearest(engine, step, dtype)
+                step.engine = _nearest(engine, step)
             times[engine] = dict(zip(program.steps, milliseconds(program, dtype), strict=True))
         for step in layers:
-            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step, dtype)
+            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step)
         return
     if isinstance(choices, str):
-        choices = {step.name: _nearest(choices, step, dtype) for step in layers}
+        choices = {step.name: _nearest(choices, step) for step in layers}
     if not isinstance(choices, Mapping):
         raise TypeError(f"choices must be a name or layer -> {', '.join(ENGINES)}, got {type(choices).__name__}")
-    offered = {step.name: {_nearest(engine, step, dtype) for engine in ENGINES} for step in layers}
+    offered = {step.name: {_nearest(engine, step) for engine in ENGINES} for step in layers}
     wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if kind not in offered.get(name, ()))
     wrong += [f"no {name}" for name in sorted(offered.keys() - choices.keys())]
     if wrong:
@@ -148,9 +148,9 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         step.engine = choices[step.name]
 
 
-def _nearest(engine: str, step: Step, dtype: torch.dtype) -> str:
+def _nearest(engine: str, step: Step) -> str:
     """The engine, or dense where Winograd's is not offered."""
-    return "dense" if engine == "winograd" and not transformable(step, dtype) else engine
+    return "dense" if engine == "winograd" and not transformable(step) else engine
 
 
 def milliseconds(program: Program, dtype: torch.dtype) -> list[float]:
