@@ -150,6 +150,19 @@ def test_counting_the_pilot_would_err_too_often() -> None:
         assert error(Pilot(1000, 0.05, SIGMA, rtol=0.2), p) <= 0.05
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_least_alpha_has_bounds(method: str) -> None:
+    made = rule(N, sequential.LEAST, SIGMA, method=method, rtol=None if method == "fixed" else 0.2)
+    decision = certify(made, made.looks)
+    assert decision.p_lower == pytest.approx(sequential.LEAST ** (1 / decision.samples), rel=0.05)
+
+
+def test_a_bound_that_is_no_number_abstains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "clopper_pearson", lambda *_: math.nan)
+    assert rule(5, 0.1, SIGMA, adaptive=False).decide([5]).radius is None
+    assert certified_radius(5, 5, SIGMA, 0.1) is None
+
+
 # The exact rule
 
 
@@ -264,6 +277,7 @@ def test_a_wanted_radius_is_certified_by_a_bound_that_gives_it() -> None:
         ({"n": 0}, "n must be in"),
         ({"n": 10**9}, "n must be in"),
         ({"alpha": 1.0}, r"alpha must be in \(0, 1\), got 1"),
+        ({"alpha": 1e-130}, "alpha must be at least 1e-50, .*, got 1e-130"),
         ({"sigma": 0.0}, "sigma must be > 0"),
         ({"target_radius": 0.0}, "target_radius must be > 0"),
         ({"rtol": 1.0}, r"rtol must be in \(0, 1\)"),
@@ -367,3 +381,5 @@ def test_predict_refuses_votes_that_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             made.decide(votes, seen)
+    with pytest.raises(ValueError, match="alpha must be at least 1e-50"):
+        Prediction(1000, 1e-51, 3)

@@ -121,6 +121,7 @@ def test_radius_is_zero_at_one_half() -> None:
         (0, 0, 1.0, 0.1, "n must be in"),
         (9, 10, 0.0, 0.1, "sigma must be > 0"),
         (9, 10, 1.0, 1.5, r"alpha must be in \(0, 1\)"),
+        (99983, 100000, 1.0, 1e-300, "alpha must be at least 1e-50"),
     ],
 )
 def test_counts_that_cannot_be_have_no_radius(successes: int, n: int, sigma: float, alpha: float, message: str) -> None:

@@ -222,6 +222,8 @@ def test_what_the_law_may_err_by_is_taken_from_alpha() -> None:
     assert sound.level(0.5, 100, 1e-3) == pytest.approx(0.4, rel=1e-5)
     with pytest.raises(ValueError, match=r"alpha must be above 0\.001, what 10 draws may err by, got 0.001"):
         sound.level(0.001, 10, 1e-4)
+    with pytest.raises(ValueError, match=r"alpha must be above 2\.5e-50, what 1 draws may err by, got 2e-50"):
+        sound.level(2e-50, 1, 1.5e-50)
     x = torch.ones(1, 4, 4)
     plain, strict = (Smooth(Two(), 2, 1.0, sound_float=s).certify(x, n=1) for s in (False, True))
     assert plain == strict == (-1, 0.0)

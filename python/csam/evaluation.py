@@ -47,7 +47,7 @@ from csam.data import to_unit
 from csam.inference import laid_out
 from csam.processes import Team
 from csam.runs import Journal, RunError, agree, differences
-from csam.sequential import Certification, Rule, fraction
+from csam.sequential import Certification, Rule, checked_alpha
 from csam.smoothing import ABSTAIN, Prepared, Smooth, image, nchw, one_intra_op_thread
 from csam_kernels import checks
 
@@ -286,7 +286,7 @@ def certify_dataset(
     recipe = {
         "n0": checks.integer("n0", n0, low=1),
         "n": rule.n,
-        "alpha": fraction("alpha", alpha),
+        "alpha": checked_alpha(alpha),
         "method": type(rule).__name__.lower(),
         "target_radius": rule.target_radius,
         "rtol": rule.rtol,

@@ -43,6 +43,7 @@ FIRST_LOOK, GROWTH = 100, 1.15
 RARE, OUTLOOK = 0.01, float(special.ndtri(5 / 6))
 ABSTAIN, GO_ON = -1, -2
 MOST = 10**7  # samples; tables have an entry for each count
+LEAST = 1e-50  # of alpha: bounds were checked down to 1e-100, and at 1e-300 they are wrong or NaN
 Array = np.ndarray
 
 
@@ -69,7 +70,7 @@ class Rule(ABC):
 
     Args:
         n: the most samples, 1 .. 10^7; of `Fixed` any number.
-        alpha: probability of a wrong certificate, in (0, 1).
+        alpha: probability of a wrong certificate, in [1e-50, 1).
         sigma: standard deviation of the noise, > 0.
         noise: its law, of `csam.laws.LAWS`, in whose norm radii are.
         target_radius: stop when this radius, > 0, is certified or out of reach; None for no such stop.
@@ -100,7 +101,7 @@ class Rule(ABC):
         skip: int = 0,
     ) -> None:
         self.n = checks.integer("n", n, low=1, high=self.most)
-        self.alpha = fraction("alpha", alpha)
+        self.alpha = checked_alpha(alpha)
         self.sigma = checks.real("sigma", sigma, above=0)
         self.law = LAWS[checked_law("noise", noise)]
         self.target_radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
@@ -135,7 +136,7 @@ class Rule(ABC):
         k = len(counts) - 1
         last = k == len(self.looks) - 1
         p_lower = self.bound(counts)
-        radius = None if p_lower < 0.5 else self.sigma * float(self.law.radius(p_lower))
+        radius = None if not p_lower >= 0.5 else self.sigma * float(self.law.radius(p_lower))
         reason = "n" if last else "rtol"
         if radius is not None and self.target_radius is not None and p_lower >= self._p_wanted:
             radius, reason = max(radius, self.target_radius), "target"
@@ -573,7 +574,7 @@ class Prediction:
 
     Args:
         n: the most samples, 1 .. 10^7.
-        alpha: probability of a wrong class, in (0, 1).
+        alpha: probability of a wrong class, in [1e-50, 1).
         num_classes: >= 2.
         adaptive: False for Cohen et al.'s own: one look, at n, which may be any number.
         tile, skip: as in `Rule`.
@@ -586,7 +587,7 @@ class Prediction:
         self, n: int, alpha: float, num_classes: int, *, adaptive: bool = True, tile: int = 1, skip: int = 0
     ) -> None:
         self.n = checks.integer("n", n, low=1, high=(Rule if adaptive else Fixed).most)
-        self.alpha = fraction("alpha", alpha)
+        self.alpha = checked_alpha(alpha)
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         tile, skip = checks.integer("tile", tile, low=1), checks.integer("skip", skip, low=0)
         self.looks = geometric_looks(self.n, GROWTH, tile, skip, first=20) if adaptive else (self.n,)
@@ -724,6 +725,14 @@ def fraction(name: str, value: float) -> float:
     if not 0 < value < 1:
         raise ValueError(f"{name} must be in (0, 1), got {value:g}")
     return value
+
+
+def checked_alpha(alpha: float) -> float:
+    """The number, which must be in [LEAST, 1)."""
+    alpha = fraction("alpha", alpha)
+    if alpha < LEAST:
+        raise ValueError(f"alpha must be at least {LEAST:g}, bounds at lower levels are not reliable, got {alpha:g}")
+    return alpha
 
 
 __all__ = [

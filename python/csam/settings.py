@@ -96,9 +96,9 @@ class CertifySettings:
         for name in ("n0", "n", "cc_n", "cc_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("alpha", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
+        sequential.checked_alpha(self.alpha)
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must be in (0, 1), got {self.delta}")
         for name in ("target_radius", "rtol", "method"):
             if getattr(self, name) is not None and not self.adaptive:
                 raise ValueError(f"{name} must be none unless adaptive is true, got {getattr(self, name)}")

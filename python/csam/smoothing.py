@@ -36,7 +36,7 @@ import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
 from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
-from csam.sequential import ABSTAIN, Certificate, fraction
+from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
 from csam_kernels.laws import checked_law
@@ -57,11 +57,11 @@ def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
     probability.
 
     Raises:
-        TypeError, ValueError: n < 1, successes outside [0, n], or alpha outside (0, 1).
+        TypeError, ValueError: n < 1, successes outside [0, n], or alpha outside [1e-50, 1).
     """
     n = checks.integer("n", n, low=1)
     successes = checks.integer("successes", successes, low=0, high=n)
-    return sequential.clopper_pearson(successes, n, fraction("alpha", alpha))
+    return sequential.clopper_pearson(successes, n, checked_alpha(alpha))
 
 
 def certified_radius(successes: int, n: int, sigma: float, alpha: float, noise: str = "gaussian") -> float | None:
@@ -72,7 +72,7 @@ def certified_radius(successes: int, n: int, sigma: float, alpha: float, noise: 
     law = LAWS[checked_law("noise", noise)]
     sigma = checks.real("sigma", sigma, above=0)
     p_a = lower_confidence_bound(successes, n, alpha)
-    return None if p_a < 0.5 else float(sigma * law.radius(p_a))
+    return None if not p_a >= 0.5 else float(sigma * law.radius(p_a))
 
 
 class Smooth:
@@ -207,7 +207,7 @@ class Smooth:
                 the layout "NHWC" [H, W, C].
             n0: samples for the choice of the class, >= 1.
             n: samples for the estimate, >= 1; adaptive: the most, up to 10^7.
-            alpha: probability of a wrong certificate, in (0, 1).
+            alpha: probability of a wrong certificate, in [1e-50, 1).
             batch_size: hint of how many samples are in flight; no effect on the result.
             stream: 0 .. 2^32-1, the image's index in its data set.
             adaptive: stop early; the rest is for that only.
@@ -246,7 +246,7 @@ class Smooth:
     def rule(self, x: Tensor, n0: int, n: int, alpha: float, *, adaptive: bool = False, **stop: Any) -> sequential.Rule:
         """When to stop an image like x, with looks where whole tiles end. Arguments as in `certify`."""
         n0 = checks.integer("n0", n0, low=1)
-        n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
+        n, alpha = checks.integer("n", n, low=1), checked_alpha(alpha)
         tile, skip = self._ends(x, n0)
         alpha, sigma = self._level(x, n0 + n, alpha), self.sigma if self.grid is None else sound.scale(self.sigma)
         return sequential.rule(n, alpha, sigma, noise=self.noise, tile=tile, skip=skip, adaptive=adaptive, **stop)
@@ -300,7 +300,7 @@ class Smooth:
 
         Args and errors as in `certify`.
         """
-        n, alpha = checks.integer("n", n, low=1), fraction("alpha", alpha)
+        n, alpha = checks.integer("n", n, low=1), checked_alpha(alpha)
         tile, skip = self._ends(x, 0)
         alpha = self._level(x, n, alpha)
         test = sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive, tile=tile, skip=skip)

@@ -45,6 +45,8 @@ dtype, its own rounding and its quantisation are parts of f.
 
 from __future__ import annotations
 
+from csam.sequential import LEAST
+
 GRID = 255  # steps to 1, of an image's pixels
 _BOUND, _RADIUS = 1e-6, 1e-12  # shares kept for the rounding of a bound and of a radius
 
@@ -53,11 +55,13 @@ def level(alpha: float, draws: int, distance: float) -> float:
     """alpha' for a procedure that draws so many coordinates, each within `distance` of the ideal law.
 
     Raises:
-        ValueError: nothing is left of alpha.
+        ValueError: less than `csam.sequential.LEAST` is left of alpha.
     """
     left = alpha * (1 - _BOUND) - draws * distance
-    if left <= 0:
-        raise ValueError(f"alpha must be above {draws * distance:.2g}, what {draws} draws may err by, got {alpha:g}")
+    if left < LEAST:
+        raise ValueError(
+            f"alpha must be above {draws * distance + LEAST:.2g}, what {draws} draws may err by, got {alpha:g}"
+        )
     return left
 
 
