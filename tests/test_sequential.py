@@ -202,6 +202,13 @@ def test_votes_only_lose_nothing_to_the_looks() -> None:
 # Rules
 
 
+def test_a_pilot_that_is_all_there_is_counts() -> None:
+    made = rule(1000, 0.001, SIGMA, method="pilot", tile=1000)
+    assert made.looks == (1000,)
+    for count in (0, 700, 1000):
+        assert made.decide([count]) == rule(1000, 0.001, SIGMA, method="fixed").decide([count])
+
+
 def test_the_fixed_rule_is_cohens() -> None:
     for count in (0, 40, 70, 100):
         decision = rule(100, 0.001, SIGMA, method="fixed").decide([count])

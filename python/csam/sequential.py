@@ -298,8 +298,8 @@ class Pilot(Rule):
         return self._plan(counts[:, 0]) <= k
 
     def bound(self, counts: Sequence[int]) -> float:
-        fresh = self.looks[len(counts) - 1] - self.looks[0]
-        return clopper_pearson(counts[-1] - counts[0], fresh, self.alpha) if fresh or len(self.looks) > 1 else 0.0
+        seen, votes = (self.looks[0], counts[0]) if len(self.looks) > 1 else (0, 0)  # one look planned nothing
+        return clopper_pearson(counts[-1] - votes, self.looks[len(counts) - 1] - seen, self.alpha)
 
     def _grid(self, tile: int, skip: int) -> tuple[int, ...]:
         pilot = max(1, round(self.n * self.share))
