@@ -69,6 +69,7 @@ def test_radii_are_the_published_formulas() -> None:
         assert radius["gaussian"] == pytest.approx(SIGMA * stats.norm.ppf(p), abs=1e-15)
         assert radius["uniform"] == pytest.approx(2 * LAMBDA["uniform"] * (p - 0.5), rel=1e-12, abs=1e-15)
         assert radius["laplace"] == pytest.approx(-LAMBDA["laplace"] * math.log(2 * (1 - p)), rel=1e-12, abs=1e-15)
+        assert p > 0.5 or str([*radius.values()]) == "[0.0, 0.0, 0.0]"  # no -0.0: a record shows it
     assert [law.norm for law in LAWS.values()] == ["l2", "l1", "l1"]
     assert LAWS["laplace"].radius(1.0) == math.inf
     assert SIGMA * LAWS["uniform"].radius(1.0) == pytest.approx(LAMBDA["uniform"], rel=1e-15)

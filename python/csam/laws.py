@@ -49,5 +49,5 @@ class Law:
 LAWS = {
     "gaussian": Law("l2", special.ndtri, special.ndtr),
     "uniform": Law("l1", lambda p: 2 * _ROOT3 * (p - 0.5), lambda r: 0.5 + r / (2 * _ROOT3), _ROOT3),
-    "laplace": Law("l1", lambda p: -special.log1p(1 - 2 * p) / _ROOT2, lambda r: 1 - np.exp(-_ROOT2 * r) / 2),
+    "laplace": Law("l1", lambda p: 0.0 - special.log1p(1 - 2 * p) / _ROOT2, lambda r: 1 - np.exp(-_ROOT2 * r) / 2),
 }
