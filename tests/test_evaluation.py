@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import shared_data
-from csam import evaluation, runs
+from csam import evaluation, runs, sequential
 from csam.evaluation import (
     Row,
     TsvWriter,
@@ -566,6 +566,23 @@ def test_other_settings_or_another_plan_are_refused(
     with pytest.raises(runs.RunError, match=message):
         run(path, images, **change)
     assert [p.read_bytes() for p in (path, votes_path(path))] == before
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["moved", "counted"])
+def test_looks_elsewhere_are_refused(
+    tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """As many as before, or a record that says no more than how many there were."""
+    path, looks = tmp_path / "r.tsv", sequential.geometric_looks
+    with monkeypatch.context() as begun:
+        if old:
+            begun.setattr(evaluation, "_digest", lambda tensors: len(tensors[0]))
+        run(path, images, modules, indices=[0])
+    if not old:
+        monkeypatch.setattr(sequential, "rule", sequential.rule.__wrapped__)  # made anew, and not kept
+        monkeypatch.setattr(sequential, "geometric_looks", lambda *args: (looks(*args)[0] + 8, *looks(*args)[1:]))
+    with pytest.raises(runs.RunError, match=r"\(looks: .* there, '\w{16}' now\); .* version that began it"):
+        run(path, images, modules)
 
 
 def test_int8_goes_on_with_its_calibration_and_no_other(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:

@@ -291,7 +291,7 @@ def certify_dataset(
         "target_radius": rule.target_radius,
         "rtol": rule.rtol,
         **smooth.recipe(pixels(wanted[0])),
-        "looks": len(rule.looks),
+        "looks": _digest([torch.tensor(rule.looks)]),
     }
     prepared = smooth.prepare(pixels(wanted[0]))
     vote = _voter(smooth, prepared, batch_size)
