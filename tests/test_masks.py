@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -60,6 +61,47 @@ def test_magnitude_pruning_keeps_the_largest_and_the_exact_count(granularity: st
         assert int(mask.sum()) == kept_of(sparsity, mask.numel())
         if not mask.all():
             assert norms[mask].min() >= norms[~mask].max()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1e-3), ("float16", 3e3), ("float32", 1e-24)])
+def test_norms_whose_squares_do_not_fit_the_dtype(granularity: str, dtype: str, size: float) -> None:
+    m = model(granularity)
+    with torch.no_grad():
+        for layer in layers_of(m):
+            layer.weight.mul_(size)
+    m = m.to(getattr(torch, dtype))
+    twin = copy.deepcopy(m).double()
+    for layer, same in zip(layers_of(m), layers_of(twin), strict=True):
+        assert_close(masks.group_norms(layer).double() / size, masks.group_norms(same) / size, torch.float32)
+    pairs = zip(masks.relative_magnitudes(layers_of(m)), masks.relative_magnitudes(layers_of(twin)), strict=True)
+    for one, other in pairs:
+        assert_close(one.double(), other, torch.float32)
+    for either in (m, twin):
+        masks.global_magnitude(either, 0.5)
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(layers_of(m), layers_of(twin), strict=True))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_float64_is_ranked_to_its_last_digits(scope: str) -> None:
+    m = model().double()
+    with torch.no_grad():
+        for layer in layers_of(m):
+            close = 1 + 1e-12 * torch.randperm(layer.weight.numel()).double().view(layer.weight.shape)
+            layer.weight.copy_(close)
+            layer.mask_score.copy_(close / 2)
+    masks.global_magnitude(m, 0.7, scope)
+    for part in [[layer] for layer in layers_of(m)] if scope == "layer" else [layers_of(m)]:
+        weight = torch.cat([layer.weight.flatten() for layer in part])
+        mask = torch.cat([layer.mask.flatten() for layer in part])
+        assert int(mask.sum()) == kept_of(0.7, len(mask))
+        assert weight[mask].min() >= weight[~mask].max()
+    cut = masks.select(layers_of(m), 0.7, scope)
+    assert all(torch.equal(layer.mask, one) for layer, one in zip(layers_of(m), cut, strict=True))
+    with torch.no_grad():
+        layers_of(m)[0].weight[0] = math.nan
+    with pytest.raises(ValueError, match="no NaN"):
+        masks.global_magnitude(m, 0.7, scope)
 
 
 def test_accounting_is_exact_and_counts_weights() -> None:

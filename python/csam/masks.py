@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from csam.nn import MaskedLayer, masked_layers
 from csam_kernels import binarize, checks, percentile_init
 from csam_kernels.layout import reduce_to_mask
-from csam_kernels.ops.binarize import kept
+from csam_kernels.ops.binarize import SCOPES, kept
 
 
 def group_norms(layer: MaskedLayer) -> Tensor:
-    """L2 norm of the weights under each mask value (|theta| for granularity weight), in the mask's shape."""
+    """L2 norm of the weights under each mask value (|theta| for granularity weight), in the mask's shape.
+
+    Squares are summed in float64: in their own dtype those of halves, or of weights of 1e-24, are inf or 0.
+    """
     weight = layer.weight.detach()
     if layer.granularity == "weight":
         return weight.abs()
-    return reduce_to_mask(weight.square(), layer.mask.shape, layer.block_size or 0).sqrt()
+    squares = reduce_to_mask(weight.double().square(), layer.mask.shape, layer.block_size or 0)
+    return squares.sqrt().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def initial_scores(layers: Sequence[MaskedLayer], tau: float = 0.9) -> list[Tensor]:
@@ -46,17 +50,18 @@ def select(layers: Sequence[MaskedLayer], sparsity: float, scope: str = "global"
     Raises:
         ValueError: sparsity outside [0, 1), NaN scores, unknown scope.
     """
-    scores = [_single(layer.mask_score) for layer in layers]
+    scores = _comparable([layer.mask_score.detach() for layer in layers])
     if _cut_meets_a_pile(scores, checks.sparsity(sparsity), scope):
         pairs = zip(scores, relative_magnitudes(layers), strict=True)
-        scores = [_spread_piles(s, _single(m)) for s, m in pairs]
-    return binarize(scores, sparsity, scope)
+        scores = [_spread_piles(s, m.to(s.dtype)) for s, m in pairs]
+    return _top(scores, sparsity, scope)
 
 
 def relative_magnitudes(layers: Sequence[MaskedLayer]) -> list[Tensor]:
     """Group norms over their layer's root mean square: magnitudes that can be compared between layers."""
-    norms = [group_norms(layer) for layer in layers]
-    return [n / n.square().mean().sqrt().clamp_min(torch.finfo(n.dtype).tiny) for n in norms]
+    norms = [_float(group_norms(layer)) for layer in layers]
+    means = [n.double().square().mean().sqrt().to(n.dtype) for n in norms]
+    return [n / mean.clamp_min(torch.finfo(n.dtype).tiny) for n, mean in zip(norms, means, strict=True)]
 
 
 def global_magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> None:
@@ -68,8 +73,8 @@ def global_magnitude(model: nn.Module, sparsity: float, scope: str = "global") -
         ValueError: a model without masked layers, sparsity outside [0, 1), NaN weights, unknown scope.
     """
     layers = require_masked(model)
-    norms = [_single(group_norms(layer)) for layer in layers.values()]
-    for layer, mask in zip(layers.values(), binarize(norms, sparsity, scope), strict=True):
+    norms = _comparable([group_norms(layer) for layer in layers.values()])
+    for layer, mask in zip(layers.values(), _top(norms, sparsity, scope), strict=True):
         layer.set_mask(mask)
 
 
@@ -122,8 +127,25 @@ def _spread_piles(score: Tensor, magnitude: Tensor) -> Tensor:
     return torch.where(score <= 0, -1 / (1 + magnitude), score)
 
 
-def _single(t: Tensor) -> Tensor:
-    return t.detach().to(torch.float32)
+def _comparable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All in float32, or in float64 if one is."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return [t.to(torch.float64 if wide else torch.float32) for t in tensors]
+
+
+def _top(scores: Sequence[Tensor], sparsity: float, scope: str) -> list[Tensor]:
+    """`binarize`; in float64, which it does not take, a sort."""
+    if not any(s.dtype == torch.float64 for s in scores):
+        return binarize(scores, sparsity, scope)
+    sparsity = checks.sparsity(sparsity)
+    if checks.choice("scope", scope, SCOPES) == "layer":
+        return [_top([s], sparsity, "global")[0] for s in scores]
+    flat = torch.cat([s.flatten() for s in scores])
+    if flat.isnan().any():
+        raise ValueError("scores must hold no NaN")
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.sort(descending=True, stable=True).indices[: kept(sparsity, flat.numel())]] = True
+    return [part.view(s.shape) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
 
 
 def _float(t: Tensor) -> Tensor:
