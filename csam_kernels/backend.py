@@ -2,8 +2,8 @@
 
 A provider is a module with one function an operation, named as the operation. `CSAM_BACKEND` forces one
 (`cpu`, `cuda`, `triton` or `reference`); otherwise the first provider that has the operation and serves the device is
-taken. The reference is never taken unasked: it would be a silent loss of speed. Under `TRITON_INTERPRET=1` the triton
-provider serves CPU tensors, on request only, through Triton's interpreter.
+taken. The reference is never taken unasked, but for what no provider can do (`plain`): it would be a silent loss of
+speed. Under `TRITON_INTERPRET=1` the triton provider serves CPU tensors, on request only, through Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, cuda, device
+from torch.autograd import forward_ad
 
 PROVIDERS = ("cpu", "cuda", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -101,6 +103,17 @@ def _function(op: str, forced: str, where: device) -> Callable[..., Any]:
         free = next((name for name in _UNASKED if not _why_not(op, name, where)), "")
         message += f"; unset CSAM_BACKEND={forced}, and {free} serves it" if free else ""
     raise BackendUnavailable(message)
+
+
+def plain(op: str) -> Callable[..., Any] | None:
+    """The reference of `op` under a transform of torch.func or in forward-mode AD, None elsewhere.
+
+    They see through torch's own operators alone: a custom one has no tangent, which jvp takes for zero in silence.
+    """
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return None
+    function: Callable[..., Any] = getattr(importlib.import_module("csam_kernels.reference"), op)
+    return function
 
 
 def explain(op: str, *args: Any) -> str:

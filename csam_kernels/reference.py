@@ -1,8 +1,8 @@
 """Naive plain-torch twin of every operation: slow, obviously right, the ground truth of the tests and benchmarks.
 
 Each function has the name and the signature that the dispatcher in `csam_kernels.backend` calls; arguments have
-already been checked by the public function in `csam_kernels.ops`. Nothing here is chosen automatically:
-`CSAM_BACKEND=reference` asks for it by name.
+already been checked by the public function in `csam_kernels.ops`. Nothing here is chosen automatically, but under
+torch.func's transforms (`csam_kernels.backend.plain`): `CSAM_BACKEND=reference` asks for it by name.
 """
 
 from __future__ import annotations

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import csam_kernels as ck
 import test_inference_ops
 from conftest import assert_close
+from csam_kernels import backend
 from csam_kernels.layout import expand_mask
 from test_masks_ops import mask_shape
 
@@ -108,6 +111,35 @@ def test_gradcheck_linear() -> None:
     ):
         leaves = [t.clone().requires_grad_() for t in (x, w, m.double(), b)]
         assert torch.autograd.gradcheck(lambda *t, block=block: ck.masked_linear(*t, block_size=block), leaves)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("linear", [False, True], ids=["conv2d", "linear"])
+def test_transforms_of_torch_func_are_right(granularity: str, linear: bool) -> None:
+    if linear:
+        x, w, b = torch.randn(3, 2, 5).double(), torch.randn(4, 5).double(), torch.randn(4).double()
+        m, block = torch.rand(mask_shape(granularity, (4, 5))).double(), 4 if granularity == "block" else 0
+        tensors, ours = [x, w, m, b], partial(ck.masked_linear, block_size=block or None)
+        want: Any = lambda x, w, m, b: F.linear(x, w * expand_mask(m, w.shape, block), b)  # noqa: E731
+    else:
+        tensors, options = problem("B2-C8-9x9-3x3-g4", granularity, torch.float64)
+        ours, want = partial(ck.masked_conv2d, **options), partial(plain, **options)
+    primals, tangents = tuple(tensors), tuple(torch.randn_like(t) for t in tensors)
+    expected = torch.func.jvp(want, primals, tangents)
+    for one, other in zip(torch.func.jvp(ours, primals, tangents), expected, strict=True):
+        assert_close(one, other)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
+        assert_close(forward_ad.unpack_dual(ours(*duals)).tangent, expected[1])
+    gradients = [torch.func.grad(lambda *t, f=f: f(*t).square().sum(), (0, 1, 2, 3))(*primals) for f in (ours, want)]
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
+    batched = torch.stack([tensors[1], -tensors[1]])
+    assert_close(*(torch.vmap(f, (None, 0, None, None))(tensors[0], batched, *tensors[2:]) for f in (ours, want)))
+
+
+def test_the_kernel_serves_outside_of_transforms() -> None:
+    assert backend.plain("masked_conv2d") is None
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -32,6 +32,7 @@ def masked_conv2d(
     float32; under torch.autocast x is cast to the autocast dtype first, unless it is float64. With W = weight * mask
     and G = dL/dW the gradients are dL/dweight = G * mask and dL/dmask = G * weight, summed over the mask's broadcast.
     Filters and input channels that a filter, channel or full bool mask switches off are left out where that pays.
+    Transforms of torch.func and forward-mode AD go through torch's own operators; a second backward raises.
 
     Args:
         x: [B, C, H, W] or [C, H, W].
@@ -50,7 +51,8 @@ def masked_conv2d(
     x, *options = checked_convolution(x, weight, mask, bias, stride, padding, dilation, groups, block_size)
     x = autocast(x)
     batched = x if x.dim() == 4 else x[None]
-    out: Tensor = _op(batched, weight, mask, bias, *options)
+    compute = backend.plain("masked_conv2d") or _op
+    out: Tensor = compute(batched, weight, mask, bias, *options)
     return out if x.dim() == 4 else out[0]
 
 

@@ -44,7 +44,8 @@ def masked_linear(
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
     x = autocast(x)
-    rows: Tensor = _op(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, mask, bias, block)
+    compute = backend.plain("masked_linear") or _op
+    rows: Tensor = compute(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, mask, bias, block)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 
