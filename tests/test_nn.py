@@ -229,6 +229,16 @@ def test_converted_model_gives_the_original_outputs(granularity: str) -> None:
     assert list(masked_layers(twin)) == ["stem", "twice", "blocks.0", "head"]
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_converted_model_runs_on_the_meta_device(granularity: str) -> None:
+    twin, x = convert(Small(), granularity), images()
+    out = twin.to("meta")(x.to("meta"))
+    assert out.is_meta
+    assert out.shape == Small()(x).shape
+    out.sum().backward()
+    assert twin.stem.weight.grad.shape == twin.stem.weight.shape
+
+
 def test_convert_copies_and_keeps_everything_else() -> None:
     model = Small()
     model.norm.eval()

@@ -97,8 +97,8 @@ def checked_convolution(
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x as torch.autocast hands it to a convolution or a linear layer: float64 is left alone."""
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    """x as torch.autocast hands it to a convolution or a linear layer: float64 is left alone, and the meta device."""
+    if x.dtype is torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
