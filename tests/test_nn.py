@@ -229,6 +229,24 @@ def test_converted_model_gives_the_original_outputs(granularity: str) -> None:
     assert list(masked_layers(twin)) == ["stem", "twice", "blocks.0", "head"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_converted_linear_layer_gives_the_original_bits_whatever_the_strides(dtype: torch.dtype) -> None:
+    plain = nn.Linear(24, 39).to(dtype)
+    twin = convert(nn.Sequential(plain))
+    wide = torch.randn(9, 5, 12, 48).to(dtype)
+    for x in (
+        wide[..., ::2],
+        wide[..., :24],
+        wide[0, ..., ::2].transpose(0, 1),
+        wide[0, 0, ..., ::2],
+        wide[0, 0, 0, ::2],
+        wide.reshape(48, -1)[:24].t(),
+        wide.permute(3, 0, 1, 2)[:24].permute(1, 2, 3, 0),
+    ):
+        assert torch.equal(twin(x), plain(x))
+        assert twin(x).stride() == plain(x).stride()
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_converted_model_runs_on_the_meta_device(granularity: str) -> None:
     twin, x = convert(Small(), granularity), images()

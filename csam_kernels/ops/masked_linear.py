@@ -45,8 +45,11 @@ def masked_linear(
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
     x = autocast(x)
     compute = backend.plain("masked_linear") or _op
-    rows: Tensor = compute(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, mask, bias, block)
-    return rows.reshape(*x.shape[:-1], weight.shape[0])
+    # to the last bit as torch.nn.functional.linear: of strided x the bias is added to the rounded product
+    fused, apart = (bias, None) if x.dim() == 2 or x.is_contiguous() else (None, bias)
+    rows: Tensor = compute(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, mask, fused, block)
+    out = rows.reshape(*x.shape[:-1], weight.shape[0])
+    return out if apart is None else out + apart.to(out.dtype)
 
 
 @torch.library.custom_op("csam::masked_linear", mutates_args=())
