@@ -309,7 +309,8 @@ def fold(model: nn.Module) -> nn.Module:
     """A plain copy of the model: masked layers are nn.Conv2d or nn.Linear again, with weight theta * M.
 
     M is the hard mask. The copy shares nothing with the original, has the plain model's state_dict keys,
-    and gives the masked model's outputs.
+    and gives the masked model's outputs; but where a model reads the weight of a masked layer without calling it
+    (F.linear(y, self.head.weight)), only the copy's is masked there.
 
     Raises:
         TypeError: `model` is not a module.
