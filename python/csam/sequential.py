@@ -572,6 +572,10 @@ class Prediction:
 
     It abstains before n when n samples would hardly tell the top two apart, as in `Rule`.
 
+    What that costs, exactly, of two classes at alpha = 0.001 and n = 1,000 and 10,000: where one look at n answers in
+    76 % of the runs, this does in 62 %; half of the loss is the early abstaining. With 0.8 alpha at n it would be 66 %,
+    for 5 to 16 % more samples. An n that is 7 % larger gives as much, and costs nothing where classes are clear.
+
     Args:
         n: the most samples, 1 .. 10^7.
         alpha: probability of a wrong class, in [1e-50, 1).
