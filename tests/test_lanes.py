@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import csam
 import csam_kernels as ck
 from conftest import TOLERANCE, assert_close
-from csam import inference, lanes, sampling
+from csam import aliases, inference, lanes, sampling
 from csam.quantization import quantize
 from csam_kernels.ops.sample_network import Program
 
@@ -35,14 +35,15 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def lowered(model: nn.Module, x: Tensor, export: bool = False) -> Program:
-    return lanes.lower(lanes.exported(model, x) if export else fx.symbolic_trace(model), x.shape[1:])
+def lowered(model: nn.Module, x: Tensor) -> Program:
+    return lanes.lower(fx.symbolic_trace(model), x.shape[1:])
 
 
 def same(model: nn.Module, x: Tensor, export: bool = False) -> Program:
     """The lowered network gives the module's logits, simplified too, and with what reads one value joined."""
     wanted = model(x.clone())
-    program = lowered(model, x, export)
+    traced = lanes.exported(model, x) if export else fx.symbolic_trace(model)
+    program = lanes.lower(aliases.settled(traced, x), x.shape[1:])
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
     lanes.simplify(program)
     assert_close(ck.sample_network(program, torch.float32).logits(x), wanted)
@@ -129,6 +130,7 @@ FUNCTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "pad": lambda net, x: F.pad(x, (1, 1, 2, 2, 3, 1)),
     "dropout": lambda net, x: F.dropout(x, 0.3, training=net.training),
     "contiguous": lambda net, x: x.contiguous(),
+    "clone": lambda net, x: x.clone(),
     "permute": lambda net, x: torch.permute(x.permute(0, 2, 3, 1).contiguous(), (0, -1, 1, 2)),
 }
 

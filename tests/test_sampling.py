@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csam
@@ -220,6 +222,109 @@ def test_a_network_that_decides_by_shapes_votes_like_its_twin(masked: bool) -> N
     assert int((wanted > 0).sum()) > 1
     assert torch.equal(plan.votes(x, SIGMA, 1000, seed=3), wanted)
     assert ("7 of 7 masked layers folded" in plan.prepared.steps[0]) == masked
+
+
+class Changing(nn.Module):
+    """`change` of the images, with two convolutions and what changes in place; then the mean and a linear layer."""
+
+    def __init__(self, change: Callable[[Changing, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.norm, self.relu, self.same, self.change = nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Identity(), change
+        self.flat = nn.Linear(192, 8)
+        nn.init.uniform_(self.norm.running_mean, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.change(self, x).mean((2, 3)))
+
+
+def clamped_between(net: Changing, x: Tensor) -> Tensor:
+    y = net.one(x)
+    x.clamp_(0, 1)
+    return y + net.two(x)
+
+
+def clamped_by_a_module(net: Changing, x: Tensor) -> Tensor:
+    y = net.one(x)
+    net.relu(x)
+    return F.relu(net.norm(y) + net.two(x))
+
+
+def clamped_by_a_function(net: Changing, x: Tensor) -> Tensor:
+    return F.relu(net.one(x) + net.two(F.relu(x, True)))
+
+
+def clamped_behind_an_identity(net: Changing, x: Tensor) -> Tensor:
+    y = net.same(x).contiguous()
+    x.clamp_(0, 1)
+    return net.one(y) + net.two(x)
+
+
+def clamped_twice(net: Changing, x: Tensor) -> Tensor:
+    x.clamp_(-0.5, 1)
+    y = net.one(x)
+    x.clamp_(0, 0.5)
+    return y + net.two(x)
+
+
+def clamped_behind_a_slice(net: Changing, x: Tensor) -> Tensor:
+    y = x[:, :, ::2, ::2]
+    x.clamp_(0, 1)
+    return net.one(y).mean((2, 3), keepdim=True) + net.two(x)
+
+
+def clamped_behind_rows(net: Changing, x: Tensor) -> Tensor:
+    y = x.flatten(1)
+    x.clamp_(0, 1)
+    return net.flat(y)[:, :, None, None] + net.two(x)
+
+
+def clamped_rows(net: Changing, x: Tensor) -> Tensor:
+    x.flatten(1).clamp_(0, 1)
+    return net.one(x) + net.two(x)
+
+
+def clamped_out_of_sight(net: Changing, x: Tensor) -> Tensor:
+    return clamped_behind_rows(net, x if x.sum() > -1e9 else -x)
+
+
+@pytest.mark.parametrize("choices", ["sparse", "module"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (clamped_between, ""),
+        (clamped_by_a_module, ""),
+        (clamped_by_a_function, ""),
+        (clamped_behind_an_identity, ""),
+        (clamped_twice, ""),
+        (clamped_behind_a_slice, "clamp_ changes in place what one reads as getitem"),
+        (clamped_behind_rows, "clamp_ changes in place what flat reads as flatten"),
+        (clamped_rows, "clamp_ changes in place what one reads as x"),
+        (clamped_out_of_sight, "kept contiguous: channels_last would move the logits by"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_changes_in_place_are_seen_as_the_model_sees_them(change: Any, reason: str, choices: str) -> None:
+    model, x = Changing(change).eval(), torch.rand(3, 8, 8)
+    with torch.no_grad():
+        model.head.bias -= model(csam_kernels.smoothing_noise(x, 64, 1.0, seed=4)).mean(0)
+    plan = sampling.plan(model, x, dtype=torch.float32, choices=choices)
+    noisy = csam_kernels.smoothing_noise(x, 64, 1.0, seed=3)
+    with torch.no_grad():
+        wanted = model(noisy.clone())
+    torch.testing.assert_close(logits(plan.prepared, noisy), wanted, rtol=1e-4, atol=1e-4)
+    assert (plan.prepared.sampler is None) == (choices == "module" or bool(reason))
+    assert reason in "".join(plan.prepared.steps)
+    assert bool(reason) == ("kept contiguous" in "".join(plan.prepared.steps))
+
+
+def test_a_change_in_place_that_nothing_else_sees_is_no_hindrance() -> None:
+    def body(net: Changing, x: Tensor) -> Tensor:
+        return net.relu(net.norm(net.one(x)).add_(net.two(x)))
+
+    plan = sampling.plan(Changing(body).eval(), torch.rand(3, 8, 8), dtype=torch.float32, choices="sparse")
+    assert {"clone", "relu"}.isdisjoint(plan.choices)
 
 
 @pytest.mark.parametrize(

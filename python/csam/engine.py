@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from csam import lanes
+from csam.aliases import Aliased, settled
 from csam.costs import kept, least_ms, rates
 from csam.inference import moved_by
 from csam_kernels import sample_network
@@ -81,12 +82,12 @@ def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program
     reasons = []
     for trace in (lambda: _traced(network), lambda: lanes.exported(network, probe)):
         try:
-            program = lanes.lower(trace(), probe.shape[1:])
+            program = lanes.lower(settled(trace(), probe), probe.shape[1:])
             gone = lanes.simplify(program)
             moved = moved_by(sample_network(program, torch.float32).logits(probe), wanted)
         except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            reasons.append((isinstance(error, lanes.NotLowered), reason))
+            reasons.append((isinstance(error, lanes.NotLowered | Aliased), reason))
             continue
         if not moved:
             return program, gone, ""
@@ -172,7 +173,7 @@ def module_ms(network: nn.Module, probe: Tensor, dtype: torch.dtype) -> float:
     hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
     try:
         with torch.inference_mode():
-            network(probe)
+            network(probe.clone())
     finally:
         for hook in hooks:
             hook.remove()

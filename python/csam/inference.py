@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
 import csam_kernels
+from csam import aliases
 from csam.models import _checked_images
 from csam.nn import fold, masked_layers
 
@@ -67,21 +68,24 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
     kernels = _kernels(probe.device)
     if kernels and probe.dtype is torch.float64:  # which they do not offer
         network, probe = network.float(), probe.float()
-    passes = [_Pass("masked layers", "folded", lambda m: len(masked_layers(m)), fold)]
-    if kernels:
+    masks = _Pass("masked layers", "folded", lambda m: len(masked_layers(m)), fold)
+    network, steps = _rewritten(network, probe, wanted, [masks])
+    network, aliased = _settled(network, probe)
+    passes = [_Pass("batch-norm layers", "folded", _batch_norms, _fold_batch_norms)]
+    if kernels and not aliased:
         fuse = _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe, KernelConv2d))
-        passes.append(fuse)
-    passes.append(_Pass("batch-norm layers", "folded", _batch_norms, _fold_batch_norms))
-    network, steps = _rewritten(network, probe, wanted, passes)
+        passes.insert(0, fuse)
+    network, more = _rewritten(network, probe, wanted, passes)
+    steps += more
     head = None
     if kernels and any(isinstance(m, KernelConv2d) for m in network.modules()):
         steps += [f"{name} left to torch: {_unserved(layer)}" for name, layer in _plain(network)]
         head, step = _noise_head(network, probe)
         steps.append(step)
     layout = torch.channels_last
-    if _failure(network, laid_out(probe, layout)):
+    if reason := aliased or _unfit(network, laid_out(probe, layout), wanted):
         layout = torch.contiguous_format
-        steps.append("kept contiguous: the model does not take channels_last")
+        steps.append(f"kept contiguous: {reason}")
     elif probe.device.type == "cpu" and not kernels and onednn(dtype):
         passes = [
             _Pass("convolutions", "fused", _plain_convolutions, lambda m: _fuse_convolutions(m, probe, FusedConv2d)),
@@ -92,13 +96,34 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
     exact = copy.deepcopy(network) if probe.device.type == "cpu" and not kernels else None
     network = network.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     probe = laid_out(probe.to(dtype), layout)
-    if failure := _failure(network, probe):
+    if failure := _failure(network, probe.clone()):
         raise ValueError(f"dtype must be None: the model does not run in {dtype}: {failure}") from failure
     pack(network, probe, tile)
     if head is not None:
         head = head.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
         head.pack()
     return Ready(network, layout, steps, head, exact)
+
+
+def _settled(network: nn.Module, probe: Tensor) -> tuple[nn.Module, str]:
+    """The network without changes in place that an order or a layout could tell apart; and why it is left as it is."""
+    try:
+        traced = _trace(network)
+        settled = aliases.settled(traced, probe)
+    except aliases.Aliased as error:
+        return network, str(error)
+    except Exception:  # tracing runs the model's own code on proxies: it may raise anything
+        return network, ""  # and no pass that needs a trace will do anything
+    return (network if settled is traced else settled), ""
+
+
+def _unfit(network: nn.Module, batch: Tensor, wanted: Tensor) -> str:
+    """Why the network does not take a batch of this layout."""
+    if _failure(network, batch.clone()):
+        return "the model does not take channels_last"
+    with torch.inference_mode():
+        moved = moved_by(network(batch), wanted)
+    return f"channels_last would move the logits by {moved:.2g}" if moved else ""
 
 
 def _kernels(where: torch.device) -> bool:
@@ -125,7 +150,7 @@ def _rewritten(network: nn.Module, probe: Tensor, wanted: Tensor, passes: list[_
         try:
             new = rewrite(network)
             with torch.inference_mode():
-                moved = moved_by(new(probe), wanted)
+                moved = moved_by(new(probe.clone()), wanted)
         except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
             steps.append(f"{what} not {done}: {type(error).__name__}: {error}".splitlines()[0])
             continue
@@ -347,7 +372,7 @@ def pack(network: nn.Module, probe: Tensor, tile: int) -> None:
     fused = [m for m in network.modules() if isinstance(m, FusedConv2d)]
     hooks = [layer.register_forward_pre_hook(remember) for layer in fused]
     with torch.inference_mode():
-        network(probe)
+        network(probe.clone())
     for layer, hook in zip(fused, hooks, strict=True):
         hook.remove()
         layer.pack(sizes[layer])
@@ -643,7 +668,7 @@ class _Shapes(fx.Interpreter):
     def of(self, probe: Tensor) -> dict[fx.Node, torch.Size]:
         self.shapes: dict[fx.Node, torch.Size] = {}
         with torch.inference_mode():
-            self.run(probe)
+            self.run(probe.clone())
         return self.shapes
 
     def run_node(self, n: fx.Node) -> Any:

@@ -32,7 +32,7 @@ class NotLowered(ValueError):
 
 
 def lower(traced: fx.GraphModule, image: torch.Size) -> Program:
-    """The steps of a traced network in eval mode for images [C, H, W].
+    """The steps of a traced network in eval mode for images [C, H, W]; `csam.aliases.settled`, if it changes in place.
 
     Raises:
         NotLowered: an operation without a step.
@@ -131,10 +131,6 @@ class _Lowering:
             raise NotLowered(f"{node.name}: {what} in a form that has no step ({error})") from error
         for i, step in enumerate(self.steps[before:]):
             step.name = f"{node.name}.{i}" if i else node.name
-        if what.endswith("_") or kwargs.get("inplace", getattr(module, "inplace", False)):
-            for other, value in self.values.items():  # names of the same memory
-                if value is args[0]:
-                    self.values[other] = made
         return made
 
     def alone(self, x: Value) -> bool:
@@ -544,6 +540,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "feature_dropout": _dropout,
     "contiguous": lambda self, x, **_: x,
+    "clone": lambda self, x, **_: x,
     "permute": _permute,
 }
 

@@ -715,13 +715,16 @@ def _prepare(
     tensors = list(itertools.chain(network.parameters(), network.buffers()))
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     # Two different rows, so that a rewrite which mixes samples up does not go unseen; and of no user's image, as one
-    # that is black hides a change of the weights.
+    # that is black hides a change of the weights. A rewrite is tried on noise too, which leaves the pixels' range.
     generator = torch.Generator("cpu").manual_seed(0)
     parts = opaque(network)
-    probe = torch.rand(tile if parts else 2, *shape, generator=generator, device="cpu").to(device, own)
+    probe = torch.rand(tile if parts else 2, *shape, generator=generator, device="cpu")
+    if dtype is not None and not parts:
+        probe += torch.randn(probe.shape, generator=generator, device="cpu")
+    probe = probe.to(device, own)
     try:
-        with torch.inference_mode():
-            wanted = checked_logits(network(probe), probe)
+        with torch.inference_mode():  # a model may change its images in place
+            wanted = checked_logits(network(probe.clone()), probe)
     except RuntimeError as error:
         raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
     # what a model [B, H, W, C] permutes is contiguous where the tile is channels_last
@@ -774,7 +777,7 @@ def _refuse_dependent(network: nn.Module, probe: Tensor, wanted: Tensor) -> None
     other[half:] = 1 - other[half:].flip(0)
     with torch.inference_mode():
         for tile, rows, when in ((probe, len(probe), "when asked again"), (other, half, "with the other rows")):
-            found = network(tile)
+            found = network(tile.clone())
             if rows and (moved := inference.moved_by(found[:rows], wanted[:rows])) > 0:
                 raise ValueError(
                     f"model must be a function of each row of a batch, got logits that change by {moved:.2g} {when}; a "
