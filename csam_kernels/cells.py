@@ -154,7 +154,7 @@ def _columns(weights: list[int], bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _signed(words: list[int], bits: int) -> Tensor:
-    return torch.tensor([w - (1 << bits) if w >> (bits - 1) else w for w in words], dtype=torch.int64)
+    return torch.tensor([w - (1 << bits) if w >> (bits - 1) else w for w in words], dtype=torch.int64, device="cpu")
 
 
 def steps(x: Tensor, grid: int) -> Tensor:

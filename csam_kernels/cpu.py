@@ -36,11 +36,11 @@ def _new(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     if nbytes < _LARGE or not dense(pattern):
         return torch.empty_like(pattern, dtype=dtype, device="cpu")
     memory = torch.frombuffer(_C.Block(nbytes), dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(memory, 0, pattern.shape, pattern.stride())
+    return torch.empty(0, dtype=dtype, device="cpu").set_(memory, 0, pattern.shape, pattern.stride())
 
 
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
-    out = torch.empty(n, k, dtype=torch.float32)
+    out = torch.empty(n, k, dtype=torch.float32, device="cpu")
     _C.philox_uniform(out.data_ptr(), n, k, seed & WORD, first_sample, stream)
     return out
 
@@ -208,7 +208,7 @@ def mask_gradients(
     odd = [m.shape != mask.shape for (_, m, _), mask in zip(laid, masks, strict=True)]  # expanded by _lay
     # A broadcast mask's own gradient is needed for the norm even when nobody reads it.
     dmask = [
-        _new(m, w.dtype) if need_mask or broadcast or not _elementwise(layout) else torch.empty(0, dtype=w.dtype)
+        _new(m, w.dtype) if need_mask or broadcast or not _elementwise(layout) else w.new_empty(0)
         for (w, m, layout), broadcast in zip(laid, odd, strict=True)
     ]
     keys = [(w.dtype, m.dtype, g.dtype, o) for (w, m, _), g, o in zip(laid, grads, odd, strict=True)]
@@ -227,7 +227,7 @@ def mask_gradients(
             dmask[i] = reduce_to_mask(dmask[i].view(w.shape), masks[i].shape)
             norm += float(dmask[i].double().square().sum())
     dtheta = [restride(d, w) for d, w in zip(dtheta, weights, strict=need_weight)]
-    return dtheta, dmask if need_mask else [], torch.tensor(norm, dtype=torch.float64)
+    return dtheta, dmask if need_mask else [], torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
 def binarize(scores: list[Tensor], keep: list[int], scope: str) -> list[Tensor]:
@@ -397,7 +397,7 @@ def masked_conv2d(
         return torch.conv2d(x, w, bias, stride, padding, dilation).contiguous(memory_format=memory_format)
     live = torch.conv2d(x, w[filters], None if bias is None else bias[filters], stride, padding, dilation)
     batch, _, height, width = live.shape
-    out = torch.empty((batch, len(weight), height, width), dtype=x.dtype, memory_format=memory_format)
+    out = torch.empty((batch, len(weight), height, width), dtype=x.dtype, device="cpu", memory_format=memory_format)
     out[:] = 0 if bias is None else bias.view(1, -1, 1, 1)
     out[:, filters] = live
     return out

@@ -335,8 +335,8 @@ def _winograd(images: Tensor, weight: Tensor, bias: Tensor | None, padding: list
     size = [n + 2 * p - 2 for n, p in zip(images.shape[2:], padding, strict=True)]
     images = F.pad(images, (padding[1], padding[1] + size[1] % 2, padding[0], padding[0] + size[0] % 2))
     tiles = images.unfold(2, 4, 2).unfold(3, 4, 2)  # [n, C, H/2, W/2, 4, 4]
-    for_input, for_output = torch.tensor(_WINOGRAD_INPUT), torch.tensor(_WINOGRAD_OUTPUT)
-    for_weight = torch.tensor(_WINOGRAD_WEIGHT, dtype=torch.float64)
+    for_input, for_output = (images.new_tensor(rows) for rows in (_WINOGRAD_INPUT, _WINOGRAD_OUTPUT))
+    for_weight = weight.new_tensor(_WINOGRAD_WEIGHT, dtype=torch.float64)
     weights = (for_weight @ weight.double() @ for_weight.t()).to(dtype).float()
     placed = (for_input @ tiles @ for_input.t()).to(dtype).float()
     sums = for_output @ torch.einsum("nchwyx,ocyx->nohwyx", placed, weights) @ for_output.t()
@@ -358,7 +358,7 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
         if value not in values:
             shape = (value.channels, value.height, value.width, len(x))
             if value.part is None:
-                values[value] = torch.zeros(shape, dtype=stored)
+                values[value] = x.new_zeros(shape, dtype=stored)
             else:
                 start = value.part[1] * value.part[0].height * value.part[0].width
                 whole = new(value.part[0]).flatten(0, 2)
@@ -394,8 +394,9 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
             around = F.pad(images.double(), (left, left, top, top), value=whole.zero)
             weight = _dense_weight(entries.double(), taps, rows, len(image), kernel)
             sums = F.conv2d(around, weight, None if s.bias is None else s.bias.double(), stride, 0, dilation)
-            factor, shift = torch.tensor([whole.other_scale, whole.shift]).double()  # of float32
-            added = (torch.as_tensor(added).double() * factor + shift).float()  # rounded once, as in the kernels
+            factor, shift = image.new_tensor([whole.other_scale, whole.shift]).double()  # of float32
+            added = torch.as_tensor(added, device=x.device).double()
+            added = (added * factor + shift).float()  # rounded once, as in the kernels
             scales = whole.scales.double().view(-1, 1, 1, 1)
             result = (sums.float().permute(1, 2, 3, 0).double() * scales + added).float()
         result = result.clamp(s.low, s.high)

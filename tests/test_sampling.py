@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import csam
 import csam_kernels
 from conftest import TOLERANCE, shared_data
-from csam import cc_cert, data, engine, evaluation, inference, models, sampling, training
+from csam import cc_cert, costs, data, engine, evaluation, inference, models, sampling, training
 
 SIGMA = 0.25
 
@@ -95,6 +95,43 @@ def test_votes_do_not_depend_on_batches_threads_or_splits() -> None:
     split = plan.votes(x, SIGMA, 77, seed=3) + plan.votes(x, SIGMA, 423, seed=3, first_sample=77)
     assert torch.equal(split, wanted)
     assert not torch.equal(plan.votes(x, SIGMA, 500, seed=4), wanted)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def other_defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Sets torch's default dtype or device to another, until the test ends."""
+
+    def change() -> None:
+        if isinstance(request.param, str):
+            torch.set_default_device(request.param)
+        else:
+            torch.set_default_dtype(request.param)
+
+    yield change
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_torchs_defaults_change_nothing(other_defaults: Callable[[], None]) -> None:
+    model, x = pruned("digits", 0.7), torch.randint(256, (1, 8, 8)) / 255
+    transform = csam.transforms.Rotation(10) | csam.transforms.Fog(0.3) | csam.transforms.MotionBlur(3)
+
+    def results() -> list[Tensor]:
+        plans = [
+            sampling.plan(model, x, dtype=dtype, choices=choices, sigma=SIGMA if dtype == "int8" else None)
+            for dtype, choices in ((torch.float32, "sparse"), ("int8", "winograd"), (torch.bfloat16, "module"))
+        ]
+        smooth = csam.Smooth(plans[0].prepared, 10, SIGMA, sound_float=True)
+        bounds = csam.CCCert(plans[0].prepared, transform, n=20, k=2).certify(x)
+        found = [plan.votes(x, SIGMA, 200) for plan in plans]
+        return [*found, smooth.counts(x, 200), plans[1].prepared.sampler.logits(x[None]), bounds.discrepancy]
+
+    wanted = results()
+    other_defaults()
+    found = results()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert costs._convolution_ns(8, 8, torch.float32) > 0
+    assert [step.engine for step in costs._layer("dense", torch.int8).steps] == ["dense", "sparse"]
 
 
 def test_smooth_and_cc_cert_take_a_prepared_network() -> None:

@@ -188,7 +188,7 @@ def depthwise(step: Step) -> bool:
     _, taps, rows = step.weight
     if len(taps) > (len(rows) - 1) * math.prod(step.kernel):
         return False
-    channels, begins = taps // math.prod(step.kernel), torch.zeros(len(taps) + 1, dtype=torch.bool)
+    channels, begins = taps // math.prod(step.kernel), rows.new_zeros(len(taps) + 1, dtype=torch.bool)
     begins[rows.long()] = True
     same = (channels[1:] == channels[:-1]) | begins[1:-1]
     return len(taps) > len(rows) - 1 and bool(same.all())
@@ -231,7 +231,7 @@ class SampleNetwork:
             want = f"[n, {', '.join(map(str, self.shape))}]"
             raise ValueError(f"x must be {want} on the CPU, got {list(x.shape)} on {x.device}")
         x = x.detach().to(torch.float32 if self.dtype is torch.int8 else self.dtype).contiguous()
-        out = torch.empty(len(x), self.classes)
+        out = torch.empty(len(x), self.classes, dtype=torch.float32, device="cpu")
         self._native.logits(x.data_ptr(), len(x), out.data_ptr())
         return out
 
@@ -257,7 +257,7 @@ class SampleNetwork:
         if tuple(x.shape) != self.shape or x.device.type != "cpu":
             raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
         n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream, law)
-        out = torch.zeros(self.classes, dtype=torch.int64)
+        out = torch.zeros(self.classes, dtype=torch.int64, device="cpu")
         which = (seed % 2**64, stream, first_sample, n, out.data_ptr())
         if grid is None:
             x = x.detach().contiguous()
@@ -270,7 +270,7 @@ class SampleNetwork:
     def times(self, rounds: int = 5) -> list[float]:
         """The least milliseconds of processor time a sample that each step took in so many rounds, on one thread."""
         rounds = checks.integer("rounds", rounds, low=1)
-        out = torch.empty(len(self.program.steps), dtype=torch.float64)
+        out = torch.empty(len(self.program.steps), dtype=torch.float64, device="cpu")
         self._native.times(rounds, out.data_ptr())
         return [1e3 * seconds / self.lanes for seconds in out.tolist()]
 
@@ -309,7 +309,7 @@ def step_costs(program: Program, dtype: torch.dtype) -> list[float]:
     _checked(program, dtype)
     places, arena = program.places()
     draft = backend.serve("sample_network", torch.device("cpu"))(program, dtype, places, arena, draft=True)
-    out = torch.empty(len(program.steps), dtype=torch.float64)
+    out = torch.empty(len(program.steps), dtype=torch.float64, device="cpu")
     draft.costs(out.data_ptr())
     return [float(cost) for cost in out]
 
@@ -467,7 +467,7 @@ def _on_cpu(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _give(given: dict[Value, Tensor], value: Value) -> None:
-    whole = given.setdefault(value.root, torch.zeros(value.root.size, dtype=torch.bool))
+    whole = given.setdefault(value.root, torch.zeros(value.root.size, dtype=torch.bool, device="cpu"))
     whole[value.offset : value.offset + value.size] = True
 
 

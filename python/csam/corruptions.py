@@ -59,7 +59,7 @@ def corrupted(x: Tensor, drawn: Mapping[str, Tensor], *, seed: int, first_sample
         return seed ^ int.from_bytes(kind.encode()[:8])
 
     def normal(kind: str) -> Tensor:
-        black = torch.zeros(shape, device=x.device)
+        black = torch.zeros(shape, dtype=torch.float32, device=x.device)
         return csam_kernels.smoothing_noise(black, n, 1.0, seed=own(kind), first_sample=first_sample, stream=stream)
 
     def uniform(kind: str, k: int) -> Tensor:
@@ -104,7 +104,7 @@ def _segment(length: Tensor, angle: Tensor) -> Tensor:
     """Weights [n, K, K] of a segment through the middle, a pixel wide to either side of which they fall to 0."""
     down, right = _offsets(math.ceil(float(length.max()) / 2 + 1) if len(length) else 0)
     turns = [math.radians(a) for a in angle.tolist()]
-    cosine, sine = (torch.tensor([f(t) for t in turns], device="cpu").view(-1, 1, 1) for f in (math.cos, math.sin))
+    cosine, sine = (length.new_tensor([f(t) for t in turns]).view(-1, 1, 1) for f in (math.cos, math.sin))
     along, across = right * cosine - down * sine, right * sine + down * cosine
     beyond = (along.abs() - length.view(-1, 1, 1) / 2).clamp(min=0)
     return (1 - (beyond * beyond + across * across).sqrt()).clamp(min=0)
@@ -115,7 +115,7 @@ def _spread(x: Tensor, weights: Tensor) -> Tensor:
     reach = weights.shape[1] // 2
     used = weights.flatten(1).any(0).nonzero().flatten().tolist()
     columns = [weights.flatten(1)[:, k] for k in used]
-    total = sum(columns, torch.zeros(len(x), device="cpu"))
+    total = sum(columns, weights.new_zeros(len(x)))
     shares = [column / total for column in columns]
     sums, edged = torch.zeros_like(x), F.pad(x, (reach, reach, reach, reach), mode="replicate")
     for k, share in zip(used, sent(torch.stack(shares), x.device) if shares else (), strict=True):
@@ -135,7 +135,7 @@ def _corners(size: int) -> int:
 
 def _plasma(corners: Tensor, height: int, width: int) -> Tensor:
     """Random fields [n, 1, height, width] from 0 to 1: grids of 2^k cells a side, each half as strong as the last."""
-    field, used = torch.zeros(len(corners), height, width, device=corners.device), 0
+    field, used = corners.new_zeros(len(corners), height, width), 0
 
     def between(size: int, cells: int) -> tuple[Tensor, Tensor]:
         at = torch.arange(size, dtype=torch.float32, device=corners.device) * cells / max(1, size - 1)
@@ -212,7 +212,7 @@ def _jpeg(x: Tensor, quality: Tensor) -> Tensor:
     table = sent(table, x.device)
 
     halves = [[math.cos((2 * j + 1) * k * math.pi / 16) / (2 if k else 8**0.5) for j in range(8)] for k in range(8)]
-    basis = sent(torch.tensor(halves, device="cpu"), x.device)
+    basis = sent(torch.tensor(halves, dtype=torch.float32, device="cpu"), x.device)
     cosines = _along(_along(blocks, basis, 3), basis, 5)
     kept = (cosines / table).round() * table
     back = _along(_along(kept, basis.T, 3), basis.T, 5) + 128

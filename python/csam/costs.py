@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
 _CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.5  # of what is measured: a layer in the middle of a ResNet
 _ROUNDS = 7
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _RATED = ("sparse", "dense")  # Winograd's costs are in units of the dense loop
 
 
@@ -103,16 +105,16 @@ def _read(file: os.PathLike[str], valid: Callable[[dict[str, float]], bool]) -> 
 
 def _layer(engine: str, dtype: torch.dtype) -> Program:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_CHANNELS, _CHANNELS, 3, 3, generator=generator)
+    weight = torch.randn(_CHANNELS, _CHANNELS, 3, 3, generator=generator, **_PLAIN)
     if engine == "sparse":
-        weight *= torch.rand(weight.shape, generator=generator) < _DENSITY
+        weight *= torch.rand(weight.shape, generator=generator, **_PLAIN) < _DENSITY
     image, out, logits = Value(_CHANNELS, _SIZE, _SIZE), Value(_CHANNELS, _SIZE, _SIZE), Value(1, 1, 1)
-    one = compress(torch.ones(1, 1, 1, 1))
+    one = compress(torch.ones(1, 1, 1, 1, **_PLAIN))
     corner = Step(out, logits, weight=(one[0], one[1], one[2]), stride=(_SIZE, _SIZE))
     layer = Step(image, out, weight=compress(weight), kernel=(3, 3), padding=(1, 1), engine=engine)
     program = Program(image, logits, [layer, corner])
     if dtype is torch.int8:
-        program = quantize(program, torch.rand(1, _CHANNELS, _SIZE, _SIZE, generator=generator))
+        program = quantize(program, torch.rand(1, _CHANNELS, _SIZE, _SIZE, generator=generator, **_PLAIN))
     return program
 
 
@@ -130,11 +132,11 @@ def _measured(dtype: torch.dtype) -> Rates:
 def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
     """Nanoseconds of a multiply-add in torch's convolution, as the sampling engine calls it."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
-        layer: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1)
+        layer: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1, **_PLAIN)
     if onednn(dtype):
         layer = FusedConv2d.of(layer, (), "relu")
     layer = layer.to(dtype)
-    x = torch.full((_TILE, channels, size, size), 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.full((_TILE, channels, size, size), 0.5, **_PLAIN).to(dtype).contiguous(memory_format=torch.channels_last)
     if isinstance(layer, FusedConv2d):
         layer.pack(tuple(x.shape))
     return 1e6 * least_ms(lambda: layer(x), _ROUNDS) / (_TILE * layer.weight.numel() * size * size)

@@ -55,7 +55,7 @@ SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
 WRITE_SECONDS = 0.1  # what is finished waits for others to be written with, at most
 PIECE_SECONDS = 0.06  # of samples that a thread takes at a time
 Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
-_NONE = torch.zeros((), dtype=torch.int64)  # votes of no sample
+_NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # votes of no sample
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
 GAUSSIAN = {"noise": "gaussian", "norm": "l2"}  # records that do not say are from before there were other laws
@@ -683,7 +683,9 @@ def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Ten
 def _logits(prepared: Prepared, x: Tensor) -> str:
     """A digest of the network's logits of a tile of images like those in x: weights and arithmetic, to the last bit."""
     found: list[Tensor] = []
-    tile = torch.rand(prepared.tile, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (prepared.tile, *x.shape[1:])
+    tile = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     tile = laid_out(tile.to(prepared.device, prepared.dtype), prepared.memory_format)
     prepared.run(lambda start: tile, lambda logits, start: found.append(logits), 0, prepared.tile, prepared.tile)
     return _digest(found)

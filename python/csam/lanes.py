@@ -66,9 +66,9 @@ def exported(network: nn.Module, probe: Tensor) -> fx.GraphModule:
 
 def identity(channels: int, area: int = 1, scale: float | Tensor = 1.0) -> Rows:
     """Rows of the weight that gives every channel its own taps, all of one value."""
-    taps = torch.arange(channels * area, dtype=torch.int32)
-    values = torch.as_tensor(scale, dtype=torch.float32).expand(channels, 1).repeat_interleave(area, 1).flatten()
-    return values.contiguous(), taps, torch.arange(channels + 1, dtype=torch.int32) * area
+    taps = torch.arange(channels * area, dtype=torch.int32, device="cpu")
+    values = _float(scale).expand(channels, 1).repeat_interleave(area, 1).flatten()
+    return values.contiguous(), taps, torch.arange(channels + 1, dtype=torch.int32, device="cpu") * area
 
 
 class _Lowering:
@@ -170,7 +170,7 @@ class _Lowering:
 
     def affine(self, x: Value, scale: float | Tensor = 1.0, shift: float | Tensor = 0.0) -> Value:
         """Every channel times its factor, plus its summand: part of the convolution that alone gives x."""
-        scale, shift = (torch.as_tensor(t, dtype=torch.float32).expand(x.channels) for t in (scale, shift))
+        scale, shift = (_float(t).expand(x.channels) for t in (scale, shift))
         step = self.open(x)
         if step is None:
             return self.each(x, scale[:, None], bias=shift.contiguous())
@@ -447,8 +447,17 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[-1])) if isinstance(value, (tuple, list)) else (int(value), int(value))
 
 
+def _float(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _zeros(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.zeros(n, dtype=dtype, device="cpu")
+
+
 def _per_channel(value: Any, channels: int) -> Tensor:
-    value = torch.as_tensor(value, dtype=torch.float32)
+    value = _float(value)
     if value.numel() not in (1, channels) or (value.numel() > 1 and value.shape[-3:] != (channels, 1, 1)):
         raise NotLowered(f"a constant of shape {tuple(value.shape)}")
     return value.flatten().expand(channels).contiguous()
@@ -601,13 +610,13 @@ def _simplified(program: Program, tied: _Tied) -> bool:
         if step.weight is None:
             constant[step.out] = constant[step.input]
             continue
-        base = torch.zeros(channels) if step.bias is None else step.bias.clone()
+        base = _zeros(channels) if step.bias is None else step.bias.clone()
         base = base if step.other is None else base + constant[step.other]
         base[step.weight[2].diff() > 0] = math.nan
         constant[step.out] = base.clamp(step.low, step.high)
     fixed = torch.stack([c.isfinite() for c in constant.values()]).all(0)
     readers = tied.readers(program)
-    read = torch.zeros(channels, dtype=torch.bool)
+    read = _zeros(channels, torch.bool)
     for step in readers:
         assert step.weight is not None
         read[step.weight[1].long() // (step.kernel[0] * step.kernel[1])] = True
@@ -622,8 +631,8 @@ def _simplified(program: Program, tied: _Tied) -> bool:
     for step in tied.steps:
         if step.weight is None:
             continue
-        bias = torch.zeros(channels) if step.bias is None else step.bias
-        one = torch.tensor([0.0 if step.other is not None else 1.0] * needed)
+        bias = _zeros(channels) if step.bias is None else step.bias
+        one = bias.new_full((int(needed),), 0.0 if step.other is not None else 1.0)
         step.bias = torch.cat([bias[kept], one])
         step.weight = _giving(step.weight, kept, needed)
     for value in tied.values:
@@ -670,7 +679,7 @@ def _join(program: Program, steps: list[Step]) -> None:
     values, taps, rows = zip(*(step.weight for step in steps if step.weight is not None), strict=True)
     counts = torch.cat([r.diff() for r in rows])
     weight = torch.cat(values), torch.cat(taps), F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    biases = [torch.zeros(step.out.channels) if step.bias is None else step.bias for step in steps]
+    biases = [_zeros(step.out.channels) if step.bias is None else step.bias for step in steps]
     scales = [step.integers.scales for step in steps if step.integers is not None]
     integers = first.integers and replace(first.integers, scales=torch.cat(scales))
     name = "+".join(step.name for step in steps)
@@ -684,7 +693,7 @@ def _giving(weight: Rows, kept: Tensor, one: bool) -> Rows:
     """The kept filters, and an empty one behind them."""
     values, taps, rows = weight
     counts = rows.diff()
-    chosen = torch.zeros(len(counts), dtype=torch.bool)
+    chosen = _zeros(len(counts), torch.bool)
     chosen[kept] = True
     entries = chosen.repeat_interleave(counts)
     ends = F.pad(counts[kept].cumsum(0), (1, 0))
@@ -697,18 +706,18 @@ def _reading(step: Step, kept: Tensor, constant: Tensor | None, fixed: Tensor) -
     assert step.weight is not None
     values, taps, rows = step.weight
     area = step.kernel[0] * step.kernel[1]
-    filters = torch.arange(len(rows) - 1).repeat_interleave(rows.diff())
+    filters = torch.arange(len(rows) - 1, device="cpu").repeat_interleave(rows.diff())
     channel, tap = taps.long() // area, taps.long() % area
     width = (len(kept) + (constant is not None)) * area
-    place = torch.full((len(fixed),), -1)
-    place[kept] = torch.arange(len(kept))
+    place = kept.new_full((len(fixed),), -1)
+    place[kept] = torch.arange(len(kept), device="cpu")
     there = place[channel] >= 0
     flat = filters[there] * width + place[channel[there]] * area + tap[there]
     if constant is not None:
         gone = ~there & fixed[channel] & (constant[channel] != 0)
         target = filters[gone] * width + len(kept) * area + tap[gone]
         merged, index = target.unique(return_inverse=True)
-        sums = torch.zeros(len(merged), dtype=torch.float64)
+        sums = _zeros(len(merged), torch.float64)
         sums.index_add_(0, index, values[gone].double() * constant[channel[gone]].double())
         flat, values = torch.cat([flat, merged]), torch.cat([values[there], sums.float()])
     else:

@@ -18,7 +18,7 @@ from csam_kernels import checks, reference
 from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 
 _LEVELS, _WEIGHTS = 255, 127
-_SHARES = torch.linspace(1.0, 0.3, 15)  # of the observed range
+_SHARES = torch.linspace(1.0, 0.3, 15, dtype=torch.float32, device="cpu")  # of the observed range
 _SEEN = 1 << 18  # numbers of a value that the choice among them looks at
 _EXACT = 2.0**23  # below which a whole number is one as float32
 _NOISY = 64  # images at least that a network is calibrated on
@@ -104,13 +104,14 @@ def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value
     assert step.weight is not None
     values, taps, rows = step.weight
     filters = len(rows) - 1
-    of = torch.arange(filters).repeat_interleave(rows.diff())
-    bias = torch.zeros(filters) if step.bias is None else step.bias
+    of = torch.arange(filters, device="cpu").repeat_interleave(rows.diff())
+    zeros = values.new_zeros(filters)
+    bias = zeros if step.bias is None else step.bias
     scale_in, zero_in = ranges[step.input.root]
-    largest = torch.zeros(filters).scatter_reduce(0, of, values.abs(), "amax")
+    largest = zeros.scatter_reduce(0, of, values.abs(), "amax")
     unit = torch.maximum(largest / _WEIGHTS, bias.abs() / (scale_in * _EXACT)).clamp(min=1e-30)  # of a filter's weights
     whole = (values / unit[of]).round()
-    start = (bias / (scale_in * unit)).round() - zero_in * torch.zeros(filters).index_add(0, of, whole)
+    start = (bias / (scale_in * unit)).round() - zero_in * zeros.index_add(0, of, whole)
     real = step.out.root is logits.root
     scale, zero = (1.0, 0) if real else ranges[step.out.root]
     other_scale, shift = 0.0, float(zero)

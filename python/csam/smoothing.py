@@ -304,7 +304,7 @@ class Smooth:
         tile, skip = self._ends(x, 0)
         alpha = self._level(x, n, alpha)
         test = sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive, tile=tile, skip=skip)
-        counts, seen, answer = torch.zeros(self.num_classes, dtype=torch.int64), 0, None
+        counts, seen, answer = torch.zeros(self.num_classes, dtype=torch.int64, device="cpu"), 0, None
         while answer is None:
             look = next(look for look in test.looks if look > seen)
             counts, seen = counts + self.counts(x, look - seen, seen, batch_size, stream), look
@@ -718,9 +718,10 @@ def _prepare(
     # that is black hides a change of the weights. A rewrite is tried on noise too, which leaves the pixels' range.
     generator = torch.Generator("cpu").manual_seed(0)
     parts = opaque(network)
-    probe = torch.rand(tile if parts else 2, *shape, generator=generator, device="cpu")
+    plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    probe = torch.rand(tile if parts else 2, *shape, **plain)
     if dtype is not None and not parts:
-        probe += torch.randn(probe.shape, generator=generator, device="cpu")
+        probe += torch.randn(probe.shape, **plain)
     probe = probe.to(device, own)
     try:
         with torch.inference_mode():  # a model may change its images in place
