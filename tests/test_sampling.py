@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune as pruning
 
 import csam
 import csam_kernels
@@ -625,6 +627,66 @@ def test_a_limit_of_memory_bounds_the_threads() -> None:
         sampling.plan(model, x, memory=1000)
     with pytest.raises(ValueError, match="memory needs a network whose samples lie innermost: run by torch: as chosen"):
         sampling.plan(model, x, memory=2 * need, choices="module")
+
+
+def replace_mask(model: Any) -> None:
+    model.conv1.mask = torch.zeros_like(model.conv1.mask)
+
+
+def replace_weight(model: Any) -> None:
+    model.conv1.weight = nn.Parameter(torch.ones_like(model.conv1.weight))
+
+
+def replace_weights(model: Any) -> None:
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def replace_layer(model: Any) -> None:
+    model.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+
+
+def prune(model: Any) -> None:
+    pruning.random_unstructured(model.conv1, "weight", 0.9)
+
+
+def halve(model: Any) -> None:
+    model.half()
+
+
+@pytest.mark.parametrize("change", [replace_mask, replace_weight, replace_weights, replace_layer, prune, halve])
+def test_a_plan_of_a_model_with_replaced_tensors_is_refused(change: Callable[[Any], None]) -> None:
+    model, x = pruned("digits", 0.7), torch.rand(1, 8, 8)
+    plan = sampling.plan(model, x)
+    plan.votes(x, SIGMA, 10)
+    change(model)
+    for use in (lambda: plan.votes(x, SIGMA, 10), lambda: copy.deepcopy(plan)):
+        with pytest.raises(ValueError, match="model has changed"):
+            use()
+
+
+@pytest.mark.parametrize("choices", ["sparse", "module"])
+@pytest.mark.parametrize("pickled", [False, True], ids=["copy", "pickle"])
+def test_copies_of_a_plan_vote_as_it_does(pickled: bool, choices: str) -> None:
+    model, x = pruned("digits", 0.7), torch.rand(1, 8, 8)
+    plan = sampling.plan(model, x, choices=choices)
+    twin = pickle.loads(pickle.dumps(plan)) if pickled else copy.deepcopy(plan)
+    assert torch.equal(twin.votes(x, SIGMA, 100), plan.votes(x, SIGMA, 100))
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    twin.votes(x, SIGMA, 10)
+    with torch.no_grad():
+        next(twin.model.parameters()).mul_(2)
+    with pytest.raises(ValueError, match="model has changed"):
+        twin.votes(x, SIGMA, 10)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_of_inference_tensors_is_planned(frozen: bool) -> None:
+    with torch.inference_mode():
+        model = copy.deepcopy(pruned("digits", 0.7)).requires_grad_(not frozen)
+    x = torch.rand(1, 8, 8)
+    votes = sampling.plan(model, x).votes(x, SIGMA, 100)
+    assert torch.equal(votes, sampling.plan(pruned("digits", 0.7), x).votes(x, SIGMA, 100))
 
 
 def test_models_that_cannot_be_planned() -> None:

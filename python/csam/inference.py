@@ -395,7 +395,10 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(network: nn.Module) -> fx.GraphModule:
-    return fx.GraphModule(network, _Tracer().trace(network))
+    graph = _Tracer().trace(network)
+    for node in graph.nodes:
+        node.type = None  # annotations that are strings cannot be pickled
+    return fx.GraphModule(network, graph)
 
 
 def _batch_norms(network: nn.Module) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,12 +58,22 @@ class Plan:
     Attributes:
         prepared: what runs; `csam.Smooth(plan.prepared, ...)` and `csam.CCCert(plan.prepared, ...)` take it.
         layers: in the order they run; empty where torch runs the network.
-        made_of: the model's parameters and buffers, with their versions.
+        model: that was planned.
+        made_of: its parameters and buffers then, with their versions.
     """
 
     prepared: Prepared
     layers: tuple[Layer, ...]
-    made_of: Sequence[tuple[Tensor, int]]
+    model: nn.Module = field(repr=False)
+    made_of: Sequence[smoothing.Version] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "made_of", smoothing.versions(self.model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are of the model too, whose tensors begin to count anew."""
+        self._refuse_changed()
+        return Plan, (self.prepared, self.layers, self.model)
 
     @property
     def choices(self) -> dict[str, str] | str:
@@ -92,13 +103,9 @@ class Plan:
         `csam.Smooth` and its `counts`.
 
         Raises:
-            ValueError: a parameter, buffer or mask of the model has changed since it was planned.
+            ValueError: a parameter, buffer or mask of the model has changed or been replaced since it was planned.
         """
-        for tensor, version in self.made_of:
-            if version not in (smoothing.UNKNOWN, tensor._version):
-                raise ValueError(
-                    "the plan's model has changed since it was planned (a weight or a mask): plan it again"
-                )
+        self._refuse_changed()
         x = smoothing.image(x)
         sigma, noise = checks.real("sigma", sigma, above=0), checked_law("noise", noise)
         n = checks.integer("n", n, low=1)
@@ -106,6 +113,10 @@ class Plan:
         where = (first_sample, batch_size, stream, None, noise)
         found = smoothing.votes(self.prepared, x, sigma, n, seed, *where)
         return smoothing.checked(smoothing.read(x.to(found.device), [found])[0], n)
+
+    def _refuse_changed(self) -> None:
+        if not smoothing.unchanged(self.made_of, smoothing.versions(self.model)):
+            raise ValueError("the plan's model has changed since it was planned (a weight or a mask): plan it again")
 
     def explain(self) -> str:
         """A table: each layer's engine, density, operations, predicted and measured time; what was done to the network,
@@ -187,7 +198,7 @@ def plan(
         raise ValueError(f"{asked} needs a network whose samples lie innermost: {prepared.steps[-1]}")
     if memory is not None:
         prepared = _bounded(prepared, checks.integer("memory", memory, low=1))
-    return Plan(prepared, tuple(_layers(prepared)), smoothing.versions(model))
+    return Plan(prepared, tuple(_layers(prepared)), model)
 
 
 def _check(model: nn.Module) -> None:
@@ -196,7 +207,7 @@ def _check(model: nn.Module) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
             raise ValueError(f"model must have finite weights, got NaN or inf in {name}")
 
 

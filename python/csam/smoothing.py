@@ -45,6 +45,7 @@ from csam_kernels.ops.sample_network import Program, SampleNetwork
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN = -1  # version of a tensor made in inference mode, which does not count its changes
+Version = tuple[Tensor, int, int]  # a tensor, its version, its address
 _SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
 _LANES = 32  # a multiple of the tile of every sampler
 _setting_threads = threading.Lock()
@@ -570,7 +571,7 @@ class TiledClassifier:
     """
 
     # the copy, the shape of its images (None: any) and what it was made from
-    _made: tuple[Prepared | None, torch.Size | None, list[tuple[Tensor, int]]]
+    _made: tuple[Prepared | None, torch.Size | None, list[Version]]
 
     def __init__(
         self,
@@ -635,9 +636,7 @@ class TiledClassifier:
         """
         current, shape, before = self._made
         now = versions(self.model)
-        same = len(now) == len(before) and all(
-            a is b and v == w != UNKNOWN for (a, v), (b, w) in zip(now, before, strict=True)
-        )
+        same = unchanged(before, now) and all(version != UNKNOWN for _, version, _ in now)
         if current is None or shape not in (None, x.shape) or not same:
             where = _device(self.model, x.device)
             with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
@@ -792,10 +791,16 @@ def _device(model: nn.Module, default: torch.device) -> torch.device:
     return next(itertools.chain(tensors, (part.device for part in opaque(model))), default)
 
 
-def versions(model: nn.Module) -> list[tuple[Tensor, int]]:
-    """Every parameter and buffer with its version, which torch advances at each in-place change."""
+def versions(model: nn.Module) -> list[Version]:
+    """Every parameter and buffer with its version, which torch advances at each in-place change, and where it lies."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return [(t, UNKNOWN if t.is_inference() else t._version) for t in tensors]
+    return [(t, UNKNOWN if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+
+
+def unchanged(before: Sequence[Version], now: Sequence[Version]) -> bool:
+    """Whether they are of the same tensors, as far as versions show unchanged."""
+    pairs = itertools.zip_longest(before, now, fillvalue=(None, UNKNOWN, 0))
+    return all(a is b and same == again for (a, *same), (b, *again) in pairs)
 
 
 __all__ = [
@@ -812,5 +817,7 @@ __all__ = [
     "read",
     "run_tiles",
     "sent",
+    "unchanged",
+    "versions",
     "votes",
 ]
