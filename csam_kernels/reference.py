@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csam_kernels.cells import cells, steps
-from csam_kernels.layout import expand_mask, reduce_to_mask
+from csam_kernels.layout import conv2d_size, expand_mask, reduce_to_mask
 from csam_kernels.ops.sample_network import Program, Value
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -376,9 +376,8 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
         images = image.permute(3, 0, 1, 2)
         kernel, stride, padding, dilation = (list(pair) for pair in (s.kernel, s.stride, s.padding, s.dilation))
         if s.weight is None:
-            low = F.max_pool2d(images, kernel, stride, padding, dilation)
-            ceil = low.shape[2:] != out.shape[1:3]
-            most = F.max_pool2d(images, kernel, stride, padding, dilation, ceil_mode=True) if ceil else low
+            ceil = list(out.shape[1:3]) != conv2d_size(images.shape[2:], kernel, stride, padding, dilation)
+            most = F.max_pool2d(images, kernel, stride, padding, dilation, ceil_mode=ceil)
             out.copy_(most.permute(1, 2, 3, 0))
             continue
         entries, taps, rows = s.weight

@@ -154,6 +154,22 @@ def test_modules(name: str) -> None:
     same(with_statistics(model), x)
 
 
+@pytest.mark.parametrize("export", [False, True], ids=["fx", "export"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding: str, export: bool) -> None:
+    layer = nn.Conv2d(3, 8, (3, 2), padding=padding, dilation=(1, 2))
+    model, x = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(5)), torch.rand(5, 3, 8, 8)
+    model(x)
+    same(with_statistics(model), x, export)
+
+
+def test_a_maximum_over_more_than_the_image() -> None:
+    model, x = nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(), nn.LazyLinear(5)), torch.rand(5, 3, 7, 2)
+    model(x)
+    program = same(with_statistics(model), x)
+    assert_close(ck.reference.sample_network(program, x, torch.float32), model(x))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     model, x = net(FUNCTIONS[name])
@@ -425,7 +441,7 @@ def test_what_has_no_step_is_refused_by_the_name_of_its_node(name: str) -> None:
     ("layer", "message"),
     [
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "_0: a convolution with padding reflect"),
-        (nn.Conv2d(3, 4, 3, padding="same"), "_0: a convolution with padding same"),
+        (nn.Conv2d(3, 4, 2, padding="same"), "_0: a convolution with padding same, more of it on one side"),
         (nn.ConvTranspose2d(3, 4, 3), "_0: no step for ConvTranspose2d"),
         (nn.BatchNorm2d(3, track_running_stats=False), "_0: BatchNorm2d in a form that has no step"),
         (nn.InstanceNorm2d(3), "_0: no step for InstanceNorm2d"),

@@ -408,7 +408,7 @@ def _check(name: str, step: Step) -> None:
         # as with torch's ceil_mode, a window more may begin inside the image or the padding before it
         axes = zip(_shape(step.out)[1:], size, (step.input.height, step.input.width), stride, padding, strict=True)
         fits = all(o in (s, s + 1) and (o == s or s * d < n + p) for o, s, n, d, p in axes)
-        if min(size) < 1 or step.out.channels != step.input.channels or not fits:
+        if step.out.channels != step.input.channels or not fits:
             refuse(f"out must be {[step.input.channels, *size]}, got {_shape(step.out)}")
         return
     values, taps, rows = step.weight

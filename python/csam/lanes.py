@@ -192,7 +192,7 @@ class _Lowering:
         **options: Any,
     ) -> Value:
         if isinstance(padding, str):
-            raise NotLowered(f"a convolution with padding {padding}")
+            padding = _padding(padding, _pair(weight.shape[2:]), _pair(dilation))
         made = compress(weight.detach().float(), groups=groups)
         options |= {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
         return self.convolve(x, made, bias=_bias(bias), kernel=_pair(weight.shape[2:]), **options)
@@ -445,6 +445,14 @@ def _outputs(step: Step, axis: int, size: int, ceil_mode: bool = False) -> int:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[-1])) if isinstance(value, (tuple, list)) else (int(value), int(value))
+
+
+def _padding(padding: str, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """What "same" or "valid" add on either side."""
+    reach = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+    if any(r % 2 for r in reach):
+        raise NotLowered(f"a convolution with padding {padding}, more of it on one side")
+    return reach[0] // 2, reach[1] // 2
 
 
 def _float(value: Any) -> Tensor:
