@@ -16,7 +16,7 @@ from torch.nn.utils import prune as pruning
 import csam
 import csam_kernels
 from conftest import TOLERANCE, shared_data
-from csam import cc_cert, costs, data, engine, evaluation, inference, models, sampling, training
+from csam import cc_cert, costs, data, engine, evaluation, inference, models, sampling, smoothing, training
 
 SIGMA = 0.25
 
@@ -627,6 +627,19 @@ def test_a_limit_of_memory_bounds_the_threads() -> None:
         sampling.plan(model, x, memory=1000)
     with pytest.raises(ValueError, match="memory needs a network whose samples lie innermost: run by torch: as chosen"):
         sampling.plan(model, x, memory=2 * need, choices="module")
+
+
+def test_a_limit_of_memory_bounds_the_threads_of_cc_cert(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, run, workers = pruned("digits", 0.7), torch.rand(1, 8, 8), smoothing.run_tiles, []
+    plan = sampling.plan(model, x, memory=sampling.plan(model, x).memory)
+
+    def counted(evaluate: Any, tiles: Any, number: int) -> None:
+        workers.append(number)
+        run(evaluate, tiles, number)
+
+    monkeypatch.setattr(smoothing, "run_tiles", counted)
+    csam.CCCert(plan.prepared, csam.transforms.Rotation(10), n=300, k=2).certify(x)
+    assert set(workers) == {1}
 
 
 def replace_mask(model: Any) -> None:

@@ -369,8 +369,7 @@ def votes(
             with counting:
                 out.add_(found)
 
-        workers = min(math.ceil(batch_size / share), prepared.threads or math.inf)
-        run_tiles(tally, range(first_sample, first_sample + n, share), int(workers))
+        run_tiles(tally, range(first_sample, first_sample + n, share), prepared.workers(batch_size, share))
         return out
 
     draw = csam_kernels.smoothing_noise if grid is None else partial(csam_kernels.grid_noise, grid=grid)
@@ -503,6 +502,11 @@ class Prepared:
         as fills its tiles."""
         return self.tile if self.sampler is None else self.tile + -self.tile % self.sampler.lanes
 
+    def workers(self, batch_size: int, share: int) -> int:
+        """Threads that put `batch_size` samples in flight, each a share."""
+        wanted = math.ceil(batch_size / share)
+        return wanted if self.threads is None else min(wanted, self.threads)
+
     def run(
         self,
         draw: Callable[[int], Tensor],
@@ -535,7 +539,7 @@ class Prepared:
 
         tiles = range(first - first % self.rows, first + count, self.rows)
         if self.device.type == "cpu":
-            run_tiles(evaluate, tiles, math.ceil(batch_size / self.rows))
+            run_tiles(evaluate, tiles, self.workers(batch_size, self.rows))
             return
         if torch.cuda.is_available() and not opaque(self.module):
             key = (label, threading.get_ident(), torch.cuda.current_stream(self.device))
