@@ -375,6 +375,7 @@ def test_a_change_in_place_that_nothing_else_sees_is_no_hindrance() -> None:
             "choices must give one of sparse, dense, winograd for every layer .* got nowhere: dense",
         ),
         ({}, "choices must give .* no conv1"),
+        ({"conv1": ["dense"], 3: "dense"}, r"choices must give .* got 3: dense, conv1: \['dense'\], no "),
     ],
     ids=str,
 )
@@ -721,6 +722,14 @@ def test_models_that_cannot_be_planned() -> None:
 
 def test_bad_arguments() -> None:
     model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
+    for example, message in (
+        (x[0], r"example must be one image \[C, H, W\] or \[1, C, H, W\], got shape \(8, 8\)"),
+        (x[None, None], "example must be one image"),
+        (x[None][:0], "example must be one image"),
+        (x / 0, "example must have finite pixels, got 64 of 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampling.plan(model, example)
     with pytest.raises(ValueError, match="dtype must be one of"):
         sampling.plan(model, x, dtype=torch.float64)
     plan = sampling.plan(model, x, choices="dense")

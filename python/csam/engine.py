@@ -137,7 +137,7 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         choices = {step.name: _nearest(choices, step) for step in layers}
     if not isinstance(choices, Mapping):
         raise TypeError(f"choices must be a name or layer -> {', '.join(ENGINES)}, got {type(choices).__name__}")
-    offered = {step.name: {_nearest(engine, step) for engine in ENGINES} for step in layers}
+    offered = {step.name: [_nearest(engine, step) for engine in ENGINES] for step in layers}
     wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if kind not in offered.get(name, ()))
     wrong += [f"no {name}" for name in sorted(offered.keys() - choices.keys())]
     if wrong:

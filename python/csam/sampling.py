@@ -188,7 +188,7 @@ def plan(
         raise ValueError(f"sigma must be given for dtype 'int8', calibrated with it, and for no other, got {sigma}")
     examples = checks.tensor("example", example)
     examples = examples[None] if examples.dim() == 3 else examples
-    image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples)
+    image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples, name="example")
     _check(model)
     noise = checked_law("noise", noise)
     shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0), noise)

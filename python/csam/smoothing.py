@@ -416,22 +416,25 @@ def checked(votes: Tensor, n: int) -> Tensor:
     return votes
 
 
-def image(x: Tensor, layout: str = "NCHW") -> Tensor:
+def image(x: Tensor, layout: str = "NCHW", name: str = "x") -> Tensor:
     """One image to certify, of a layout, as float32 [C, H, W]; [1, C, H, W] is taken too.
+
+    Args:
+        name: of the argument, for messages.
 
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: another shape, or, in a tensor on the CPU, a pixel that is NaN or inf; `read` looks at others.
     """
-    x = checks.tensor("x", x).detach()
+    x = checks.tensor(name, x).detach()
     if x.dim() == 4 and x.shape[0] == 1:
         x = x[0]
     if x.dim() != 3 or x.numel() == 0:
         axes = ", ".join(layout[1:])
-        raise ValueError(f"x must be one image [{axes}] or [1, {axes}], got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be one image [{axes}] or [1, {axes}], got shape {tuple(x.shape)}")
     x = nchw(x[None], layout)[0].to(torch.float32).contiguous()
     if x.device.type == "cpu" and not math.isfinite(x.sum()):  # or finite pixels with a sum that is not
-        read(x, [])
+        read(x, [], name)
     return x
 
 
@@ -448,7 +451,7 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device)
 
 
-def read(x: Tensor, results: Sequence[Tensor]) -> list[Tensor]:
+def read(x: Tensor, results: Sequence[Tensor], name: str = "x") -> list[Tensor]:
     """What came of the image x, tensors of one dtype on its device, on the CPU: the one wait for the device an image.
 
     Raises:
@@ -458,7 +461,9 @@ def read(x: Tensor, results: Sequence[Tensor]) -> list[Tensor]:
     flat = torch.cat([r.flatten() for r in (wrong.to(results[0].dtype) if results else wrong, *results)]).cpu()
     bad, *parts = flat.split([1, *(r.numel() for r in results)])
     if int(bad):
-        raise ValueError(f"x must have finite pixels, got {int(bad)} of {x.numel()} that are NaN or inf in float32")
+        raise ValueError(
+            f"{name} must have finite pixels, got {int(bad)} of {x.numel()} that are NaN or inf in float32"
+        )
     return [part.view(r.shape) for part, r in zip(parts, results, strict=True)]
 
 
