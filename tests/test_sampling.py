@@ -384,6 +384,21 @@ def test_bad_choices(choices: Any, message: str) -> None:
         sampling.plan(pruned("digits", 0.9), torch.rand(1, 8, 8), choices=choices)
 
 
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_a_low_dtype_is_planned_as_its_float32_twin(own: torch.dtype) -> None:
+    """Both of one value: what a rewrite moves is not told from the model's own rounding."""
+    low, x = pruned("resnet20", 0.7).to(own), torch.rand(3, 8, 8)
+    for dtype in (torch.bfloat16, "int8"):
+        sigma = SIGMA if dtype == "int8" else None
+        plan, twin = (
+            sampling.plan(model, x, dtype=dtype, choices="sparse", sigma=sigma)
+            for model in (low, copy.deepcopy(low).float())
+        )
+        assert torch.equal(plan.votes(x, SIGMA, 100), twin.votes(x, SIGMA, 100))
+        assert plan.prepared.steps == twin.prepared.steps
+    assert next(low.parameters()).dtype is own
+
+
 @pytest.mark.parametrize("choices", ["auto", "sparse"])
 def test_int8_votes_as_the_model_does(choices: str) -> None:
     model, examples = pruned("digits", 0.7), torch.rand(4, 1, 8, 8)

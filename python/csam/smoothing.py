@@ -736,6 +736,8 @@ def _prepare(
             wanted = checked_logits(network(probe.clone()), probe)
     except RuntimeError as error:
         raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
+    if dtype is not None and not parts and own in (torch.bfloat16, torch.float16):
+        network, probe, wanted = _widened(network, probe, wanted)
     # what a model [B, H, W, C] permutes is contiguous where the tile is channels_last
     layout = torch.channels_last if isinstance(network, FromNCHW) else torch.contiguous_format
     made, sampler = inference.Ready(network, layout, ["the model's own modules"]), None
@@ -778,6 +780,16 @@ def _prepare(
     return Prepared(
         made.network, exact or own, made.layout, device, classes, tile, tuple(made.steps), made.head, sampler
     )
+
+
+def _widened(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """The three in float32, where a rewrite can be told from rounding; as they are if the model does not run in it."""
+    try:
+        wide, images = copy.deepcopy(network).float(), probe.float()
+        with torch.inference_mode():
+            return wide, images, checked_logits(wide(images.clone()), images)
+    except RuntimeError:
+        return network, probe, wanted
 
 
 def _refuse_dependent(network: nn.Module, probe: Tensor, wanted: Tensor) -> None:
