@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from conftest import shared_data
 from csam import sequential
@@ -155,6 +155,15 @@ def test_the_least_alpha_has_bounds(method: str) -> None:
     made = rule(N, sequential.LEAST, SIGMA, method=method, rtol=None if method == "fixed" else 0.2)
     decision = certify(made, made.looks)
     assert decision.p_lower == pytest.approx(sequential.LEAST ** (1 / decision.samples), rel=0.05)
+
+
+@pytest.mark.parametrize("n", [10**8, 10**9, 10**10])
+@pytest.mark.parametrize("alpha", [1e-3, 1e-12])
+def test_bounds_of_few_votes_are_those_of_a_poisson_count(n: int, alpha: float) -> None:
+    """Where the quantiles of a beta distribution are hard to compute."""
+    assert lower_confidence_bound(1000, n, alpha) == pytest.approx(special.gammaincinv(1000, alpha) / n, rel=2e-5)
+    with pytest.raises(ValueError, match="n must be .*10000000000"):
+        rule(10**10 + 1, alpha, 0.25, adaptive=False)
 
 
 def test_a_bound_that_is_no_number_abstains(monkeypatch: pytest.MonkeyPatch) -> None:

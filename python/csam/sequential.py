@@ -69,7 +69,7 @@ class Rule(ABC):
     off goes on later from its counts.
 
     Args:
-        n: the most samples, 1 .. 10^7; of `Fixed` any number.
+        n: the most samples, 1 .. 10^7; of `Fixed` up to 10^10.
         alpha: probability of a wrong certificate, in [1e-50, 1).
         sigma: standard deviation of the noise, > 0.
         noise: its law, of `csam.laws.LAWS`, in whose norm radii are.
@@ -211,7 +211,7 @@ class Rule(ABC):
 class Fixed(Rule):
     """Cohen et al.'s own: one look, at n, and the bound of Clopper and Pearson (1934) at alpha."""
 
-    most = 2**53
+    most = 10**10  # up to there Clopper-Pearson's bounds were checked
 
     def _grid(self, tile: int, skip: int) -> tuple[int, ...]:
         return (self.n,)
@@ -580,7 +580,7 @@ class Prediction:
         n: the most samples, 1 .. 10^7.
         alpha: probability of a wrong class, in [1e-50, 1).
         num_classes: >= 2.
-        adaptive: False for Cohen et al.'s own: one look, at n, which may be any number.
+        adaptive: False for Cohen et al.'s own: one look, at n, which may be up to 10^10.
         tile, skip: as in `Rule`.
 
     Raises:
@@ -647,9 +647,20 @@ def geometric_looks(n: int, growth: float, tile: int = 1, skip: int = 0, first: 
 def clopper_pearson(count: int, n: int, alpha: float) -> float:
     """Exact one-sided lower bound of Clopper and Pearson (1934) on the probability of a vote, unchecked.
 
-    It is the alpha-quantile of Beta(count, n - count + 1), and 0 for no vote.
+    It is the alpha-quantile of Beta(count, n - count + 1), and 0 for no vote. scipy's own is far off where votes are few
+    of 10^8 samples and more: what it gives is put back, and searched for anew if it does not fit.
     """
-    return float(special.betaincinv(count, n - count + 1, alpha)) if count > 0 else 0.0
+    if count <= 0:
+        return 0.0
+    bound = float(special.betaincinv(count, n - count + 1, alpha))
+    if not abs(float(special.betainc(count, n - count + 1, bound)) / alpha - 1) < 1e-6:
+        from scipy.optimize import brentq  # takes a while to import
+
+        def above(p: float) -> float:
+            return float(special.betainc(count, n - count + 1, p)) - alpha
+
+        bound = float(brentq(above, 0.0, 1.0, xtol=1e-300, rtol=1e-15, maxiter=1000))
+    return bound
 
 
 def about_clopper_pearson(count: Array, n: int, alpha: float) -> Array:

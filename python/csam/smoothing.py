@@ -58,9 +58,9 @@ def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
     probability.
 
     Raises:
-        TypeError, ValueError: n < 1, successes outside [0, n], or alpha outside [1e-50, 1).
+        TypeError, ValueError: n outside [1, 10^10], successes outside [0, n], or alpha outside [1e-50, 1).
     """
-    n = checks.integer("n", n, low=1)
+    n = checks.integer("n", n, low=1, high=sequential.Fixed.most)
     successes = checks.integer("successes", successes, low=0, high=n)
     return sequential.clopper_pearson(successes, n, checked_alpha(alpha))
 
