@@ -162,7 +162,7 @@ def test_the_least_alpha_has_bounds(method: str) -> None:
 def test_bounds_of_few_votes_are_those_of_a_poisson_count(n: int, alpha: float) -> None:
     """Where the quantiles of a beta distribution are hard to compute."""
     assert lower_confidence_bound(1000, n, alpha) == pytest.approx(special.gammaincinv(1000, alpha) / n, rel=2e-5)
-    with pytest.raises(ValueError, match="n must be .*10000000000"):
+    with pytest.raises(ValueError, match=r"n must be .*10000000000"):
         rule(10**10 + 1, alpha, 0.25, adaptive=False)
 
 

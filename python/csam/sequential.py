@@ -647,8 +647,8 @@ def geometric_looks(n: int, growth: float, tile: int = 1, skip: int = 0, first: 
 def clopper_pearson(count: int, n: int, alpha: float) -> float:
     """Exact one-sided lower bound of Clopper and Pearson (1934) on the probability of a vote, unchecked.
 
-    It is the alpha-quantile of Beta(count, n - count + 1), and 0 for no vote. scipy's own is far off where votes are few
-    of 10^8 samples and more: what it gives is put back, and searched for anew if it does not fit.
+    It is the alpha-quantile of Beta(count, n - count + 1), and 0 for no vote. scipy's own is far off where votes are
+    few of 10^8 samples and more: what it gives is put back, and searched for anew if it does not fit.
     """
     if count <= 0:
         return 0.0
