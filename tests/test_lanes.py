@@ -629,6 +629,7 @@ def test_convolutions_of_one_value_are_joined(dtype: torch.dtype, engine: str) -
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("threads", [1], indirect=True)
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_networks_of_the_literature_are_planned_wholly(name: str, threads: int) -> None:
     """A last layer is fitted to tell four images apart, so that votes have margins, as a trained network's."""
