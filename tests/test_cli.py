@@ -157,7 +157,7 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
     monkeypatch.delitem(sys.modules, "own1")
     for cache in tmp_path.glob("__pycache__/*"):
         cache.unlink()
-    for factory, message in (("module", "(model: '"), ("function", "(functions: ['net 1'] there, ['net 2'] now)")):
+    for factory, message in (("module", "(model: '"), ("function", "(functions: ['net 1'] there, ['net 2'] now")):
         code, _, err = csam("certify", f"own1:{factory}", *options, "--cc-cert", "--out", tmp_path / factory)
         assert (code, f"made with other settings {message}" in err) == (2, True), err
     with pytest.warns(RuntimeWarning, match=r"had NaN logits and voted for no class; smoothing\.votes\.jsonl"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import csam
 from conftest import shared_data
 from csam import evaluation, runs, sequential
 from csam.evaluation import (
@@ -583,6 +584,70 @@ def test_looks_elsewhere_are_refused(
         monkeypatch.setattr(sequential, "geometric_looks", lambda *args: (looks(*args)[0] + 8, *looks(*args)[1:]))
     with pytest.raises(runs.RunError, match=r"\(looks: .* there, '\w{16}' now\); .* version that began it"):
         run(path, images, modules)
+
+
+def named() -> Smooth:
+    """A callable."""
+    net = Net()
+    return Smooth(csam.Opaque(lambda x: net(x), name="net"), 3, 0.5, tile=8)
+
+
+@pytest.mark.parametrize("make", [modules, named])
+def test_another_network_that_torch_runs_is_refused(
+    tmp_path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.tsv"
+    run(path, images, make, indices=[0])
+    assert len(run(path, images, make)) == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Net", partial(Net, 2))
+        other = make()
+    with pytest.raises(runs.RunError, match=r"\(logits: '\w+' there, '\w+' now\); the network runs another way"):
+        run(path, images, lambda: other)
+
+
+@pytest.mark.parametrize("make", [lanes, modules])
+def test_other_images_of_the_same_labels_are_refused(
+    tmp_path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (x, y), fixed = tmp_path / "r.tsv", images, {"n": 5000, "adaptive": False, "rtol": None}
+
+    def crash(journal: runs.Journal, *records: dict[str, Any]) -> None:
+        append(journal, *(record for record in records if "reason" not in record))
+        if any("reason" in record for record in records):
+            raise Crash
+
+    run(path, images, make, indices=[1, 2], **fixed)
+    append = runs.Journal.append
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "SAVE_SECONDS", 0.0)
+        patch.setattr(runs.Journal, "append", crash)
+        with pytest.raises(Crash):
+            run(path, images, make, indices=[3], **fixed)
+    states = {i: "reason" in votes for i, votes in read_votes(path)[1].items()}
+    assert states == {1: True, 2: True, 3: False}
+    before = [p.read_bytes() for p in (path, votes_path(path))]
+    for i in states:
+        other = x.clone()
+        other[i, 0, 2, 2] += 1e-6
+        with pytest.raises(runs.RunError, match=f"of other images: image {i} has other pixels now"):
+            run(path, (other, y), make, indices=[5], **fixed)
+    assert [p.read_bytes() for p in (path, votes_path(path))] == before
+    assert len(run(path, (x.double(), y), make, **fixed)) == 8
+
+
+@pytest.mark.parametrize("make", [lanes, modules])
+def test_a_record_from_before_there_were_digests_goes_on(
+    tmp_path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth]
+) -> None:
+    want = run(tmp_path / "whole.tsv", images, make)
+    path = tmp_path / "r.tsv"
+    run(path, images, make, indices=[0, 1])
+    recipe, *votes = runs.Journal.read(votes_path(path))
+    recipe["recipe"].pop("logits", None)
+    votes_path(path).unlink()
+    runs.Journal(votes_path(path)).append(recipe, *({k: v for k, v in r.items() if k != "pixels"} for r in votes))
+    assert without_time(run(path, images, make)) == without_time(want)
 
 
 def test_int8_goes_on_with_its_calibration_and_no_other(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:

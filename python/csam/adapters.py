@@ -24,8 +24,9 @@ class Opaque(nn.Module):
 
     - it is a function of each row alone: the other rows, the thread, and what was asked before change nothing. Three
       tiles of random pixels are tried at the first image, and one that shows otherwise is refused; that is no proof.
-    - it stays the same: changes of its state cannot be seen, neither during a run nor when a run goes on. Then `name`
-      stands for the function: one that computes something else must get another name, or votes of two are mixed.
+    - it stays the same: changes of its state cannot be seen during a run. When a run goes on, `name` stands for the
+      function, and one that gives other logits for a tile of random pixels is refused; that is no proof either, so one
+      that computes something else must get another name, or votes of two are mixed.
     - threads of its own must not change its answers.
 
     Args:

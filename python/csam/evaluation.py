@@ -173,8 +173,9 @@ def votes_path(path: str | os.PathLike[str]) -> Path:
 def read_votes(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """What decides the certificates of the record at `path`, and the last that is known of the votes of each image.
 
-    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time, and nan where samples had NaN
-    logits; one under way the state of its `csam.sequential.Certification`. ({}, {}) where no votes are kept.
+    A finished image has idx, predict, radius, samples (n0 included), votes, reason, time, pixels (a digest), and nan
+    where samples had NaN logits; one under way the state of its `csam.sequential.Certification`, time and pixels.
+    ({}, {}) where no votes are kept.
 
     Raises:
         RunError: a damaged or foreign file.
@@ -231,6 +232,9 @@ def certify_dataset(
 ) -> list[Row]:
     """Certify images into a record, a row each in the order of `indices`; images that it holds are not done again.
 
+    A record says by digests which network and which images it is of, and goes on with no others; one from before there
+    were digests goes on without them.
+
     Image i uses stream i, so its certificate does not depend on which images were done before it, or when. Several
     images are under way at once where samples of one are drawn by threads that do not wait for each other: on a CPU
     where the plan's samples lie innermost, and in several processes; `time` is then an image's part of the time that
@@ -265,8 +269,8 @@ def certify_dataset(
             malformed or holds another label for an image (it is of another data set); processes whose networks,
             settings or images differ.
         Lost: another process has ended; what was finished is in the record (`csam.processes`).
-        RunError: a record that another run is writing, that was begun with other settings or another plan, or whose
-            votes are damaged, missing or not those of its rows.
+        RunError: a record that another run is writing, that was begun with other settings, another network or plan or
+            other images, or whose votes are damaged, missing or not those of its rows.
     """
     labels = [checks.integer("y", label, low=0, high=smooth.num_classes - 1) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
@@ -294,6 +298,8 @@ def certify_dataset(
         "looks": _digest([torch.tensor(rule.looks)]),
     }
     prepared = smooth.prepare(pixels(wanted[0]))
+    if recipe["fingerprint"] is None:
+        recipe["logits"] = _logits(prepared, x)
     vote = _voter(smooth, prepared, batch_size)
     threads = min(torch.get_num_threads(), prepared.threads or math.inf) if prepared.device.type == "cpu" else 1
     with Team() as team:
@@ -354,6 +360,12 @@ def _recorded(
                 f"there, the data set has {has}"
             )
     journal, known = _open_votes(record, recipe)
+    for i, votes in known.items():
+        if i < len(labels) and votes.get("pixels", digest := _pixels(pixels(i))) != digest:
+            raise RunError(
+                f"{record.path} is the record of other images: image {i} has other pixels now; give the same images to "
+                "continue it, or choose another file"
+            )
     rows = {row.idx: row for row in record.rows}
     pending = deque(i for i in dict.fromkeys(wanted) if i not in rows)
     finished: dict[int, Row] = {}
@@ -398,6 +410,7 @@ def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dic
             )
         journal.append({"recipe": recipe})
     begun, known = read_votes(record.path)
+    begun.setdefault("logits", recipe.get("logits"))  # older records do not say
     _same_recipe(record.path, begun, recipe)
     for row in record.rows:
         votes = known.get(row.idx, {})
@@ -416,7 +429,7 @@ def _same_recipe(path: str | os.PathLike[str], begun: Mapping[str, Any], recipe:
         return
     shown = "; ".join(f"{key}: {old!r:.40} there, {new!r:.40} now" for key, old, new in different[:4])
     advice = "give the same settings to continue it, or choose another folder or file"
-    if {key.split(".")[0] for key, _, _ in different} <= {"choices", "fingerprint", "looks"}:
+    if {key.split(".")[0] for key, _, _ in different} <= {"choices", "fingerprint", "logits", "looks"}:
         advice = (
             "the network runs another way than when it was begun, and votes of two plans must not be mixed: "
             "continue it with the model, processor and version that began it, or choose another folder or file"
@@ -440,6 +453,7 @@ class _Image:
     Attributes:
         place: how many were begun before.
         ended: it is decided.
+        pixels: a digest of x.
         seconds: its part of the time so far.
         saved: when it was saved last, or begun.
         votes: of each range wanted, [num_classes], so far.
@@ -448,6 +462,7 @@ class _Image:
 
     def __init__(self, idx: int, x: Tensor, certification: Certification, known: Mapping[str, Any]) -> None:
         self.idx, self.x, self.certification, self.place, self.ended = idx, x, certification, 0, False
+        self.pixels = _pixels(x)
         self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
         self.votes: list[Tensor] = []
         self.left = 0
@@ -486,11 +501,12 @@ class _Image:
             if time.monotonic() - self.saved <= SAVE_SECONDS:
                 return None
             self.saved = time.monotonic()
-            return {"idx": self.idx, **self.certification.state, "time": self.seconds}
+            return {"idx": self.idx, **self.certification.state, "time": self.seconds, "pixels": self.pixels}
         self.ended = True
         label, radius, samples, reason = certificate
         votes: dict[str, Any] = {"idx": self.idx, "predict": label, "radius": radius, "samples": samples}
         votes |= {"votes": self.certification.votes, "reason": reason, "time": round(self.seconds, 4)}
+        votes["pixels"] = self.pixels
         if self.certification.nan:
             votes["nan"] = self.certification.nan
         return votes
@@ -689,6 +705,12 @@ def _logits(prepared: Prepared, x: Tensor) -> str:
     tile = laid_out(tile.to(prepared.device, prepared.dtype), prepared.memory_format)
     prepared.run(lambda start: tile, lambda logits, start: found.append(logits), 0, prepared.tile, prepared.tile)
     return _digest(found)
+
+
+def _pixels(x: Tensor) -> str:
+    """A digest of an image's pixels in float32."""
+    pixels = x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    return hashlib.blake2b(pixels, digest_size=8).hexdigest()
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
