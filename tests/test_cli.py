@@ -524,6 +524,15 @@ def test_ctrl_c_says_how_to_go_on(csam: Command, tmp_path: Path, monkeypatch: py
     assert f"csam: interrupted; what was finished is in {tmp_path / 'demo'}; give the same command again" in err
 
 
+def test_the_end_of_a_file_is_no_ctrl_c(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(settings: Settings) -> None:
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr(pipeline, "load_data", ended)
+    code, _, err = csam(*DEMO, "--out", tmp_path / "demo")
+    assert (code, err.strip()) == (1, "csam: a file ends too early: No data left in file")
+
+
 def test_real_ctrl_c_ends_the_process_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "csam", "demo", "--epochs", "5000", "--out", str(tmp_path / "demo")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:

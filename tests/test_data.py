@@ -613,6 +613,11 @@ def corrupted(folder: Path, rows: int = 15) -> np.ndarray:
     return images
 
 
+def archived(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, images=np.zeros(3))
+
+
 @pytest.mark.parametrize("severity", [1, 3, 5])
 def test_cifar10c_gives_the_images_of_a_severity(tmp_path: Path, severity: int) -> None:
     images = corrupted(tmp_path)
@@ -634,6 +639,10 @@ def test_cifar10c_gives_the_images_of_a_severity(tmp_path: Path, severity: int) 
         (lambda f: np.save(f / "labels.npy", np.full(15, 10)), {}, "must hold labels 0 to 9"),
         (lambda f: (f / "fog.npy").write_bytes((f / "fog.npy").read_bytes()[:-1]), {}, "not a whole .npy file"),
         (lambda f: (f / "fog.npy").write_text("no"), {}, "not a whole .npy file"),
+        (lambda f: (f / "fog.npy").write_bytes(b""), {}, "fog.npy is not a whole .npy file: No data"),
+        (lambda f: (f / "fog.npy").write_bytes(b"PK\x03\x04"), {}, "fog.npy is not a whole .npy file"),
+        (lambda f: archived(f / "fog.npy"), {}, "fog.npy must be an .npy file of one array, got an .npz archive"),
+        (lambda f: np.save(f / "labels.npy", np.array(3)), {}, r"labels.npy must be labels \[5 N\], got int64 \[\]"),
     ],
 )
 def test_bad_cifar10c_is_refused(tmp_path: Path, spoil: Any, options: dict[str, Any], message: str) -> None:

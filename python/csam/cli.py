@@ -635,8 +635,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = 2
-    except (click.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        early = error.__cause__ if isinstance(error.__cause__, EOFError) else None  # which click takes for Ctrl-C
+        code = _complain(f"a file ends too early: {early}", 1) if early else _complain("interrupted", 130)
     except Interrupted as error:
         code = _complain(str(error), 130)
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -34,13 +35,15 @@ def load(folder: Path, corruption: str | None, severity: int | None) -> Dataset:
     if severity is None or not 1 <= severity <= SEVERITIES:
         raise ValueError(f"severity must be 1 to {SEVERITIES}, got {severity!r}")
     images, labels = _array(folder / f"{corruption}.npy"), _array(folder / "labels.npy")
+    if labels.ndim != 1:
+        raise ValueError(f"{folder / 'labels.npy'} must be labels [5 N], got {labels.dtype} {list(labels.shape)}")
     rows = len(labels)
     if images.dtype != np.uint8 or images.shape != (rows, 32, 32, 3) or rows == 0 or rows % SEVERITIES:
         raise ValueError(
             f"{folder / corruption}.npy must be uint8 [5 N, 32, 32, 3] with as many labels, got "
             f"{images.dtype} {list(images.shape)} and {rows} labels"
         )
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(CLASSES):
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(CLASSES):
         raise ValueError(f"{folder / 'labels.npy'} must hold labels 0 to 9, got {labels.dtype} {list(labels.shape)}")
     part = slice((severity - 1) * rows // SEVERITIES, severity * rows // SEVERITIES)
     x = torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2).contiguous()
@@ -50,7 +53,10 @@ def load(folder: Path, corruption: str | None, severity: int | None) -> Dataset:
 
 def _array(path: Path) -> np.ndarray:
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a whole .npy file: {error}") from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise ValueError(f"{path} must be an .npy file of one array, got an .npz archive")
     return found
