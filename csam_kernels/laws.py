@@ -20,7 +20,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from csam_kernels import checks
+
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class Law(NamedTuple):
@@ -44,3 +48,12 @@ def scaled(law: str, sigma: float) -> tuple[int, float]:
 def checked_law(name: str, law: str) -> str:
     """The law's name. Raises ValueError if there is none such."""
     return str(checks.choice(name, law, tuple(LAWS)))
+
+
+def checked_sigma(sigma: float, law: str) -> float:
+    """The standard deviation. Raises TypeError or ValueError if it is none or float32 does not hold it."""
+    sigma, unit = checks.real("sigma", sigma, above=0), LAWS[law].unit
+    if not FLOAT32.tiny <= sigma * unit <= FLOAT32.max:
+        low, high = FLOAT32.tiny / unit, FLOAT32.max / unit
+        raise ValueError(f"sigma must be in float32's range [{low:g}, {high:g}], got {sigma:g}")
+    return sigma

@@ -132,6 +132,15 @@ def broken():
 """
 
 
+ODD = """
+import torch
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return torch.sin(x).flatten(1)[:, :10]
+"""
+
+
 def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     for seed in (1, 2):
@@ -173,14 +182,25 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
         ("json:__name__", [], "json:__name__ must give a torch.nn.Module or another callable, got NoneType"),
         ("json:JSONDecoder", [], "must give a torch.nn.Module or another callable, got JSONDecoder"),
         ("torch.nn:Identity", ["--architecture", "digits"], "--architecture and --normalization are for files"),
-        ("torch.nn:Identity", [], "model must map (2, 1, 8, 8) to logits"),
+        ("torch.nn:Identity", [], "torch.nn:Identity on digits: model must map (2, 1, 8, 8) to logits"),
+        ("torch.nn:Flatten", [], "torch.nn:Flatten on digits: num_classes must be the width of the model's logits, 64"),
+        ("torch.nn:Flatten", ["--certificate", "cc-cert"], "Flatten on digits: model must give 10 logits, got 64"),
+        ("own:Odd", ["--dtype", "int8"], "own:Odd on digits: dtype int8 needs a network whose samples lie innermost"),
+        ("own:Odd", ["--n", 10**23], f"n must be <= {2**53}, got {10**23}"),
+        ("own:Odd", ["--n0", 2**60], f"n0 must be <= {2**53}, got {2**60}"),
+        ("own:Odd", ["--sigma", 1e300], "sigma must be in float32's range [1.17549e-38, 3.40282e+38], got 1e+300"),
     ],
 )
-def test_wrong_factories(csam: Command, tmp_path: Path, model: str, more: list[str], message: str) -> None:
+def test_wrong_input_is_found_before_there_is_a_folder(
+    csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, more: list[Any], message: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(ODD)
     options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3, *more, "--out", tmp_path / "run"]
     code, _, err = csam("certify", model, *options)
     assert code == 2
     assert message in " ".join(err.split()), err
+    assert not (tmp_path / "run").exists()
 
 
 def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path, tmp_path: Path) -> None:

@@ -508,6 +508,7 @@ def test_nan_logits_are_counted_and_refused() -> None:
         ({"sigma": 0.0}, "sigma must be > 0, got 0"),
         ({"sigma": -1.0}, "sigma must be > 0, got -1"),
         ({"sigma": math.nan}, "sigma must be finite"),
+        ({"sigma": 1e300}, "sigma must be in float32.s range"),
         ({"num_classes": 1}, "num_classes must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
-from csam_kernels.laws import LAWS, checked_law
+from csam_kernels.laws import checked_law, checked_sigma
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT32 = torch.finfo(torch.float32)
 
 
 def smoothing_noise(
@@ -61,13 +60,10 @@ def checked_noise(
     x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int, law: str = "gaussian"
 ) -> tuple[int, float, int, int, int]:
     """(n, sigma, seed, first_sample, stream) as operators take them."""
-    unit = LAWS[checked_law("law", law)].unit
+    checked_law("law", law)
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n = checks.integer("n", n, low=0)
-    sigma = checks.real("sigma", sigma, above=0)
-    if not FLOAT32.tiny <= sigma * unit <= FLOAT32.max:
-        low, high = FLOAT32.tiny / unit, FLOAT32.max / unit
-        raise ValueError(f"sigma must be in float32's range [{low:g}, {high:g}], got {sigma:g}")
+    sigma = checked_sigma(sigma, law)
     signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
     return n, sigma, signed_seed, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)

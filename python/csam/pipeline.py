@@ -416,11 +416,12 @@ def smooth_images(
             alpha=certify.alpha,
             on_result=lambda row: advance(1),
             on_samples=lambda drawn: advance(0, drawn),
-            adaptive=certify.adaptive,
-            target_radius=certify.target_radius,
-            rtol=certify.rtol,
-            method=certify.method,
+            **_stops(certify),
         )
+
+
+def _stops(certify: CertifySettings) -> dict[str, Any]:
+    return {name: getattr(certify, name) for name in ("adaptive", "target_radius", "rtol", "method")}
 
 
 def bound_images(
@@ -550,12 +551,31 @@ def check_training(settings: Settings, dataset: data.Dataset, todo: Sequence[tup
             job.searcher(masked, sparsity)
 
 
-def check_certificates(settings: Settings, dataset: data.Dataset, model: Classifier | None = None) -> None:
-    """The same for certification, of the settings' network unless a model is given."""
-    model = build(settings, dataset) if model is None else model
+def check_certificates(
+    settings: Settings,
+    dataset: data.Dataset,
+    model: Classifier | None = None,
+    name: str | None = None,
+    certificate: str = "both",
+) -> None:
+    """The same for a certificate, one of CERTIFICATES, of the settings' network unless a model and its name are given.
+
+    Layers run dense, which need not be measured.
+    """
+    model, name = build(settings, dataset) if model is None else model, name or settings.model
     evenly_spaced(len(dataset.test_x), settings.certify.images)
-    make_smooth(model, dataset, settings)
-    make_cc_cert(model, dataset, settings)
+    x, certify = data.to_unit(dataset.test_x[0]), settings.certify
+    try:
+        if certificate != "cc-cert":
+            smooth = make_smooth(model, dataset, settings, "dense")
+            smooth.rule(x, certify.n0, certify.n, certify.alpha, **_stops(certify))
+        if certificate != "smoothing":
+            cert = make_cc_cert(model, dataset, settings, "dense")
+            cert.recipe(x)
+            if cert.prepared and cert.prepared.num_classes != dataset.num_classes:
+                raise ValueError(f"model must give {dataset.num_classes} logits, got {cert.prepared.num_classes}")
+    except ValueError as error:
+        raise ValueError(f"{name} on {dataset.name}: {error}") from error
 
 
 def demo(
@@ -704,7 +724,7 @@ def certify(
     smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
     dataset = load_data(settings)
     network, digest = _given(settings, dataset, model)
-    check_certificates(settings, dataset, network)
+    check_certificates(settings, dataset, network, str(model), certificate)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
     asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked)) as run:

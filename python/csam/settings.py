@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from csam import models, sequential, transforms
 from csam.laws import LAWS
-from csam_kernels.laws import checked_law
+from csam_kernels.laws import checked_law, checked_sigma
 
 T = TypeVar("T")
 DTYPES = (None, "float32", "bfloat16", "float16", "int8")
@@ -96,6 +96,9 @@ class CertifySettings:
         for name in ("n0", "n", "cc_n", "cc_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("n0", "n"):
+            if getattr(self, name) > sequential.Fixed.most:
+                raise ValueError(f"{name} must be <= {sequential.Fixed.most}, got {getattr(self, name)}")
         sequential.checked_alpha(self.alpha)
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must be in (0, 1), got {self.delta}")
@@ -151,7 +154,8 @@ class Settings:
                 raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
         if not (math.isfinite(self.train.sigma) and self.train.sigma > 0):
             raise ValueError(f"sigma must be > 0, got {self.train.sigma}")
-        most = self.train.sigma * LAWS[checked_law("noise", self.train.noise)].largest
+        checked_sigma(self.train.sigma, checked_law("noise", self.train.noise))
+        most = self.train.sigma * LAWS[self.train.noise].largest
         if (self.certify.target_radius or 0.0) >= most:
             asked = f"{self.certify.target_radius:g} under {self.train.noise} noise of sigma {self.train.sigma:g}"
             raise ValueError(f"target_radius must be below {most:g}, got {asked}")

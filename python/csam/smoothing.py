@@ -39,7 +39,7 @@ from csam.laws import LAWS
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
-from csam_kernels.laws import checked_law
+from csam_kernels.laws import checked_law, checked_sigma
 from csam_kernels.ops.sample_network import Program, SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
@@ -101,7 +101,7 @@ class Smooth:
         model: maps [B, C, H, W] pixels to logits [B, num_classes], a module or any callable; or a `Prepared` network,
             such as that of a `csam.sampling.Plan`, which then runs as it is.
         num_classes: width of the logits, >= 2.
-        sigma: standard deviation of the noise, in the pixels' unit, > 0.
+        sigma: standard deviation of the noise, in the pixels' unit, > 0 in float32 too.
         noise: its law, "gaussian", "uniform" or "laplace" (`csam_kernels.laws`, which says how wide each is by sigma).
         dtype: None, or torch.float32, bfloat16 or float16 for the fast path; or "int8", on a CPU: what is certified is
             then the quantised network (`csam.quantization`).
@@ -146,8 +146,8 @@ class Smooth:
         layout: str = "NCHW",
     ) -> None:
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
-        self.sigma = checks.real("sigma", sigma, above=0)
         self.noise = checked_law("noise", noise)
+        self.sigma = checked_sigma(sigma, self.noise)
         self.norm = LAWS[self.noise].norm
         checks.seed(seed)
         self.seed = operator.index(seed)
