@@ -279,3 +279,14 @@ def test_nan_logits_are_refused() -> None:
 
     with pytest.raises(ValueError, match="NaN probabilities for 5 of 5 images"):
         CCCert(Broken(), MIX, n=2, k=2).certify(picture())
+    found = CCCert(Broken(), MIX, n=2, k=2).measure(picture())
+    assert (found.bound, found.prediction, found.margin, found.nan) == (1.0, -1, 0.0, 5)
+
+
+def test_draws_with_nan_logits_show_nothing() -> None:
+    def broken(x: Tensor) -> Tensor:
+        logits = x.flatten(1)[:, :2]
+        return torch.where((x == picture()).flatten(1).all(1, keepdim=True), logits, torch.nan)
+
+    found = CCCert(broken, MIX, n=2, k=2).measure(picture())
+    assert (found.bound, found.prediction, found.nan) == (1.0, int(picture().flatten()[:2].argmax()), 4)

@@ -250,6 +250,41 @@ def test_wrong_arguments(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
     assert not path.exists() or path.read_text() == HEADER
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32, "choices": "dense"}], ids=["torch", "engine"])
+def test_an_image_that_cannot_be_certified_is_named_before_any_work(
+    tmp_path: Path, images: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
+    x, path = (images[0] * 255).round() / 255, tmp_path / "r.tsv"
+    for pixel, message in ((torch.nan, "x must have finite pixels"), (0.1234, "x must hold whole numbers / 255")):
+        x[5, 0, 1, 1] = pixel
+        with pytest.raises(ValueError, match=f"^image 5: {message}"):
+            certify_dataset(Smooth(Net(), 3, 0.5, sound_float=True, **options), x, images[1], path, n0=5, n=50)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_error_of_the_network_names_the_image(
+    tmp_path: Path, images: tuple[Tensor, Tensor], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = Net(), images[0].clone()
+    x[4] += 1
+    smooth = lanes() if fast else Smooth(lambda x: net(x)[: None if x.mean() < 1 else -1], 3, 0.5)
+    if fast:
+        sampler = smooth.prepare(x[0]).sampler
+        assert sampler is not None
+        votes = sampler.votes
+
+        def refusing(image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if image.mean() > 1:
+                raise ValueError("model must map")
+            return votes(image, *args, **kwargs)
+
+        monkeypatch.setattr(sampler, "votes", refusing)
+    with pytest.raises(ValueError, match=r"^image 4: model must map"):
+        certify_dataset(smooth, x, images[1], tmp_path / "r.tsv", n0=5, n=50)
+    assert [row.idx for row in read_tsv(tmp_path / "r.tsv")] == list(range(4)) or fast
+
+
 # Accuracies
 
 

@@ -269,6 +269,27 @@ def test_bounds_of_two_plans_are_not_mixed_and_older_journals_go_on(tmp_path: Pa
         pipeline.bound_images(cert, dataset, [0], foreign.path)
 
 
+def test_nan_probabilities_bound_one_image_alone(tmp_path: Path) -> None:
+    dataset = pipeline.load_data(TINY)
+    network = pipeline.build(TINY, dataset).eval()
+    means = data.to_unit(dataset.test_x[:3]).mean((1, 2, 3))
+    limit = (means.sort().values[1:].sum() / 2).item()  # one image of three is brighter
+
+    class Dazzled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x.mean((1, 2, 3))[:, None] > limit, torch.nan, network(x))
+
+    settings = override(TINY, {"transform": "rotation:1"})
+    cert = pipeline.make_cc_cert(Dazzled(), dataset, settings)
+    journal = tmp_path / "a.jsonl"
+    with pytest.warns(RuntimeWarning, match=r"draws of 1 of 3 images had NaN .* are 1; a\.jsonl has their"):
+        bounds = pipeline.bound_images(cert, dataset, [0, 1, 2], journal)
+    (broken,) = (bound for bound in bounds if "nan" in bound)
+    assert broken["idx"] == int(means.argmax())
+    assert (broken["bound"], broken["predict"], broken["correct"]) == (1.0, -1, False)
+    assert list(evaluation.read_bounds(journal)[1].values()) == bounds
+
+
 def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,8 @@ class CCResult:
         margin: a = (p_1 - p_2) / 2.
         discrepancy: Y, float64 [k, n].
         flips: how many of the k * n draws changed the prediction (an observation, not a bound).
+        nan: images with NaN probabilities, of these draws and the untouched one; the bound is then 1, and the
+            prediction -1 if that one is among them.
         n, k, delta, t: the settings that the bound was computed with.
     """
 
@@ -98,6 +100,7 @@ class CCResult:
     k: int
     delta: float
     t: tuple[float, ...]
+    nan: int = 0
 
 
 class CCCert:
@@ -185,6 +188,13 @@ class CCCert:
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range, or NaN logits.
         """
+        found = self.measure(x, stream=stream, batch_size=batch_size)
+        if found.nan:
+            raise ValueError(f"model returned NaN probabilities for {found.nan} of {1 + self.k * self.n} images")
+        return found
+
+    def measure(self, x: Tensor, *, stream: int = 0, batch_size: int = 400) -> CCResult:
+        """`certify`, of which NaN probabilities are a result: they show nothing, so the bound is 1."""
         x = smoothing.image(x, self.layout)
         if x.device.type == "cpu":
             _in_range("x", *x.aminmax())
@@ -238,13 +248,12 @@ class CCCert:
         return shown
 
     def _result(self, clean: Tensor, discrepancy: Tensor, flips: Tensor, broken: Tensor) -> CCResult:
-        if broken:
-            raise ValueError(f"model returned NaN probabilities for {int(broken)} of {1 + self.k * self.n} images")
-        first, second = clean.topk(2).values.tolist()
+        silent = bool(clean.isnan().any())
+        first, second = (0.0, 0.0) if silent else clean.topk(2).values.tolist()
         margin = (first - second) / 2
         return CCResult(
-            bound=cc_cert_bound(discrepancy, margin, self.delta, self.t),
-            prediction=int(clean.argmax()),
+            bound=1.0 if broken else cc_cert_bound(discrepancy, margin, self.delta, self.t),
+            prediction=smoothing.ABSTAIN if silent else int(clean.argmax()),
             margin=margin,
             discrepancy=discrepancy,
             flips=int(flips),
@@ -252,6 +261,7 @@ class CCCert:
             k=self.k,
             delta=self.delta,
             t=tuple(self.t.tolist()),
+            nan=int(broken),
         )
 
 

@@ -30,7 +30,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -265,9 +265,9 @@ def certify_dataset(
     Raises:
         OSError: a file cannot be read or written.
         TypeError: a label or an index that is not an integer.
-        ValueError: x and y of different length, a label or an index out of range, or a record that is
-            malformed or holds another label for an image (it is of another data set); processes whose networks,
-            settings or images differ.
+        ValueError: x and y of different length, a label or an index out of range, an image to certify that is not
+            finite or, with `sound_float`, off the grid, by its index; a record that is malformed or holds another
+            label for an image (it is of another data set); processes whose networks, settings or images differ.
         Lost: another process has ended; what was finished is in the record (`csam.processes`).
         RunError: a record that another run is writing, that was begun with other settings, another network or plan or
             other images, or whose votes are damaged, missing or not those of its rows.
@@ -285,6 +285,11 @@ def certify_dataset(
 
     def pixels(i: int) -> Tensor:
         return to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
+
+    if x.dtype != torch.uint8:  # others are finite and on every grid
+        for i in wanted:
+            with naming(i):
+                smooth.check(x[i])
 
     rule = smooth.rule(pixels(wanted[0]), n0, n, alpha, **stop)
     recipe = {
@@ -522,7 +527,8 @@ def _one_by_one(
             start = time.perf_counter()
             one.certification.most = most
             ranges = one.certification.wanted
-            one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
+            with naming(one.idx):
+                one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
             seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
             one.seconds += seconds
             most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
@@ -673,25 +679,26 @@ def _together(
                 thread.join()
 
 
+@contextmanager
+def naming(idx: int) -> Iterator[None]:
+    """Put the image in front of what an error says of its input or network."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"image {idx}: {error}") from error
+
+
 def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:
     """Votes int64 [num_classes] of n samples of an image from the first on, in its stream; NaN logits cast none."""
     sampler, device = prepared.sampler, prepared.device
-    if sampler is not None:
-        return lambda x, n, first, stream: sampler.votes(
-            x,
-            smooth.sigma,
-            n,
-            seed=smooth.seed,
-            first_sample=first,
-            stream=stream,
-            grid=smooth.grid,
-            law=smooth.noise,
-        )
 
     def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first GPU
-            where = (smooth.seed, first, batch_size, stream, smooth.grid, smooth.noise)
-            return smoothing.votes(prepared, x, smooth.sigma, n, *where).cpu()
+        with naming(stream), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            # a thread begins on the first GPU
+            seed, sigma, grid, law = smooth.seed, smooth.sigma, smooth.grid, smooth.noise
+            if sampler is None:
+                return smoothing.votes(prepared, x, sigma, n, seed, first, batch_size, stream, grid, law).cpu()
+            return sampler.votes(x, sigma, n, seed=seed, first_sample=first, stream=stream, grid=grid, law=law)
 
     return vote
 

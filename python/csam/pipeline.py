@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -434,9 +435,10 @@ def bound_images(
 ) -> list[dict[str, Any]]:
     """CC-Cert of the chosen test images into the journal at `path`, which may hold some of them already.
 
-    The journal begins with what decides a bound (`CCCert.recipe`); a record has `evaluation.BOUND_COLUMNS`. Image i
-    uses stream i. Where torch.distributed is initialised, its processes take an image each at a time, all have the
-    same result, and `path` is process 0's.
+    The journal begins with what decides a bound (`CCCert.recipe`); a record has `evaluation.BOUND_COLUMNS`, and nan,
+    their number, where probabilities were NaN, which is warned of at the end. Image i uses stream i. Where
+    torch.distributed is initialised, its processes take an image each at a time, all have the same result, and `path`
+    is process 0's.
 
     Raises ValueError if the network runs another way in one process than in another, RunError for a journal that was
     begun with other settings or another plan.
@@ -444,9 +446,10 @@ def bound_images(
 
     def bounded(i: int) -> dict[str, Any]:
         started = time.perf_counter()
-        result = cert.certify(data.to_unit(dataset.test_x[i]), stream=i)
+        with evaluation.naming(i):
+            result = cert.measure(data.to_unit(dataset.test_x[i]), stream=i)
         label = int(dataset.test_y[i])
-        return {
+        record = {
             "idx": i,
             "label": label,
             "predict": result.prediction,
@@ -456,6 +459,7 @@ def bound_images(
             "flips": result.flips,
             "time": round(time.perf_counter() - started, 4),
         }
+        return record | ({"nan": result.nan} if result.nan else {})
 
     with Team() as team, progress(title, len(chosen)) as advance:
         recipe = cert.recipe(data.to_unit(dataset.test_x[0]))
@@ -476,6 +480,14 @@ def bound_images(
                 if journal is not None:
                     journal.append(record)
                 advance(1)
+    broken = [done[i]["nan"] for i in chosen if "nan" in done[i]]
+    if broken and team.first:
+        warnings.warn(
+            f"{sum(broken)} draws of {len(broken)} of {len(chosen)} images had NaN probabilities, and the bounds of these "
+            f"images are 1; {path.name} has their numbers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return [done[i] for i in chosen]
 
 

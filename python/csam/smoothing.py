@@ -328,12 +328,17 @@ class Smooth:
     def cast(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
         """`votes`, those of a range fewer than its samples where logits were NaN."""
         prepared = self.prepare(x)
-        x = sent(image(x, self.layout), prepared.device)
-        if self.grid is not None:
-            steps(x, self.grid)  # refuses one off the grid
+        x = sent(self.check(x), prepared.device)
         where = (batch_size, stream, self.grid, self.noise)
         found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
         return read(x, found)
+
+    def check(self, x: Tensor) -> Tensor:
+        """The image as float32 [C, H, W]. Raises TypeError or ValueError for one that cannot be certified."""
+        x = image(x, self.layout)
+        if self.grid is not None:
+            steps(x, self.grid)
+        return x
 
 
 def votes(
