@@ -119,6 +119,17 @@ def test_a_whole_last_line_without_newline_is_read_from_other_tools(tmp_path: Pa
     assert read_tsv(path) == [Row(0, 1, 1, 0.5, True, 62.5), Row(5, 1, 1, 0.75, True, 1.0)]
 
 
+@pytest.mark.parametrize(("days", "seconds"), [("1 day", 86412.3), ("12 days", 1036812.3)])
+def test_days_and_a_byte_order_mark_are_read(days: str, seconds: float, tmp_path: Path) -> None:
+    path = tmp_path / "other.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{HEADER}0\t1\t1\t0.5\t1\t{days}, 0:00:12.3\n".encode())
+    assert read_tsv(path) == [Row(0, 1, 1, 0.5, True, pytest.approx(seconds))]
+    before = path.read_bytes()
+    with TsvWriter(path) as writer:
+        writer.append(ROWS[0])
+    assert path.read_bytes() == before + f"{ROWS[0]}\n".encode()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -130,6 +141,14 @@ def test_a_whole_last_line_without_newline_is_read_from_other_tools(tmp_path: Pa
         ("1\t1\t1\t-0.5\t1\t1", "radius must be finite and >= 0"),
         ("1\t1\t1\t0.5\tyes\t1", "correct must be 0 or 1"),
         ("0\t1\t1\t0.5\t1\t1", "idx 0 was given before"),
+        ("1\t1\t1\t0.5\t0\t1", "correct must be 1 where predict is the label and 0 elsewhere"),
+        ("1\t1\t0\t0.5\t1\t1", "correct must be 1 where"),
+        ("1\t1\t-1\t0.0\t1\t1", "correct must be 1 where"),
+        ("1\t1\t-1\t0.5\t0\t1", "radius must be 0 where predict is -1, got 0.5"),
+        ("1\t1\t1\t0.5\t1\tnan", "time must be finite and >= 0, got 'nan'"),
+        ("1\t1\t1\t0.5\t1\t-1.2", "time must be finite and >= 0, got '-1.2'"),
+        ("1\t1\t1\t0.5\t1\t-1 day, 23:59:59", "time must be finite and >= 0, got '-1 day"),
+        ("1\t1\t1\t0.5\t1\t1\t2", "could not convert string to float"),
         ("", "must have 6 fields, got 0"),
     ],
 )
@@ -283,6 +302,17 @@ def test_an_error_of_the_network_names_the_image(
     with pytest.raises(ValueError, match=r"^image 4: model must map"):
         certify_dataset(smooth, x, images[1], tmp_path / "r.tsv", n0=5, n=50)
     assert [row.idx for row in read_tsv(tmp_path / "r.tsv")] == list(range(4)) or fast
+
+
+def test_a_finished_row_that_calls_itself_correct_is_refused(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    path = tmp_path / "r.tsv"
+    certify(path, images)
+    head, first, *rest = path.read_text().splitlines()
+    idx, label, predict, radius, correct, seconds = first.split()
+    flipped = "\t".join([idx, label, predict, radius, str(1 - int(correct)), seconds])
+    path.write_text("\n".join([head, flipped, *rest, ""]))
+    with pytest.raises(ValueError, match=r"r\.tsv, line 2: correct must be 1 where predict is the label"):
+        certify(path, images)
 
 
 # Accuracies

@@ -2,8 +2,8 @@
 
 The record has one line an image, `idx label predict radius correct time`, as in the code published with
 Cohen, Rosenfeld and Kolter (2019): predict is -1 where the smoothed classifier abstains, correct is 0 or 1,
-time is in seconds (h:mm:ss is read too). Only a line that ends in a newline counts: what a killed run left of its
-last line is dropped when the run goes on.
+time is in seconds (h:mm:ss is read too, after days). Only a line that ends in a newline counts: what a killed run left
+of its last line is dropped when the run goes on.
 
 Beside the record NAME.tsv lies NAME.votes.jsonl, a `csam.runs.Journal`: first all that decides a certificate, then what
 each image's votes were when it was finished, and every few seconds those of images under way. A run that goes on
@@ -58,6 +58,7 @@ Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image fro
 _NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # votes of no sample
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
+BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"  # which some editors put in front
 GAUSSIAN = {"noise": "gaussian", "norm": "l2"}  # records that do not say are from before there were other laws
 
 
@@ -764,7 +765,7 @@ def open_bounds(path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> tupl
 def holds_bounds(path: str | os.PathLike[str]) -> bool:
     """Whether the TSV at `path` is one that `bounds_tsv` made."""
     with open(path, "rb") as file:
-        return file.readline().split() == [name.encode() for name in BOUND_COLUMNS]
+        return file.readline().removeprefix(BOM.encode()).split() == [name.encode() for name in BOUND_COLUMNS]
 
 
 def bounds_tsv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -811,7 +812,7 @@ def _lines(path: Path) -> tuple[list[str], str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
     rest = torn.decode(errors="replace")
-    if not (text[0].split() == list(COLUMNS) if text else HEADER.startswith(rest)):
+    if not (text[0].removeprefix(BOM).split() == list(COLUMNS) if text else HEADER.startswith(rest)):
         raise ValueError(f"{path}, line 1: header must be {' '.join(COLUMNS)}, got {(text or [rest])[0][:80]!r}")
     return text, rest
 
@@ -830,7 +831,7 @@ def _rows(path: Path, lines: list[str]) -> list[Row]:
 
 
 def _row(line: str) -> Row:
-    fields = line.split()
+    fields = line.strip().split(maxsplit=len(COLUMNS) - 1)
     if len(fields) != len(COLUMNS):
         raise ValueError(f"a row must have {len(COLUMNS)} fields, got {len(fields)} in {line[:80]!r}")
     idx, label, predict, radius, correct, seconds = fields
@@ -841,12 +842,20 @@ def _row(line: str) -> Row:
         raise ValueError(f"idx and label must be >= 0 and predict >= {ABSTAIN}, got {line!r}")
     if not 0 <= row.radius < math.inf:
         raise ValueError(f"radius must be finite and >= 0, got {radius}")
+    if row.correct != (row.predict == row.label):
+        raise ValueError(f"correct must be 1 where predict is the label and 0 elsewhere, got {line!r}")
+    if row.predict == ABSTAIN and row.radius:
+        raise ValueError(f"radius must be 0 where predict is {ABSTAIN}, got {radius}")
     return row
 
 
 def _seconds(text: str) -> float:
-    """Seconds from `12.3` or from `0:00:12.3`, the form of Cohen's code."""
+    """Seconds from `12.3`, or from `0:00:12.3` or `1 day, 0:00:12.3`, the forms of Cohen's code."""
+    days, _, clock = text.rpartition(", ")
+    whole, parts = int(days.removesuffix("s").removesuffix(" day") or 0), [float(part) for part in clock.split(":")]
+    if not all(0 <= part < math.inf for part in (whole, *parts)):
+        raise ValueError(f"time must be finite and >= 0, got {text!r}")
     seconds = 0.0
-    for part in text.split(":"):
-        seconds = 60 * seconds + float(part)
-    return seconds
+    for part in parts:
+        seconds = 60 * seconds + part
+    return 86400 * whole + seconds

@@ -483,8 +483,8 @@ def bound_images(
     broken = [done[i]["nan"] for i in chosen if "nan" in done[i]]
     if broken and team.first:
         warnings.warn(
-            f"{sum(broken)} draws of {len(broken)} of {len(chosen)} images had NaN probabilities, and the bounds of these "
-            f"images are 1; {path.name} has their numbers",
+            f"{sum(broken)} draws of {len(broken)} of {len(chosen)} images had NaN probabilities, and the bounds of "
+            f"these images are 1; {path.name} has their numbers",
             RuntimeWarning,
             stacklevel=2,
         )
