@@ -447,6 +447,22 @@ def test_rows_are_in_order_though_images_end_out_of_it(
     assert ended[0] != 0
 
 
+@pytest.mark.parametrize("make", [lanes, modules])
+def test_many_samples_for_the_choice_of_the_class_are_drawn_in_parts(
+    tmp_path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
+    rows = run(tmp_path / "r.tsv", images, make, n0=3333, indices=[0, 1], on_samples=drawn.append)
+    for row in rows:
+        want = make().certificate(images[0][row.idx], 3333, 2000, 0.01, stream=row.idx, **STOP)
+        assert (row.predict, row.radius, read_votes(tmp_path / "r.tsv")[1][row.idx]["samples"]) == want[:3]
+    assert sum(drawn) == sum(votes["samples"] for votes in kept(tmp_path / "r.tsv"))
+    rule = make().rule(images[0][0], 10**6, 2000, 0.01)
+    one = evaluation._Image(0, images[0][0], evaluation.Certification(rule, 10**6), {})
+    assert sum(piece.n for piece in one.cut(2048, 64, False)) == one.left <= 2 * 2048
+
+
 class Crash(BaseException):
     """Stands for a kill: nothing in the code under test catches it to go on."""
 

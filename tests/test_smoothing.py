@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -469,6 +469,23 @@ def test_an_error_in_a_tile_stops_the_rest_and_is_raised(error: type[BaseExcepti
     with pytest.raises(error, match="tile 3"):
         run_tiles(evaluate, range(10_000), 2)
     assert len(done) < 5000
+
+
+def test_tiles_are_taken_one_by_one() -> None:
+    class Endless(Sequence[int]):
+        def __len__(self) -> int:
+            return 10**11
+
+        def __getitem__(self, tile: Any) -> Any:
+            assert tile < 100, "tiles are listed"
+            return tile
+
+    def evaluate(tile: int) -> None:
+        if tile == 20:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_tiles(evaluate, Endless(), 2)
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")

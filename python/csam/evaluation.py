@@ -472,28 +472,35 @@ class _Image:
         self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
         self.votes: list[Tensor] = []
         self.left = 0
+        self._ranges: list[tuple[int, int]] = []
+
+    def take(self, most: int) -> list[tuple[int, int]]:
+        """Begin the next (number, first sample) of each range wanted, `most` at most."""
+        if not any(n for n, _ in self._ranges):
+            self.certification.most = most  # they end at its multiples
+            self._ranges = self.certification.wanted
+            self.votes = [_NONE] * len(self._ranges)
+        parts = [(min(n, most), first) for n, first in self._ranges]
+        self._ranges = [(n - m, first + m) for (n, first), (m, _) in zip(self._ranges, parts, strict=True)]
+        self.left = sum(n for n, _ in parts)
+        return parts
 
     def cut(self, most: int, piece: int, aligned: bool) -> list[Piece]:
-        """Begin the next ranges, which end at multiples of `most`, in pieces of so many samples.
-
-        If they are aligned, they end at multiples of `piece`.
-        """
-        self.certification.most = most
-        ranges, pieces = self.certification.wanted, []
-        for k, (n, begin) in enumerate(ranges):
+        """The same in pieces of so many samples; if they are aligned, they end at multiples of `piece`."""
+        pieces = []
+        for k, (n, begin) in enumerate(self.take(most)):
             end = begin + n
             while begin < end:
                 room = piece - begin % piece if aligned else piece
                 pieces.append(Piece(self.place, k, begin, min(room, end - begin), self))
                 begin += room
-        self.votes, self.left = [_NONE] * len(ranges), sum(n for n, _ in ranges)
         return pieces
 
-    def add(self, piece: Piece, found: Tensor, seconds: float) -> None:
-        """Count the votes of a piece."""
-        before = self.votes[piece.range]
-        self.votes[piece.range] = found if before is _NONE else before + found
-        self.left -= piece.n
+    def add(self, k: int, n: int, found: Tensor, seconds: float) -> None:
+        """Count the votes of n samples of a range."""
+        before = self.votes[k]
+        self.votes[k] = found if before is _NONE else before + found
+        self.left -= n
         self.seconds += seconds
 
     def tell(self) -> dict[str, Any] | None:
@@ -502,6 +509,8 @@ class _Image:
         Returns:
             What the journal is to keep of the image now: its certificate, or every few seconds its state, or nothing.
         """
+        if any(n for n, _ in self._ranges):
+            return None
         certificate = self.certification.tell([votes.tolist() for votes in self.votes])
         if certificate is None:
             if time.monotonic() - self.saved <= SAVE_SECONDS:
@@ -526,12 +535,12 @@ def _one_by_one(
     for one in images:
         while not one.ended:
             start = time.perf_counter()
-            one.certification.most = most
-            ranges = one.certification.wanted
+            parts = [(k, n, first) for k, (n, first) in enumerate(one.take(most)) if n]
             with naming(one.idx):
-                one.votes = smooth.cast(one.x, ranges, batch_size, one.idx)
-            seconds, n = time.perf_counter() - start, sum(n for n, _ in ranges)
-            one.seconds += seconds
+                found = smooth.cast(one.x, [(n, first) for _, n, first in parts], batch_size, one.idx)
+            seconds, n = time.perf_counter() - start, one.left
+            for (k, m, _), votes in zip(parts, found, strict=True):
+                one.add(k, m, votes, seconds * m / n)
             most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
             kept = one.tell()
             on_samples(n)
@@ -610,7 +619,7 @@ class _Desk:
         """The images of which nothing is missing any more that they wanted."""
         complete, n, seconds, tile = [], 0, 0.0, self._tile
         for piece, votes, taken in found:
-            piece.image.add(piece, votes, taken / self._hands)
+            piece.image.add(piece.range, piece.n, votes, taken / self._hands)
             if not piece.image.left:
                 complete.append(piece.image)
             n, seconds = n + piece.n, seconds + taken

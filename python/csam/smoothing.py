@@ -22,8 +22,7 @@ import itertools
 import math
 import operator
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -659,36 +658,36 @@ class TiledClassifier:
         return current
 
 
-def run_tiles(evaluate: Callable[[int], None], tiles: Iterable[int], workers: int) -> None:
+def run_tiles(evaluate: Callable[[int], None], tiles: Sequence[int], workers: int) -> None:
     """Call `evaluate(tile)` for every tile on `workers` threads, torch.get_num_threads() at most.
 
     Each runs in inference mode with one intra-op thread. The first exception of a tile, or KeyboardInterrupt
     in the caller, stops the threads at their next tile and is raised once they have ended. The caller's number
     of threads is not touched.
     """
-    pending = deque(tiles)
-    workers = min(workers, torch.get_num_threads(), len(pending))
+    workers = min(workers, torch.get_num_threads(), len(tiles))
     if workers < 1:
         return
+    pending, taking, over = iter(tiles), threading.Lock(), threading.Event()
 
     def work() -> None:
         try:
             with torch.inference_mode():
-                while True:
-                    try:
-                        tile = pending.popleft()
-                    except IndexError:
+                while not over.is_set():
+                    with taking:
+                        tile = next(pending, None)
+                    if tile is None:
                         return
                     evaluate(tile)
         finally:
-            pending.clear()
+            over.set()
 
     with ThreadPoolExecutor(workers, "csam-tiles", initializer=one_intra_op_thread) as pool:
         try:
             for future in [pool.submit(work) for _ in range(workers)]:
                 future.result()
         finally:
-            pending.clear()
+            over.set()
 
 
 def one_intra_op_thread() -> None:
