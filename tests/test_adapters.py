@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import csam
 from csam import evaluation, runs
+from csam.adapters import ModelError
 from csam.evaluation import certify_dataset, read_tsv, read_votes
 from csam.models import NORMALIZATION
 from csam.smoothing import Smooth
@@ -146,6 +147,29 @@ def test_a_callable_that_changes_its_mind_later_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"logits \(50, K\) with K >= 2, got shape \(49, 5\)"):
         Smooth(shrinking, 5, SIGMA).counts(picture(), 500)
+
+
+def test_what_a_callable_does_later_is_said_of_it(tmp_path: Path) -> None:
+    owner, calls = Owner(), []
+
+    def changing(x: Tensor) -> Tensor:
+        calls.append(1)
+        return owner.net(x)[:, : 5 - (len(calls) > 4)]
+
+    def failing(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("out of memory")
+        return owner.net(x)
+
+    with pytest.raises(ValueError, match="model must give logits of one width, 5, got 4"):
+        Smooth(changing, 5, SIGMA).counts(picture(), 500)
+    calls.clear()
+    with pytest.raises(ModelError, match=r"^net 1 gave no logits for \(50, 1, 4, 4\): out of memory"):
+        Smooth(csam.Opaque(failing, name="net 1"), 5, SIGMA).counts(picture(), 500)
+    calls.clear()
+    with pytest.raises(ModelError, match=r"^image 0: net 1 gave no logits"):
+        certify_dataset(Smooth(csam.Opaque(failing, name="net 1"), 5, SIGMA), picture()[None], [0], tmp_path / "r.tsv")
 
 
 def test_wrong_callables() -> None:

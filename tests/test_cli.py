@@ -138,6 +138,9 @@ import torch
 class Odd(torch.nn.Module):
     def forward(self, x):
         return torch.sin(x).flatten(1)[:, :10]
+
+def unlicensed():
+    raise RuntimeError("no licence")
 """
 
 
@@ -173,6 +176,33 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
         assert csam("certify", "own1:broken", *options, "--out", tmp_path / "nan")[0] == 0
 
 
+def test_a_callable_that_fails_midway_is_one_line(
+    csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tired.py").write_text(TIRED)
+    options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3, "--out", tmp_path / "run"]
+    code, _, err = csam("certify", "tired:made", *options)
+    assert (code, "csam: image 0: net 1 gave no logits for (50, 1, 8, 8): out of memory" in err) == (1, True), err
+    assert "Traceback" not in err
+
+
+TIRED = """
+import csam
+
+def made():
+    calls = []
+
+    def net(x):
+        calls.append(1)
+        if len(calls) > 8:
+            raise RuntimeError("out of memory")
+        return x.flatten(1)[:, :10]
+
+    return csam.Opaque(net, name="net 1")
+"""
+
+
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
@@ -186,6 +216,7 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
         ("torch.nn:Flatten", [], "torch.nn:Flatten on digits: num_classes must be the width of the model's logits, 64"),
         ("torch.nn:Flatten", ["--certificate", "cc-cert"], "Flatten on digits: model must give 10 logits, got 64"),
         ("own:Odd", ["--dtype", "int8"], "own:Odd on digits: dtype int8 needs a network whose samples lie innermost"),
+        ("own:unlicensed", [], "own:unlicensed must give a model, got RuntimeError: no licence"),
         ("own:Odd", ["--n", 10**23], f"n must be <= {2**53}, got {10**23}"),
         ("own:Odd", ["--n0", 2**60], f"n0 must be <= {2**53}, got {2**60}"),
         ("own:Odd", ["--sigma", 1e300], "sigma must be in float32's range [1.17549e-38, 3.40282e+38], got 1e+300"),

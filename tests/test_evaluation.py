@@ -262,6 +262,8 @@ def test_wrong_arguments(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
         certify(path, (images[0], -torch.ones_like(images[1])))
     with pytest.raises(ValueError, match=r"y must be in \[0, 1\], got 2"):
         certify(path, (images[0], [2] * len(images[0])))
+    with pytest.raises(TypeError, match="y must be a tensor or a sequence of labels, got int"):
+        certify(path, (images[0], 5))
     with pytest.raises(TypeError, match=r"y must be an integer, got 0.5"):
         certify(path, (images[0], [0.5] * len(images[0])))
     with pytest.raises(ValueError, match="alpha must be in"):

@@ -15,6 +15,10 @@ LAYOUTS = ("NCHW", "NHWC")
 Classifier = nn.Module | Callable[[Tensor], Tensor]
 
 
+class ModelError(RuntimeError):
+    """A callable failed."""
+
+
 class Opaque(nn.Module):
     """A classifier that is run as it is: a function, a bound method, a wrapper of another runtime.
 
@@ -37,6 +41,7 @@ class Opaque(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range. When it runs: what is no tensor [B, K], K >= 2.
+        ModelError: when it runs, in place of the function's own RuntimeError or OSError.
     """
 
     def __init__(
@@ -68,7 +73,11 @@ class Opaque(nn.Module):
         if isinstance(x, fx.Proxy) or torch.compiler.is_exporting():
             raise TypeError(f"{self} is run as it is and cannot be traced")
         with self._free:
-            return checked_logits(self.function(x), x)
+            try:
+                logits = self.function(x)
+            except (RuntimeError, OSError) as error:
+                raise ModelError(f"{self.extra_repr()} gave no logits for {tuple(x.shape)}: {error}") from error
+            return checked_logits(logits, x)
 
 
 class FromNCHW(nn.Module):
@@ -103,4 +112,4 @@ def checked_logits(logits: Any, x: Tensor) -> Tensor:
     return found
 
 
-__all__ = ["LAYOUTS", "Classifier", "FromNCHW", "Opaque", "checked_logits", "opaque"]
+__all__ = ["LAYOUTS", "Classifier", "FromNCHW", "ModelError", "Opaque", "checked_logits", "opaque"]

@@ -34,6 +34,7 @@ from rich.table import Table
 
 import csam_kernels
 from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training, transforms
+from csam.adapters import ModelError
 from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
@@ -644,7 +645,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # The reader of a pipe has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (Failed, training.TrainingDiverged, FloatingPointError, csam_kernels.BackendUnavailable) as error:
+    except (
+        Failed,
+        ModelError,
+        training.TrainingDiverged,
+        FloatingPointError,
+        csam_kernels.BackendUnavailable,
+    ) as error:
         code = _complain(str(error), 1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from csam import smoothing
+from csam.adapters import ModelError
 from csam.data import to_unit
 from csam.inference import laid_out
 from csam.processes import Team
@@ -269,10 +270,13 @@ def certify_dataset(
         ValueError: x and y of different length, a label or an index out of range, an image to certify that is not
             finite or, with `sound_float`, off the grid, by its index; a record that is malformed or holds another
             label for an image (it is of another data set); processes whose networks, settings or images differ.
+        ModelError: a callable failed (`csam.adapters`).
         Lost: another process has ended; what was finished is in the record (`csam.processes`).
         RunError: a record that another run is writing, that was begun with other settings, another network or plan or
             other images, or whose votes are damaged, missing or not those of its rows.
     """
+    if not isinstance(y, Iterable):
+        raise TypeError(f"y must be a tensor or a sequence of labels, got {type(y).__name__}")
     labels = [checks.integer("y", label, low=0, high=smooth.num_classes - 1) for label in y]
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -694,8 +698,9 @@ def naming(idx: int) -> Iterator[None]:
     """Put the image in front of what an error says of its input or network."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"image {idx}: {error}") from error
+    except (ValueError, ModelError) as error:
+        kind = ModelError if isinstance(error, ModelError) else ValueError
+        raise kind(f"image {idx}: {error}") from error
 
 
 def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:

@@ -214,7 +214,7 @@ def imported(reference: str) -> Classifier:
     That code is run: it is imported as Python imports modules, from the folders of PYTHONPATH among others.
 
     Raises:
-        ValueError: no such module or factory, or what it gives is no model.
+        ValueError: no such module or factory, one that fails, or what it gives is no model.
     """
     place, _, name = reference.partition(":")
     try:
@@ -224,7 +224,10 @@ def imported(reference: str) -> Classifier:
             f"model must be a file or package.module:factory, got {reference!r} ({error}); PYTHONPATH=. finds "
             "modules in this folder"
         ) from error
-    model = factory() if callable(factory) else None
+    try:
+        model = factory() if callable(factory) else None
+    except Exception as error:  # of other code
+        raise ValueError(f"{reference} must give a model, got {type(error).__name__}: {error}") from error
     if not callable(model):
         raise ValueError(f"{reference} must give a torch.nn.Module or another callable, got {type(model).__name__}")
     found: Classifier = model

@@ -543,6 +543,8 @@ class Prepared:
 
         def evaluate(start: int) -> None:
             logits = label(draw(start).to(self.dtype))
+            if logits.shape[1] != self.num_classes:
+                raise ValueError(f"model must give logits of one width, {self.num_classes}, got {logits.shape[1]}")
             low, high = max(first, start), min(first + count, start + self.rows)
             use(logits[low - start : high - start], low)
 
