@@ -234,8 +234,7 @@ def certify_dataset(
 ) -> list[Row]:
     """Certify images into a record, a row each in the order of `indices`; images that it holds are not done again.
 
-    A record says by digests which network and which images it is of, and goes on with no others; one from before there
-    were digests goes on without them.
+    A record says by digests which network and which images it is of, and goes on with no others.
 
     Image i uses stream i, so its certificate does not depend on which images were done before it, or when. Several
     images are under way at once where samples of one are drawn by threads that do not wait for each other: on a CPU
@@ -371,7 +370,7 @@ def _recorded(
             )
     journal, known = _open_votes(record, recipe)
     for i, votes in known.items():
-        if i < len(labels) and votes.get("pixels", digest := _pixels(pixels(i))) != digest:
+        if i < len(labels) and votes.get("pixels") != _pixels(pixels(i)):
             raise RunError(
                 f"{record.path} is the record of other images: image {i} has other pixels now; give the same images to "
                 "continue it, or choose another file"
@@ -420,7 +419,6 @@ def _open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dic
             )
         journal.append({"recipe": recipe})
     begun, known = read_votes(record.path)
-    begun.setdefault("logits", recipe.get("logits"))  # older records do not say
     _same_recipe(record.path, begun, recipe)
     for row in record.rows:
         votes = known.get(row.idx, {})
