@@ -240,8 +240,7 @@ def test_sample_conv2d(
     packed = ck.compress(weight)
     dense = weight.to(dtype).contiguous(memory_format=torch.channels_last)
     batch = x.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
-    call = torch.ops.csam.sample_conv2d
-    ours = lambda: call(x, *packed, None, None, [3, 3], [stride] * 2, [1, 1], [1, 1], False)  # noqa: E731
+    ours = lambda: ck.sample_conv2d(x, *packed, kernel_size=3, stride=stride, padding=1)  # noqa: E731
     benchmark.extra_info["gflop"] = 2e-9 * len(packed[0]) * ours()[0].numel()
     versus(benchmark, ours, lambda: F.conv2d(batch, dense, stride=stride, padding=1))
 

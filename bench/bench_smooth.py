@@ -32,7 +32,7 @@ def cohen_counts(model: nn.Module, x: Tensor) -> Callable[[], np.ndarray]:
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=["bfloat16", "module"])
 @pytest.mark.parametrize("name", ["resnet20", "resnet18"])
 def test_smooth(benchmark: Any, name: str, dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)

@@ -5,7 +5,6 @@
 // filters share what they load; only live filters and channels take part.
 #pragma once
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #include <new>
 #include <type_traits>
@@ -55,34 +54,44 @@ constexpr int64_t kShort = 64;
 constexpr double kHalvesPackCost = 9, kEnterCost = 7;
 constexpr Room kHalvesRooms[] = {{20 << 10, 1}, {40 << 10, 1.1}, {96 << 10, 2}, {192 << 10, 2.2}};
 
-constexpr size_t kHugeBytes = 2 << 20;
+constexpr int64_t kPooledBytes = 1 << 20;
 
 CSAM_INLINE int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 template <class T>
-struct Array {  // zeroed memory, aligned to a vector; on huge pages if there is much, for all of it is read in turn
+struct Array {  // zeroed memory, aligned to a vector; much of it lies on huge pages, for all of it is read in turn
   T* data = nullptr;
+  int64_t block = 0;  // bytes, of one that goes back to `give_block`
   Array() = default;
   explicit Array(int64_t n) {
-    const size_t least = sizeof(T) * (n > 0 ? n : 1), unit = least < kHugeBytes / 2 ? 64 : kHugeBytes;
-    const size_t bytes = (least + unit - 1) / unit * unit;
-    data = static_cast<T*>(aligned_alloc(unit, bytes));
-    if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (unit == kHugeBytes) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+    const int64_t bytes = int64_t(sizeof(T)) * (n > 0 ? n : 1);
+    if (bytes >= kPooledBytes) {
+      data = static_cast<T*>(take_block(bytes));
+      block = bytes;
+    } else {
+      data = static_cast<T*>(aligned_alloc(64, tiles(bytes, 64) * 64));
+      if (!data) throw std::bad_alloc();
+    }
     memset(static_cast<void*>(data), 0, bytes);
   }
   Array(const Array&) = delete;
   Array& operator=(Array&& from) {
-    free(data);
+    release();
     data = from.data;
+    block = from.block;
     from.data = nullptr;
+    from.block = 0;
     return *this;
   }
-  Array(Array&& from) : data(from.data) { from.data = nullptr; }
-  ~Array() { free(data); }
+  Array(Array&& from) { *this = static_cast<Array&&>(from); }
+  ~Array() { release(); }
   T& operator[](int64_t i) const { return data[i]; }
+
+ private:
+  void release() {
+    if (block) give_block(data, block);
+    else free(data);
+  }
 };
 
 // The input lines under a tile's rows or columns, ordered so that outputs side by side read lines side by side.
@@ -858,7 +867,12 @@ struct Layer {
         filter(a.filters + Format::kFilters),
         place(a.channels),
         border(Format::kLanes) {
-    for (int64_t k = 0; k < a.rows[a.filters]; ++k) place[a.taps[k] / area] = 1;
+    int64_t found = 0;
+    for (int64_t k = 0; k < a.rows[a.filters] && found < a.channels; ++k) {
+      int32_t& there = place[uint32_t(a.taps[k]) / uint32_t(area)];  // half of the time of a division of 64 bits
+      found += !there;
+      there = 1;
+    }
     for (int64_t c = 0; c < a.channels; ++c)
       if (place[c]) channel[channels] = int32_t(c), place[c] = int32_t(channels++);
     for (int pass = 0; pass < 2; ++pass)
@@ -1049,13 +1063,18 @@ struct Convolution : Layer<Format> {
         dense ? double(rows * filters * tiles(channels, step()) * Format::kSums * area) : double(a.rows[a.filters]);
     constexpr bool halves = kShortSums<Format>;  // dense layers of such formats are no Convolution
     bool found = false;
+    int64_t known[2][129] = {};  // lines under so many rows, and columns, of a tile
+    const auto lines_under = [&](int axis, int64_t outputs) {
+      int64_t& count = known[axis][outputs];
+      if (!count) count = Axis(a.kernel[axis], a.stride[axis], a.dilation[axis], outputs).lines;
+      return count;
+    };
     const auto consider = [&](const Room& r, const Micro& m, int64_t down_times, int64_t across_times) {
       const Shape s = {m.rows * down_times, m.columns * across_times, m};
       if (s.rows > Base::most_rows()) return;
-      const Axis y(a.kernel[0], a.stride[0], a.dilation[0], s.rows);
-      const Axis x(a.kernel[1], a.stride[1], a.dilation[1], s.columns);
-      if (y.lines * x.lines > kMostLines && s.rows * s.columns > 1) return;
-      const int64_t each = 4 * W * y.lines * x.lines * (dense ? Format::kSums : 1) / step();  // bytes of a channel
+      const int64_t under = lines_under(0, s.rows) * lines_under(1, s.columns);
+      if (under > kMostLines && s.rows * s.columns > 1) return;
+      const int64_t each = 4 * W * under * (dense ? Format::kSums : 1) / step();  // bytes of a channel
       const int64_t fitting = r.bytes / each;
       const int64_t turns = tiles(channels, fitting < step() ? step() : fitting);
       const double pixels = double(s.rows * s.columns), micros = double(down_times * across_times);
@@ -1066,7 +1085,7 @@ struct Convolution : Layer<Format> {
       const double pack = halves ? kHalvesPackCost : kPackCost;
       const double put_down = double(turns - 1) * filters * pixels * (dense || halves ? 1 : Format::kSums) * kSumCost;
       const double enter = halves ? (products / kShort + double(rows)) * pixels * kEnterCost : 0;
-      const double work = products * pixels * narrow * r.cost + enter + pack * channels * y.lines * x.lines +
+      const double work = products * pixels * narrow * r.cost + enter + pack * channels * under +
                           rows * (turns * micros * kTurnCost + put_down) +
                           live * (pixels * Format::kSums * kEndCost + s.rows * kRunCost) + kJobCost;
       const double total = work * tiles(a.out_height, s.rows) * tiles(a.out_width, s.columns);
@@ -1090,20 +1109,24 @@ struct Convolution : Layer<Format> {
       powers = Array<float>(live);
       for (int64_t o = 0; o < live; ++o) powers[o] = Format::power(a.values + a.rows[o], a.rows[o + 1] - a.rows[o]);
     }
-    Array<int32_t> next(live);  // tap of each filter
+    Array<int32_t> next(live);    // tap of each filter
+    Array<int32_t> offset(area);  // in a channel, of each place of the kernel
     for (int64_t o = 0; o < live; ++o) next[o] = a.rows[o];
+    for (int64_t k = 0; k < area; ++k) offset[k] = this->offset(x, y, k) * W;
     int32_t laid = 0;
     for (int64_t b = 0; b < blocks; ++b) {  // as they are read
       int32_t* cut = cuts.data + b * (live + 1);
       for (int64_t o = 0; o < live; ++o) {
         *cut++ = laid;
         if (kShortSums<Format>) before[b * live + o] = next[o] - a.rows[o];
-        for (int32_t& k = next[o]; k < a.rows[o + 1] && place[a.taps[k] / area] < (b + 1) * together; ++k) {
-          const int64_t at = place[a.taps[k] / area] - b * together;
+        for (int32_t& k = next[o]; k < a.rows[o + 1]; ++k) {
+          const uint32_t tap = a.taps[k], c = tap / uint32_t(area);
+          const int64_t at = place[c] - b * together;
+          if (at >= together) break;
           uint32_t weight;
           if constexpr (kShortSums<Format>) weight = Format::tap(a.values[k] / powers[o]);
           else weight = Format::weight(a.values[k]);
-          taps[laid++] = {weight, int32_t((at * lines + offset(x, y, a.taps[k] % area)) * W)};
+          taps[laid++] = {weight, int32_t(at * lines * W) + offset[tap - c * uint32_t(area)]};
         }
       }
       *cut = laid;
