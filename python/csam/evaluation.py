@@ -370,7 +370,7 @@ def _recorded(
             )
     journal, known = _open_votes(record, recipe)
     for i, votes in known.items():
-        if i < len(labels) and votes.get("pixels") != _pixels(pixels(i)):
+        if i < len(labels) and votes.get("pixels") != _pixels(pixels(i).float().contiguous()):
             raise RunError(
                 f"{record.path} is the record of other images: image {i} has other pixels now; give the same images to "
                 "continue it, or choose another file"
@@ -478,14 +478,17 @@ class _Image:
 
     def take(self, most: int) -> list[tuple[int, int]]:
         """Begin the next (number, first sample) of each range wanted, `most` at most."""
-        if not any(n for n, _ in self._ranges):
+        ranges = self._ranges
+        if not ranges:
             self.certification.most = most  # they end at its multiples
-            self._ranges = self.certification.wanted
-            self.votes = [_NONE] * len(self._ranges)
-        parts = [(min(n, most), first) for n, first in self._ranges]
-        self._ranges = [(n - m, first + m) for (n, first), (m, _) in zip(self._ranges, parts, strict=True)]
-        self.left = sum(n for n, _ in parts)
-        return parts
+            ranges = self.certification.wanted
+            self.votes = [_NONE] * len(ranges)
+        self._ranges = []
+        if any(n > most for n, _ in ranges):
+            self._ranges = [(max(n - most, 0), first + most) for n, first in ranges]
+            ranges = [(min(n, most), first) for n, first in ranges]
+        self.left = sum(n for n, _ in ranges)
+        return ranges
 
     def cut(self, most: int, piece: int, aligned: bool) -> list[Piece]:
         """The same in pieces of so many samples; if they are aligned, they end at multiples of `piece`."""
@@ -511,7 +514,7 @@ class _Image:
         Returns:
             What the journal is to keep of the image now: its certificate, or every few seconds its state, or nothing.
         """
-        if any(n for n, _ in self._ranges):
+        if self._ranges:
             return None
         certificate = self.certification.tell([votes.tolist() for votes in self.votes])
         if certificate is None:
@@ -697,8 +700,11 @@ def naming(idx: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, ModelError) as error:
-        kind = ModelError if isinstance(error, ModelError) else ValueError
-        raise kind(f"image {idx}: {error}") from error
+        raise _of_image(idx, error) from error
+
+
+def _of_image(idx: int, error: ValueError | ModelError) -> Exception:
+    return (ModelError if isinstance(error, ModelError) else ValueError)(f"image {idx}: {error}")
 
 
 def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:
@@ -706,12 +712,14 @@ def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Ten
     sampler, device = prepared.sampler, prepared.device
 
     def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
-        with naming(stream), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            # a thread begins on the first GPU
-            seed, sigma, grid, law = smooth.seed, smooth.sigma, smooth.grid, smooth.noise
-            if sampler is None:
+        seed, sigma, grid, law = smooth.seed, smooth.sigma, smooth.grid, smooth.noise
+        try:
+            if sampler is not None:
+                return sampler.votes(x, sigma, n, seed=seed, first_sample=first, stream=stream, grid=grid, law=law)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first
                 return smoothing.votes(prepared, x, sigma, n, seed, first, batch_size, stream, grid, law).cpu()
-            return sampler.votes(x, sigma, n, seed=seed, first_sample=first, stream=stream, grid=grid, law=law)
+        except (ValueError, ModelError) as error:
+            raise _of_image(stream, error) from error
 
     return vote
 
@@ -728,9 +736,8 @@ def _logits(prepared: Prepared, x: Tensor) -> str:
 
 
 def _pixels(x: Tensor) -> str:
-    """A digest of an image's pixels in float32."""
-    pixels = x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return hashlib.blake2b(pixels, digest_size=8).hexdigest()
+    """A digest of an image's pixels, contiguous in float32."""
+    return hashlib.sha1(x.numpy(force=True).data).hexdigest()[:16]
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
