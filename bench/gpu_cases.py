@@ -76,6 +76,12 @@ def noise_cases(device: torch.device) -> Iterator[Case]:
     for law in ("uniform", "laplace"):
         noise = (x, 400, 0.25, 7, 0, 0, torch.bfloat16, torch.channels_last, law)
         yield Case("smoothing_noise", f"400x3x32x32 bf16 channels_last {law}", noise)
+    numbers = (255 * x).round()
+    for name, dtype, layout in (
+        ("400x3x32x32 bf16 channels_last", torch.bfloat16, torch.channels_last),
+        ("400x3x32x32 float32", torch.float32, torch.contiguous_format),
+    ):
+        yield Case("grid_noise", name, (numbers, 400, 0.25, 255, 7, 0, 0, dtype, layout))
 
     def votes(logits: Tensor, out: Tensor) -> None:
         out += torch.bincount(logits.argmax(1), minlength=len(out))

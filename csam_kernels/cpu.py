@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format  # as the dispatcher decides; torch exports it nowhere else
 
 from csam_kernels import _C
-from csam_kernels.cells import cells, steps
+from csam_kernels.cells import cells
 from csam_kernels.laws import scaled
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
 from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride, wide
@@ -69,7 +69,7 @@ def smoothing_noise(
 
 
 def grid_noise(
-    x: Tensor,
+    numbers: Tensor,
     n: int,
     sigma: float,
     grid: int,
@@ -80,8 +80,8 @@ def grid_noise(
     memory_format: torch.memory_format,
     law: str = "gaussian",
 ) -> Tensor:
-    channels, height, width = x.shape
-    table, numbers = cells(sigma, grid, law), steps(x, grid).contiguous()
+    channels, height, width = numbers.shape
+    table, numbers = cells(sigma, grid, law), numbers.contiguous()
     shape = torch.empty((n, channels, height, width), device="meta", memory_format=memory_format)
     out = _new(shape, dtype)
     where = (seed & WORD, first_sample, stream, out.data_ptr(), DTYPE[dtype], memory_format is torch.channels_last)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csam_kernels.cells import cells, steps
+from csam_kernels.cells import cells
 from csam_kernels.layout import conv2d_size, expand_mask, reduce_to_mask
 from csam_kernels.ops.sample_network import Program, Value
 
@@ -106,7 +106,7 @@ def smoothing_noise(
 
 
 def grid_noise(
-    x: Tensor,
+    numbers: Tensor,
     n: int,
     sigma: float,
     grid: int,
@@ -117,18 +117,18 @@ def grid_noise(
     memory_format: torch.memory_format,
     law: str = "gaussian",
 ) -> Tensor:
-    table, numbers = cells(sigma, grid, law), steps(x, grid)
-    samples = torch.arange(n, device=x.device) + first_sample
-    words = philox_words(x.numel(), samples, seed=seed, stream=stream)
+    table, device = cells(sigma, grid, law), numbers.device
+    samples = torch.arange(n, device=device) + first_sample
+    words = philox_words(numbers.numel(), samples, seed=seed, stream=stream)
     column, fraction = words >> (32 - table.bits), (words << table.bits) & _WORD
-    entry, low = table.columns.long().to(x.device)[column] & _WORD, 2**table.bits - 1
+    entry, low = table.columns.long().to(device)[column] & _WORD, 2**table.bits - 1
     own, tied = fraction < (entry & ~low), fraction == (entry & ~low)
     for i, e in tied.nonzero().tolist():
         counter = torch.tensor([e, int(samples[i]) & _WORD, int(samples[i]) >> 32, stream])
         first, second, *_ = philox4x32(counter, (seed & _WORD, ((seed >> 32) & _WORD) ^ CELL_DOMAIN)).tolist()
         own[i, e] = (first << 32 | second) < int(table.rest[column[i, e]]) % 2**64
     number = torch.where(own, column, entry & low) - 2 ** (table.bits - 1)
-    out = (number.reshape(n, *x.shape) + numbers) / grid
+    out = (number.reshape(n, *numbers.shape) + numbers) / numbers.new_tensor(grid)
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 

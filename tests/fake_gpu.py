@@ -109,15 +109,16 @@ class Watch(TorchDispatchMode):
         with _disable_current_modes():
             if func is aten.is_pinned.default:
                 return any(args[0] is t for t in self.pinned)
-            if func is aten._pin_memory.default:
+            if func in (aten._pin_memory.default, aten.pin_memory.default):
                 self.pinned.append(args[0].clone())
                 return self.pinned[-1]
             if target is None or torch.device(target).type == "cpu":
                 return func(*args, **kwargs)
-        if func is aten._to_copy.default:
+        if func in (aten._to_copy.default, aten.to.dtype_layout):  # the latter in inference mode
             self.sent.append(any(args[0] is t for t in self.pinned))
             if not kwargs.get("non_blocking"):
                 self.waits.append("a copy to the device")
+            return on_gpu(args[0])
         return func(*args, **kwargs)
 
 

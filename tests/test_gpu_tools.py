@@ -47,7 +47,7 @@ def test_cases_are_calls_that_every_provider_takes(tool: ModuleType) -> None:
         assert tool.difference(actual, expected, case)[1], case.op
         wrong = [a + (1 if a.dtype is torch.int64 else 0.1) for a in actual]
         assert not tool.difference(wrong, expected, case)[1], case.op
-    assert seen == {"smoothing_noise", "count_votes", "semantic_batch", "philox_uniform"}
+    assert seen == {"smoothing_noise", "grid_noise", "count_votes", "semantic_batch", "philox_uniform"}
 
 
 @pytest.mark.parametrize("tool", ["gpu_check"], indirect=True)
@@ -79,7 +79,7 @@ CONVOLUTIONS = {
 CHOICES = {  # of the kernels' constants that are no sizes and more than true or false
     "PRECISION": {"ieee", "tf32"},
     "KIND": {"plain", "uniform", "adversarial"},
-    "LAW": {0, 1, 2},
+    "LAW": {0, 1, 2, 3},
     "SUMS": {"none", "rows", "columns"},
     "COVER_BLOCK": {16, 64, 512},
     "BINS": {0, 16},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -110,7 +109,8 @@ def test_same_bits_as_the_reference(
     where = {"seed": 2**64 - 5, "first_sample": 2**32 - 20, "stream": 7}
     out = ck.grid_noise(picture(*shape), 50, 0.5, **where, dtype=dtype, memory_format=form, law=law)
     assert out.is_contiguous(memory_format=form)
-    expected = reference.grid_noise(picture(*shape), 50, 0.5, 255, 2**64 - 5, 2**32 - 20, 7, dtype, form, law)
+    numbers = steps(picture(*shape), 255)
+    expected = reference.grid_noise(numbers, 50, 0.5, 255, 2**64 - 5, 2**32 - 20, 7, dtype, form, law)
     assert out.dtype == dtype
     assert torch.equal(out, expected)
 
@@ -122,7 +122,7 @@ def test_ties_of_the_first_word_are_settled_by_the_next_bits(isa: str) -> None:
     entry = law.columns.long()[words >> (32 - law.bits)] % 2**32
     ties = (words << law.bits) % 2**32 == entry & ~(2**law.bits - 1)
     assert ties.sum() > 30
-    expected = reference.grid_noise(x, n, wide, 255, 9, 0, 4, F32, NCHW)
+    expected = reference.grid_noise(steps(x, 255), n, wide, 255, 9, 0, 4, F32, NCHW)
     assert torch.equal(ck.grid_noise(x, n, wide, seed=9, stream=4), expected)
     numbers = (expected.double() * 255).round() - (x.double() * 255).round() + 2 ** (law.bits - 1)
     own = numbers.flatten(1)[ties] == (words >> (32 - law.bits))[ties]
@@ -161,14 +161,11 @@ def test_pixels_off_the_grid_are_refused_by_name(value: float) -> None:
             call()
 
 
-def test_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = picture(1, 4, 4)
-    prepared = dataclasses.replace(Smooth(Two(), 2, 0.5).prepare(x), device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="sound_float must be False on cuda"):
-        Smooth(prepared, 2, 0.5, sound_float=True).prepare(x)
-    monkeypatch.setenv("CSAM_BACKEND", "triton")
-    with pytest.raises(ck.BackendUnavailable, match=r"triton: has no grid_noise.* cpu serves it"):
-        ck.grid_noise(x, 2, 0.5, seed=0)
+def test_an_image_that_is_known_to_be_on_the_grid_is_not_looked_at() -> None:
+    x = picture(3, 4, 4)
+    assert torch.equal(ck.grid_noise(x, 2, 0.5, seed=0, on_grid=True), ck.grid_noise(x, 2, 0.5, seed=0))
+    x[0, 1, 2] = float("nan")
+    assert ck.grid_noise(x, 2, 0.5, seed=0, on_grid=True).isnan().sum() == 2
 
 
 # Certificates

@@ -23,12 +23,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import csam_kernels as ck
+from csam_kernels.cells import cells
 from csam_kernels.laws import LAWS
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import philox, rounding
 from csam_kernels.triton.launch import record
 from csam_kernels.triton.launchers.philox_uniform import philox_uniform
-from csam_kernels.triton.launchers.smoothing_noise import smoothing_noise
+from csam_kernels.triton.launchers.smoothing_noise import grid_noise, smoothing_noise
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -58,7 +59,8 @@ def fma(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, and programs that make three samples: many programs in a small test."""
     row = {"QUADS": 16, "num_warps": 4, "programs": 1, "samples": 3}
-    monkeypatch.setattr(tuning, "SMOOTHING_NOISE", dict.fromkeys(tuning.CLASSES.values(), row))
+    for table in ("SMOOTHING_NOISE", "GRID_NOISE"):
+        monkeypatch.setattr(tuning, table, dict.fromkeys(tuning.CLASSES.values(), row))
 
 
 SHAPES = {
@@ -84,6 +86,32 @@ def test_noise_has_the_bits_of_the_cpu(
     out = smoothing_noise(*arguments)
     assert out.is_contiguous(memory_format=memory_format)
     assert torch.equal(out, cpu.smoothing_noise(*arguments))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("law", LAWS)
+def test_noise_on_a_grid_has_the_bits_of_the_cpu(
+    small: None, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, law: str
+) -> None:
+    numbers = torch.randint(0, 256, shape).float()
+    arguments = (numbers, 5, 0.3, 255, SEED, FIRST, STREAM, dtype, memory_format, law)
+    out = grid_noise(*arguments)
+    assert out.is_contiguous(memory_format=memory_format)
+    assert torch.equal(out, cpu.grid_noise(*arguments))
+
+
+def test_ties_on_a_grid_are_settled_by_the_next_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 2^16 columns: a word in as many leaves a tie."""
+    numbers, n, wide = torch.randint(0, 256, (3, 32, 32)).float(), 150, 10.0
+    law = cells(wide, 255)
+    words = reference.philox_words(numbers.numel(), torch.arange(n), seed=9, stream=4)
+    entry = law.columns.long()[words >> (32 - law.bits)] % 2**32
+    assert ((words << law.bits) % 2**32 == entry & ~(2**law.bits - 1)).sum() > 3
+    monkeypatch.setenv("CSAM_BACKEND", "triton")
+    arguments = (numbers, n, wide, 255, 9, 0, 4, F32, NCHW)
+    assert torch.equal(ck.grid_noise(numbers / 255, n, wide, seed=9, stream=4), cpu.grid_noise(*arguments))
 
 
 def test_noise_of_the_table_s_tiles(fma: None) -> None:

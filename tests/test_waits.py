@@ -69,6 +69,23 @@ def test_one_wait_a_smoothing_certificate(prepared: Prepared, where: str) -> Non
     assert kernels(launches) == ["smoothing_noise", "masked_conv2d_kernel", "count_votes"] * (13 + 126)
 
 
+def test_one_wait_a_sound_certificate(prepared: Prepared) -> None:
+    """The table of the noise is sent once; an image on the CPU is looked at there, and not again."""
+    x = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    counts = torch.tensor([0, 5, 90, 5, 10, 980, 10])
+    with gpu(lambda t: counts) as (watch, launches):
+        smooth = csam.Smooth(there(prepared), 3, 0.5, sound_float=True)
+        smooth.certify(csam.data.to_unit(x), n0=100, n=1000)
+        watch.waits.clear(), launches.clear()
+        label, radius = smooth.certify(csam.data.to_unit(x), n0=100, n=1000)
+        assert len(watch.waits) == 1, watch.waits
+    assert label == 1
+    assert radius == pytest.approx(certified_radius(980, 1000, 0.5, 0.001), rel=1e-3)
+    assert kernels(launches)[:1] == ["smoothing_noise"]
+    assert kernels(launches).count("smoothing_noise") == 13 + 126
+    assert kernels(launches).count("count_votes") == 13 + 126
+
+
 def test_an_image_with_nan_is_refused_after_the_wait(prepared: Prepared) -> None:
     with gpu(lambda t: torch.tensor([7, 0, 0, 0])) as (watch, _):
         smooth = csam.Smooth(there(prepared), 3, 0.5)

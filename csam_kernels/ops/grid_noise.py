@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.cells import steps, unchecked_steps
 from csam_kernels.ops.smoothing_noise import checked_form, checked_noise, format_of
 
 MOST = 2**16  # steps to 1
@@ -20,6 +21,7 @@ def grid_noise(
     first_sample: int = 0,
     stream: int = 0,
     grid: int = 255,
+    on_grid: bool = False,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     law: str = "gaussian",
@@ -35,6 +37,7 @@ def grid_noise(
         x: image [C, H, W] in float32, bfloat16 or float16, each value the float32 nearest to a whole number / grid,
             such as uint8 / 255.
         grid: steps to 1, 1 .. 2^16.
+        on_grid: x is known to be on the grid and is not looked at, for which a GPU would be waited for.
         n, sigma, seed, first_sample, stream, dtype, memory_format, law: as in `smoothing_noise`; sigma in x's unit.
 
     Returns:
@@ -45,7 +48,8 @@ def grid_noise(
     """
     n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream, law)
     form = checked_form(x, dtype, memory_format)
-    result: Tensor = _op(x, n, sigma, checked_grid(grid), *where, *form, law)
+    numbers = (unchecked_steps if on_grid else steps)(x, checked_grid(grid))
+    result: Tensor = _op(numbers, n, sigma, grid, *where, *form, law)
     return result
 
 
@@ -55,7 +59,7 @@ def checked_grid(grid: int) -> int:
 
 @torch.library.custom_op("csam::grid_noise", mutates_args=())
 def _op(
-    x: Tensor,
+    numbers: Tensor,
     n: int,
     sigma: float,
     grid: int,
@@ -66,13 +70,14 @@ def _op(
     channels_last: bool,
     law: str = "gaussian",
 ) -> Tensor:
-    serve = backend.serve("grid_noise", x.device)
-    return serve(x, n, sigma, grid, seed, first_sample, stream, dtype, format_of(channels_last), law)
+    """Of the whole numbers of an image, float32, which are not looked at: on a GPU that would wait for it."""
+    serve = backend.serve("grid_noise", numbers.device)
+    return serve(numbers, n, sigma, grid, seed, first_sample, stream, dtype, format_of(channels_last), law)
 
 
 @_op.register_fake
 def _(
-    x: Tensor,
+    numbers: Tensor,
     n: int,
     sigma: float,
     grid: int,
@@ -84,4 +89,4 @@ def _(
     law: str = "gaussian",
 ) -> Tensor:
     memory_format = format_of(channels_last)
-    return torch.empty((n, *x.shape), dtype=dtype, device=x.device, memory_format=memory_format)
+    return torch.empty((n, *numbers.shape), dtype=dtype, device=numbers.device, memory_format=memory_format)

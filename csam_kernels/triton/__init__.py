@@ -20,4 +20,4 @@ from csam_kernels.triton.launchers.percentile_init import percentile_init
 from csam_kernels.triton.launchers.perturb_masks import perturb_masks
 from csam_kernels.triton.launchers.philox_uniform import philox_uniform
 from csam_kernels.triton.launchers.semantic_batch import semantic_batch
-from csam_kernels.triton.launchers.smoothing_noise import smoothing_noise
+from csam_kernels.triton.launchers.smoothing_noise import grid_noise, smoothing_noise

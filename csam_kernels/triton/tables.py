@@ -1,7 +1,8 @@
-"""Tables of a multi-tensor pass, on the device: what a program must know of its layer, and which chunk is its own.
+"""Tables on the device. Of a multi-tensor pass: what a program must know of its layer, and which chunk is its own. Of
+noise on a grid: how its numbers are drawn.
 
-A table is kept by its content (addresses, sizes) and stream in a small LRU, so a repeated call copies nothing. A miss
-builds it in pinned memory and copies it without waiting.
+A table is kept by its content (addresses, sizes, a law) and stream in a small LRU, so a repeated call copies nothing. A
+miss builds it in pinned memory and copies it without waiting.
 
 A call that is captured in a CUDA graph takes what calls before the capture left, such as tables of sizes, whatever
 their stream: a graph is replayed after them. What it does not find, such as addresses in the graph's own memory, is
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csam_kernels.cells import cells
 from csam_kernels.triton.launch import current
 
 Row = tuple[int, ...]
@@ -45,6 +47,13 @@ def chunk_table(sizes: Row, chunk: int, device: torch.device) -> Tensor:
     return _on_device(_chunks, (sizes, chunk), (sum(chunk_counts(sizes, chunk)), 2), torch.int32, device)
 
 
+def cell_tables(sigma: float, grid: int, law: str, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """columns, rest and bits of `csam_kernels.cells`."""
+    content, bits = (sigma, grid, law), cells(sigma, grid, law).bits
+    columns = _on_device(_columns, content, (2**bits,), torch.int32, device)
+    return columns, _on_device(_rest, content, (2**bits,), torch.int64, device), bits
+
+
 def chunk_counts(sizes: Row, chunk: int) -> list[int]:
     return [-(-n // chunk) for n in sizes]
 
@@ -60,8 +69,16 @@ def _chunks(sizes: Row, chunk: int) -> Tensor:
     return torch.stack((layer, own), 1).to(torch.int32)
 
 
+def _columns(sigma: float, grid: int, law: str) -> Tensor:
+    return cells(sigma, grid, law).columns
+
+
+def _rest(sigma: float, grid: int, law: str) -> Tensor:
+    return cells(sigma, grid, law).rest
+
+
 def _on_device(
-    build: Callable[..., Tensor], content: tuple, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    build: Callable[..., Tensor], content: tuple, shape: Row, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)

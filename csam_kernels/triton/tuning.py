@@ -96,6 +96,7 @@ SMOOTHING_NOISE = {
     "sm90": {"QUADS": 256, "num_warps": 4, "programs": 132 * 32, "samples": 32},
     "sm100": {"QUADS": 256, "num_warps": 4, "programs": 148 * 32, "samples": 32},
 }
+GRID_NOISE = {name: {**row, "QUADS": 128} for name, row in SMOOTHING_NOISE.items()}  # a thread holds its words longer
 PHILOX_UNIFORM = {name: {"QUADS": 256, "num_warps": 4} for name in CLASSES.values()}
 
 # By the largest number of classes a row serves: values of logits a program holds, and how winners are counted.

@@ -13,7 +13,7 @@ enum class Law : int {
   kGaussian = 0,  // of standard deviation 1
   kUniform = 1,   // on [-1, 1]
   kLaplace = 2,   // of scale 2
-  kCells = 3,     // whole numbers by a table (csam_kernels/cells.py), of the CPU's kernels alone
+  kCells = 3,     // whole numbers by a table (csam_kernels/cells.py), not of CUDA C++
 };
 
 constexpr float kSin[4] = {0x1.921fb6p+2f, -0x1.4abbbap+5f, 0x1.465ec6p+6f, -0x1.2d9bb8p+6f};

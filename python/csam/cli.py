@@ -165,7 +165,7 @@ CERTIFY_OPTIONS = (
         "--sound-float/--plain-float",
         "certify.sound_float",
         bool,
-        "Noise on the grid of the pixels: the proof covers floating point. On a CPU.",
+        "Noise on the grid of the pixels: the proof covers floating point.",
     ),
     ("--radii", "certify.radii", NUMBERS, "Radii of the table."),
     ("--cc-n", "certify.cc_n", int, "CC-Cert: draws a block."),

@@ -110,8 +110,8 @@ class Smooth:
         choices: how each layer runs, as in `csam.sampling.plan`; with a dtype only.
         calibration: for "int8", and for it alone: images [N, C, H, W] that set the ranges of its values, such as
             training images; pixels without noise, that of `sigma` is added.
-        sound_float: noise on the grid of the pixels, so that the guarantee covers floating point (`csam.sound`); on
-            a CPU, for images uint8 / 255.
+        sound_float: noise on the grid of the pixels, so that the guarantee covers floating point (`csam.sound`); for
+            images uint8 / 255.
         layout: "NCHW"; or "NHWC" for images [H, W, C] (and `calibration` [N, H, W, C]) and a model that takes
             [B, H, W, C]. A pixel gets the same noise in both. A `Prepared` network keeps its own.
 
@@ -123,8 +123,8 @@ class Smooth:
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
             statistics (its output for one sample depends on the others, so no certificate would hold). At the first
-            image: int8 of a network that has no such steps, or calibrated on images of another shape; sound_float on
-            a GPU or of an image off the grid.
+            image: int8 of a network that has no such steps, or calibrated on images of another shape; sound_float
+            of an image off the grid.
     """
 
     ABSTAIN = ABSTAIN
@@ -262,10 +262,6 @@ class Smooth:
             raise ValueError(
                 f"num_classes must be the width of the model's logits, {prepared.num_classes}, got {self.num_classes}"
             )
-        if self.grid is not None and prepared.device.type != "cpu":
-            raise ValueError(
-                f"sound_float must be False on {prepared.device}: its noise is drawn on the CPU only; move the model"
-            )
         return prepared
 
     def recipe(self, x: Tensor) -> dict[str, Any]:
@@ -376,7 +372,7 @@ def votes(
         run_tiles(tally, range(first_sample, first_sample + n, share), prepared.workers(batch_size, share))
         return out
 
-    draw = csam_kernels.smoothing_noise if grid is None else partial(csam_kernels.grid_noise, grid=grid)
+    draw = csam_kernels.smoothing_noise if grid is None else partial(csam_kernels.grid_noise, grid=grid, on_grid=True)
 
     def noisy(start: int) -> Tensor:
         if head is not None:

@@ -9,9 +9,10 @@ import triton.language as tl
 
 PERTURB_DOMAIN = tl.constexpr(0x6D61736B)  # xor into the high key word, as in csrc/common/philox.h
 UNIFORM_DOMAIN = tl.constexpr(0x756E6966)
+CELL_DOMAIN = tl.constexpr(0x63656C6C)
 
 # csrc/common/deviates.h: the laws, and their polynomials; the logarithm's are times -2, which is exact.
-GAUSSIAN, UNIFORM, LAPLACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+GAUSSIAN, UNIFORM, LAPLACE, CELLS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SIN0, SIN1 = tl.constexpr(float.fromhex("0x1.921fb6p+2")), tl.constexpr(float.fromhex("-0x1.4abbbap+5"))
 SIN2, SIN3 = tl.constexpr(float.fromhex("0x1.465ec6p+6")), tl.constexpr(float.fromhex("-0x1.2d9bb8p+6"))
 COS0, COS1 = tl.constexpr(1.0), tl.constexpr(float.fromhex("-0x1.3bd3ccp+4"))
@@ -97,11 +98,30 @@ def signed(word, LAW: tl.constexpr):
 
 @triton.jit
 def deviates(quad, sample_low, sample_high, stream, k0, k1, LAW: tl.constexpr):
-    """Deviates 0, 1, 2, 3 of every quad: element e of a sample has deviate e % 4 of quad e // 4."""
+    """Deviates 0, 1, 2, 3 of every quad: element e of a sample has deviate e % 4 of quad e // 4. Of CELLS the words."""
     w0, w1, w2, w3 = philox_words(quad, sample_low, sample_high, stream, k0, k1)
     if LAW == GAUSSIAN:
         n0, n1 = box_muller(w0, w1)
         n2, n3 = box_muller(w2, w3)
         return n0, n1, n2, n3
+    elif LAW == CELLS:
+        return w0, w1, w2, w3
     else:
         return signed(w0, LAW), signed(w1, LAW), signed(w2, LAW), signed(w3, LAW)
+
+
+@triton.jit
+def grid_steps(word, element, sample_low, sample_high, stream, k0, k1, columns_ptr, rest_ptr, bits):
+    """Whole numbers drawn by the words of the elements from a table of 2^bits columns (csam_kernels/cells.py)."""
+    column, fraction = word >> (32 - bits), word << bits
+    entry = tl.load(columns_ptr + column).to(tl.uint32, bitcast=True)
+    other = entry & ((tl.full((), 1, tl.uint32) << bits) - 1)
+    threshold = entry ^ other
+    own = fraction < threshold
+    tied = fraction == threshold
+    if tl.max(tied.to(tl.int32), 0) > 0:  # 64 more bits decide
+        high, rest, _, _ = philox_words(element, sample_low, sample_high, stream, k0, k1 ^ CELL_DOMAIN)
+        after = (high.to(tl.uint64) << 32) | rest.to(tl.uint64)
+        own |= tied & (after < tl.load(rest_ptr + column).to(tl.uint64, bitcast=True))
+    number = tl.where(own, column, other).to(tl.int32) - (1 << (bits.to(tl.int32) - 1))
+    return number.to(tl.float32)

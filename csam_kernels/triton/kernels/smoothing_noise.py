@@ -1,24 +1,26 @@
-"""smoothing_noise: a program keeps one tile of the image in registers and writes it, noisy, for several samples.
+"""smoothing_noise, grid_noise: a program keeps one tile of the image in registers and writes it, noisy, for several
+samples.
 
 Noise is drawn in the order of the image, channels outermost. For a channels_last result a tile is a run of pixels in
 all channels, and its values change places on the way out. A channel's run may begin inside a quad, so it takes as many
 quads as it can touch, and what they hold beyond the run is dropped.
 
-NORMALIZED: a factor and a summand a channel follow, before the one rounding.
+NORMALIZED: a factor and a summand a channel follow, before the one rounding. CELLS: the image is whole numbers,
+`scale` of them to 1, and the noise others.
 """
 
 import triton
 import triton.language as tl
 
-from csam_kernels.triton.kernels.philox import deviates, split_word
+from csam_kernels.triton.kernels.philox import CELLS, deviates, grid_steps, split_word
 from csam_kernels.triton.kernels.rounding import narrow
 
 
-@triton.jit(do_not_specialize=["n", "tile_quads", "tiles", "samples", "first_sample", "seed", "stream_word"])
+@triton.jit(do_not_specialize=["n", "tile_quads", "tiles", "samples", "bits", "first_sample", "seed", "stream_word"])
 def smoothing_noise(
     x_ptr,
-    input_scale_ptr,
-    input_shift_ptr,
+    first_ptr,
+    second_ptr,
     out_ptr,
     n,
     channels,
@@ -28,6 +30,7 @@ def smoothing_noise(
     tile_quads,
     tiles,
     samples,
+    bits: tl.uint32,
     scale: tl.float32,
     first_sample: tl.uint64,
     seed: tl.uint64,
@@ -37,10 +40,11 @@ def smoothing_noise(
     CHANNELS_LAST: tl.constexpr,
     NORMALIZED: tl.constexpr,
 ):
-    """out[i] = x + scale * deviates_i of the law for one tile and `samples` values of i.
+    """out[i] = x + scale * deviates_i of the law, or (x + steps_i) / scale, for one tile and `samples` values of i.
 
     x: [channels, pixels], `plane` of them a channel of the image; out: [n, channels, pixels], or [n, pixels, channels]
     where CHANNELS_LAST: a tile is then tile_pixels of all channels, tile_quads quads each, otherwise 4 * QUADS values.
+    The first and the second table: factors and summands where NORMALIZED, those of 2^bits CELLS.
     """
     tile = tl.program_id(0) % tiles
     begin = tl.program_id(0) // tiles * samples
@@ -61,8 +65,8 @@ def smoothing_noise(
         inside = element < elements
     x = tl.load(x_ptr + element, mask=element < elements, other=0.0).to(tl.float32)
     if NORMALIZED:
-        input_scale = tl.load(input_scale_ptr + element // plane, mask=element < elements, other=0.0)
-        input_shift = tl.load(input_shift_ptr + element // plane, mask=element < elements, other=0.0)
+        input_scale = tl.load(first_ptr + element // plane, mask=element < elements, other=0.0)
+        input_shift = tl.load(second_ptr + element // plane, mask=element < elements, other=0.0)
 
     k0, k1 = split_word(seed)
     sample = first_sample.to(tl.uint64) + begin
@@ -71,7 +75,11 @@ def smoothing_noise(
         low, high = split_word(sample)
         n0, n1, n2, n3 = deviates(quad, low, high, stream_word, k0, k1, LAW)
         noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-        noisy = tl.fma(noise, scale, x)
+        if LAW == CELLS:
+            noise = grid_steps(noise, element, low, high, stream_word, k0, k1, first_ptr, second_ptr, bits)
+            noisy = tl.div_rn(x + noise, scale)
+        else:
+            noisy = tl.fma(noise, scale, x)
         if NORMALIZED:
             noisy = tl.fma(noisy, input_scale, input_shift)
         noisy = narrow(noisy, out_ptr.dtype.element_ty)

@@ -55,7 +55,8 @@ def to_unit(x: Tensor) -> Tensor:
     """
     if x.dtype != torch.uint8:
         raise TypeError(f"x must be uint8 pixels, got {x.dtype}")
-    return x.to(torch.float32).div_(255)
+    x = x.to(torch.float32)
+    return x.div_(x.new_tensor(255))  # by a plain number CUDA would multiply with its reciprocal
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
