@@ -26,14 +26,32 @@ CSAM_INLINE float value(F16 v) {
   return float(h);
 }
 
-// Class of the first largest logit, or -1 when the row holds NaN.
+// Class of the first largest logit, or -1 when the row holds NaN. Of many classes the largest is found first, in lanes.
 template <class T>
 CSAM_INLINE int64_t winner(const T* row, int64_t classes) {
-  auto best = value(row[0]);
-  int64_t arg = 0;
+  using Value = decltype(value(row[0]));
+  constexpr int64_t kLanes = 16;
+  Value best = value(row[0]);
+  int64_t arg = 0, c = 1;
   bool nan = best != best;
-  for (int64_t c = 1; c < classes; ++c) {
-    const auto v = value(row[c]);
+  if (classes >= 4 * kLanes) {
+    Value most[kLanes];
+    int32_t wrong[kLanes] = {};
+    for (int64_t i = 0; i < kLanes; ++i) most[i] = best;
+    for (c = 0; c + kLanes <= classes; c += kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const Value v = value(row[c + i]);
+        wrong[i] |= v != v;
+        most[i] = v > most[i] ? v : most[i];
+      }
+    for (int64_t i = 0; i < kLanes; ++i) {
+      nan |= wrong[i] != 0;
+      best = most[i] > best ? most[i] : best;
+    }
+    while (!nan && value(row[arg]) != best) ++arg;
+  }
+  for (; c < classes; ++c) {
+    const Value v = value(row[c]);
     nan |= v != v;
     if (v > best) best = v, arg = c;
   }
