@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy import special, stats
 
-from csam import evaluation, sequential
+from csam import records, sequential
 from csam.smoothing import ABSTAIN
 
 N, ALPHA, REPEATS = 100_000, 0.001, 4
@@ -40,7 +40,7 @@ def published_p(path: Path, sigma: float, repeats: int = 1) -> np.ndarray:
     and get it at random, from a fixed seed: with at most 3 failures p is 1 - 10^-u, u uniform from 4.5 to 7; where the
     run abstained p is uniform from 0.2 to 0.505.
     """
-    rows = evaluation.read_tsv(path)
+    rows = records.read_tsv(path)
     radius = np.repeat([row.radius for row in rows], repeats)
     abstained = np.repeat([row.predict == ABSTAIN for row in rows], repeats)
     votes = np.arange(N // 2, N + 1)

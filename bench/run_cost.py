@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 import csam
-from csam import cli, evaluation, models, smoothing
+from csam import cli, evaluation, models, records, smoothing
 from csam.smoothing import Smooth
 from csam_kernels.ops.sample_network import SampleNetwork
 
@@ -59,7 +59,7 @@ def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) ->
             on_samples=lambda drawn: advance(0, drawn),
             **stop,
         )
-    votes = evaluation.read_votes(place)[1]
+    votes = records.read_votes(place)[1]
     return [int(votes[i]["samples"]) for i in range(len(x))]
 
 

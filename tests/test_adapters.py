@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import csam
 from csam import evaluation, runs
 from csam.adapters import ModelError
-from csam.evaluation import certify_dataset, read_tsv, read_votes
+from csam.evaluation import certify_dataset
 from csam.models import NORMALIZATION
+from csam.records import read_tsv, read_votes
 from csam.smoothing import Smooth
 from csam.transforms import Brightness
 from test_smoothing import SHAPE, SIGMA, net, picture

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
-from csam import cli, evaluation, microbench, models, pipeline, report, runs, training
+from csam import cli, microbench, models, pipeline, records, report, runs, training
 from csam.settings import PRESETS, Settings
 
 TINY = [
@@ -160,7 +160,7 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
         record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
         assert csam("certify", f"own1:{factory}", *options, "--cc-cert", "--out", out)[0] == 0
         assert [line.split()[:5] for line in record.read_text().splitlines()] == rows[factory]
-        assert evaluation.read_votes(record)[0].get("functions") == (["net 1"] if factory == "function" else None)
+        assert records.read_votes(record)[0].get("functions") == (["net 1"] if factory == "function" else None)
     assert [(r[0], r[2]) for r in rows["module"]] == [(r[0], r[2]) for r in rows["function"]]
     # another factory, other weights, another name
     code, _, err = csam("certify", "own2:module", *options, "--cc-cert", "--out", tmp_path / "module")
@@ -241,7 +241,7 @@ def test_adaptive_certificates_say_what_they_saved(csam: Command, trained: Path,
     code, out, err = csam(*adaptive, "--rtol", 0.2)
     assert code == 0, err
     assert "samples/s" in err
-    recipe, votes = evaluation.read_votes(run / "certificates" / "smoothing.tsv")
+    recipe, votes = records.read_votes(run / "certificates" / "smoothing.tsv")
     assert (recipe["target_radius"], recipe["rtol"], recipe["method"]) == (0.01, 0.2, "exact")
     mean = sum(v["samples"] for v in votes.values()) / 2
     assert mean < 4005
@@ -268,8 +268,8 @@ def test_cc_cert_alone_and_its_report(csam: Command, trained: Path, tmp_path: Pa
         assert "ACR" not in printed
     file = csam("report", run / "certificates" / "cc-cert.jsonl", "--no-plot", "--eps", "0.3,1")[1]
     assert file.replace("─", "").split() == shown.replace("─", "").replace("run/cc-cert", "cc-cert").split()
-    _, known = evaluation.read_bounds(run / "certificates" / "cc-cert.jsonl")
-    pca = evaluation.pca([r["bound"] for r in known.values()], [r["correct"] for r in known.values()], 0.3)
+    _, known = records.read_bounds(run / "certificates" / "cc-cert.jsonl")
+    pca = records.pca([r["bound"] for r in known.values()], [r["correct"] for r in known.values()], 0.3)
     assert f"{100 * pca:.1f} %" in shown
     before = (run / "certificates" / "cc-cert.tsv").read_bytes()
     assert csam(*alone)[0] == 0
@@ -300,7 +300,7 @@ def test_certify_in_int8_is_calibrated_on_training_images(csam: Command, trained
     assert code == 0, err
     assert "PCA under" in out
     record = run / "certificates" / "smoothing.tsv"
-    recipe = evaluation.read_votes(record)[0]
+    recipe = records.read_votes(record)[0]
     assert recipe["dtype"] == "int8"
     whole = record.read_text().splitlines()
     record.write_text(whole[0] + "\n")
@@ -319,7 +319,7 @@ def test_certify_with_sound_float_is_recorded_and_goes_on_in_no_other_mode(
     code, _, err = csam(*command, "--sound-float")
     assert code == 0, err
     record = run / "certificates" / "smoothing.tsv"
-    recipe = evaluation.read_votes(record)[0]
+    recipe = records.read_votes(record)[0]
     assert recipe["sound_float"]["grid"] == 255
     whole = record.read_text().splitlines()
     record.write_text(whole[0] + "\n")
@@ -347,7 +347,7 @@ def test_training_certificates_and_reports_are_of_the_law(
     code, out, err = csam(*command, "--adaptive", "--target-radius", 0.1)  # under the law that the model names
     assert code == 0, err
     assert "ℓ1" in out
-    recipe = evaluation.read_votes(run / "certificates" / "smoothing.tsv")[0]
+    recipe = records.read_votes(run / "certificates" / "smoothing.tsv")[0]
     assert (recipe["noise"], recipe["norm"], recipe["sigma"]) == (noise, "l1", 0.25)
     for other in {"gaussian", "uniform", "laplace"} - {noise}:
         code, _, err = csam(*command, "--adaptive", "--target-radius", 0.1, "--noise", other)
@@ -649,12 +649,12 @@ def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:
     command = ["certify", model, "--data", "cifar10c", "--data-dir", folder, "--images", 2, "--n0", 5, "--n", 20]
     code, out, _ = csam(*command, "--corruption", "fog", "--severity", 2, "--out", tmp_path / "run")
     assert code == 0
-    assert [row.label for row in evaluation.read_tsv(Path(out.split()[-1]))] == [0, 2]
+    assert [row.label for row in records.read_tsv(Path(out.split()[-1]))] == [0, 2]
     fog = [*command, "--corruption", "fog", "--severity", 2, "--cc-n", 5, "--cc-k", 2, "--certificate", "cc-cert"]
     transform = "rotation:10,brightness:0.2,gaussian_noise:0.04,jpeg_compression:80"
     code, out, err = csam(*fog, "--transform", transform, "--out", tmp_path / "bounded")
     assert (code, transform in out) == (0, True), err
-    bounds = evaluation.read_bounds(tmp_path / "bounded" / "certificates" / "cc-cert.jsonl")[1]
+    bounds = records.read_bounds(tmp_path / "bounded" / "certificates" / "cc-cert.jsonl")[1]
     assert [(b["idx"], b["label"]) for b in bounds.values()] == [(0, 0), (2, 2)]
     code, _, err = csam(*command, "--out", tmp_path / "other")
     assert (code, "corruption must be one of those in" in err) == (2, True), err

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import csam_kernels as ck
-from csam import evaluation, sampling, sequential, training
+from csam import evaluation, records, sampling, sequential, training
 from csam.laws import LAWS
 from csam.runs import Journal, RunError
 from csam.sequential import METHODS
@@ -258,7 +258,7 @@ def test_a_record_names_its_law_and_goes_on_under_no_other(tmp_path: Path, noise
     stop = {"n": 2000, "adaptive": True, "rtol": 0.2}
     smooth = {law: Smooth(network(), 4, SIGMA, noise=law, **options) for law in LAWS}
     rows = evaluation.certify_dataset(smooth[noise], x, [0, 1, 2], path, **stop)
-    recipe, _ = evaluation.read_votes(path)
+    recipe, _ = records.read_votes(path)
     assert (recipe["noise"], recipe["norm"]) == (noise, "l2" if noise == "gaussian" else "l1")
     for i, row in enumerate(rows):
         assert (row.predict, row.radius) == smooth[noise].certify(x[i] / 255, stream=i, **stop)
@@ -275,7 +275,7 @@ def test_a_record_names_its_law_and_goes_on_under_no_other(tmp_path: Path, noise
 def test_a_record_from_before_there_were_laws_is_gaussian(tmp_path: Path) -> None:
     x, path = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), tmp_path / "r.tsv"
     evaluation.certify_dataset(Smooth(network(), 4, SIGMA), x, [0, 1], path, n=100, indices=[0])
-    votes = evaluation.votes_path(path)
+    votes = records.votes_path(path)
     first, *rest = Journal.read(votes)
     votes.unlink()
     journal = Journal(votes)

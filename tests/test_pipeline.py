@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from csam import data, evaluation, models, pipeline, runs, training
-from csam.evaluation import read_tsv, read_votes
+from csam import data, models, pipeline, records, runs, training
+from csam.records import read_tsv, read_votes
 from csam.settings import PRESETS, Settings, override
 
 TINY = override(
@@ -227,14 +227,14 @@ def test_cc_cert_alone_goes_on_and_refuses_other_settings(tmp_path: Path) -> Non
     assert [{**b, "time": 0} for b in both] == [{**b, "time": 0} for b in bounds]
     folder = tmp_path / "run" / "certificates"
     assert {file.name for file in folder.iterdir()} == {"cc-cert.jsonl", "cc-cert.tsv"}
-    recipe, known = evaluation.read_bounds(folder / "cc-cert.jsonl")
+    recipe, known = records.read_bounds(folder / "cc-cert.jsonl")
     assert list(known.values()) == bounds
     assert (recipe["n"], recipe["k"], recipe["delta"]) == (settings.certify.cc_n, settings.certify.cc_k, 0.9)
     assert (recipe["t"], recipe["transform"], recipe["dtype"]) == ([1e-4, 1e4, 500], settings.transform, "bfloat16")
     head, *lines = (folder / "cc-cert.tsv").read_text().splitlines()
-    assert head.split() == list(evaluation.BOUND_COLUMNS)
+    assert head.split() == list(records.BOUND_COLUMNS)
     for line, bound in zip(lines, bounds, strict=True):
-        assert [float(v) for v in line.split()[:7]] == [float(bound[name]) for name in evaluation.BOUND_COLUMNS[:7]]
+        assert [float(v) for v in line.split()[:7]] == [float(bound[name]) for name in records.BOUND_COLUMNS[:7]]
 
     journal = folder / "cc-cert.jsonl"
     whole = journal.read_text().splitlines(keepends=True)
@@ -262,7 +262,7 @@ def test_bounds_of_two_plans_are_not_mixed_and_older_journals_go_on(tmp_path: Pa
     older = runs.Journal(tmp_path / "older.jsonl")  # begun before there were recipes
     older.append(first[0])
     assert pipeline.bound_images(cert, dataset, [0, 1], older.path)[0] == first[0]
-    assert evaluation.read_bounds(older.path)[0] == {}
+    assert records.read_bounds(older.path)[0] == {}
     foreign = runs.Journal(tmp_path / "foreign.jsonl")
     foreign.append({"idx": 0})
     with pytest.raises(runs.RunError, match="does not hold bounds of CC-Cert: bound, correct"):
@@ -287,7 +287,7 @@ def test_nan_probabilities_bound_one_image_alone(tmp_path: Path) -> None:
     (broken,) = (bound for bound in bounds if "nan" in bound)
     assert broken["idx"] == int(means.argmax())
     assert (broken["bound"], broken["predict"], broken["correct"]) == (1.0, -1, False)
-    assert list(evaluation.read_bounds(journal)[1].values()) == bounds
+    assert list(records.read_bounds(journal)[1].values()) == bounds
 
 
 def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_with(

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 import test_evaluation
 import test_pipeline
 from conftest import assert_close
-from csam import cli, convert, evaluation, pipeline, processes, runs, training, transforms
-from csam.evaluation import certify_dataset, read_tsv, votes_path
+from csam import cli, convert, evaluation, pipeline, processes, records, runs, training, transforms
+from csam.evaluation import certify_dataset
+from csam.records import read_tsv, votes_path
 from csam.search import MaskSearch
 from csam.settings import PRESETS, override
 from csam.smoothing import Smooth
@@ -217,7 +218,7 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path, together: Together, wh
 
 
 def test_a_record_in_use_is_refused_in_all_processes(tmp_path: Path, together: Together) -> None:
-    with evaluation.TsvWriter(tmp_path / "r.tsv"):
+    with records.TsvWriter(tmp_path / "r.tsv"):
         first, second = together(2, tmp_path, "certified", path="r.tsv")
     assert "r.tsv is being written by another run" in first[1]
     assert "process 0 has failed" in second[1]

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import shared_data
-from csam import evaluation, report
+from csam import records, report
 from csam.report import Bounds, Curve
 
 
@@ -151,7 +151,7 @@ def test_picture_needs_a_curve_and_a_known_format(tmp_path: Path) -> None:
     ids=["sigma-0.25", "sigma-0.50"],
 )
 def test_published_certificates_give_the_published_accuracies(sigma: str, published: dict[float, float]) -> None:
-    rows = evaluation.read_tsv(shared_data(f"cohen-cifar10-sigma_{sigma}.tsv"))
+    rows = records.read_tsv(shared_data(f"cohen-cifar10-sigma_{sigma}.tsv"))
     curve = Curve("cohen", [r.radius for r in rows if r.correct], len(rows))
     assert curve.total == 500
     for radius, value in published.items():

@@ -16,7 +16,7 @@ from torch.nn.utils import prune as pruning
 import csam
 import csam_kernels
 from conftest import TOLERANCE, shared_data
-from csam import cc_cert, costs, data, engine, evaluation, inference, models, sampling, smoothing, training
+from csam import cc_cert, costs, data, engine, inference, models, records, sampling, smoothing, training
 
 SIGMA = 0.25
 
@@ -577,7 +577,7 @@ def test_cc_cert_in_int8_bounds_what_float32_does(digits: Any) -> None:
             for e, w in pairs
         ]
         found = [(w if sign is None else e).prediction == label for (e, w), label in zip(pairs, labels, strict=False)]
-        return evaluation.pca(bounds, found, 0.1)
+        return records.pca(bounds, found, 0.1)
 
     assert accuracy(1.0) <= accuracy(None) <= accuracy(-1.0)
     assert abs(accuracy(None) - accuracy(0.0)) <= 0.05

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import csam_kernels as ck
 from conftest import ISAS
-from csam import data, evaluation, sampling, sound
+from csam import data, evaluation, records, sampling, sound
 from csam.runs import RunError
 from csam.smoothing import Smooth
 from csam_kernels import _C, reference
@@ -270,7 +270,7 @@ def test_a_record_says_how_it_was_drawn_and_goes_on_in_no_other_way(tmp_path: Pa
         path = tmp_path / f"{known}.tsv"
         plain, strict = (Smooth(network(), 4, 0.25, sound_float=s, **options) for s in (known, other))
         rows = evaluation.certify_dataset(plain, x, [0, 1, 2], path, n=200)
-        recipe, _ = evaluation.read_votes(path)
+        recipe, _ = records.read_votes(path)
         law = {"grid": 255, "distance": cells(0.25, 255).distance} if known else None
         assert (recipe.get("sound_float"), recipe["alpha"]) == (law, 0.001)
         assert [(r.predict, r.radius) for r in rows] == [

@@ -33,7 +33,7 @@ from rich.progress import (
 from rich.table import Table
 
 import csam_kernels
-from csam import evaluation, microbench, models, pipeline, processes, report, runs, sequential, training, transforms
+from csam import microbench, models, pipeline, processes, records, report, runs, sequential, training, transforms
 from csam.adapters import ModelError
 from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
@@ -464,13 +464,13 @@ def certify(
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, certificate=certificate)
-    records, title = out / "certificates", model if isinstance(model, str) else model.stem
+    folder, title = out / "certificates", model if isinstance(model, str) else model.stem
     if rows:
-        show(report.certificates_table([curve_of(records / "smoothing.tsv", title, rows)], settings.certify.radii))
-        results.print(str(records / "smoothing.tsv"), soft_wrap=True)
+        show(report.certificates_table([curve_of(folder / "smoothing.tsv", title, rows)], settings.certify.radii))
+        results.print(str(folder / "smoothing.tsv"), soft_wrap=True)
     if bounds:
-        show_bounds([bounds_of(records / "cc-cert.jsonl", title, bounds)], settings.certify.eps)
-        results.print(str(records / "cc-cert.tsv"), soft_wrap=True)
+        show_bounds([bounds_of(folder / "cc-cert.jsonl", title, bounds)], settings.certify.eps)
+        results.print(str(folder / "cc-cert.tsv"), soft_wrap=True)
 
 
 def show_bounds(bounds: Sequence[report.Bounds], eps: Sequence[float]) -> None:
@@ -479,13 +479,13 @@ def show_bounds(bounds: Sequence[report.Bounds], eps: Sequence[float]) -> None:
     results.print(report.SAMPLING_ERROR, soft_wrap=True)
 
 
-def bounds_of(file: Path, label: str, records: Sequence[dict[str, Any]] | None = None) -> report.Bounds:
-    """CC-Cert in the journal `file`: of these records, or of all. Raises ValueError if there is none."""
-    recipe, known = evaluation.read_bounds(file)
-    records = list(known.values()) if records is None else records
-    if not records:
+def bounds_of(file: Path, label: str, bounds: Sequence[dict[str, Any]] | None = None) -> report.Bounds:
+    """CC-Cert in the journal `file`: of these bounds, or of all. Raises ValueError if there is none."""
+    recipe, known = records.read_bounds(file)
+    bounds = list(known.values()) if bounds is None else bounds
+    if not bounds:
         raise ValueError(f"{file} holds no bounds yet")
-    return report.Bounds(label, [r["bound"] for r in records], [r["correct"] for r in records], recipe)
+    return report.Bounds(label, [b["bound"] for b in bounds], [b["correct"] for b in bounds], recipe)
 
 
 @cli.command("report")
@@ -541,12 +541,12 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
     """
     files = sorted((place / "certificates").glob("*.tsv")) if place.is_dir() else [place]
     if place.is_dir():
-        files = [file for file in files if not evaluation.holds_bounds(file)]
+        files = [file for file in files if not records.holds_bounds(file)]
     if not files and not journals_of(place):
         raise ValueError(f"{place} holds no certificates (certificates/*.tsv); is it a csam run folder?")
     curves = []
     for file in (file for file in files if file.suffix != ".jsonl"):
-        rows = evaluation.read_tsv(file)
+        rows = records.read_tsv(file)
         if not rows:
             raise ValueError(f"{file} holds no certificates yet")
         curves.append(curve_of(file, f"{title}/{file.stem}" if place.is_dir() else title, rows))
@@ -565,11 +565,11 @@ def all_bounds_of(place: Path, title: str) -> list[report.Bounds]:
     return [bounds_of(file, f"{title}/{file.stem}" if place.is_dir() else title) for file in journals_of(place)]
 
 
-def curve_of(file: Path, label: str, rows: Sequence[evaluation.Row]) -> report.Curve:
+def curve_of(file: Path, label: str, rows: Sequence[records.Row]) -> report.Curve:
     """The curve of a record's rows, with their samples and the norm of the radii where its votes lie beside it."""
     radii = [row.radius for row in rows if row.correct]
-    norm = evaluation.read_votes(file)[0].get("norm", "")
-    return report.Curve(label, radii, len(rows), samples=evaluation.mean_samples(file, rows), norm=norm)
+    norm = records.read_votes(file)[0].get("norm", "")
+    return report.Curve(label, radii, len(rows), samples=records.mean_samples(file, rows), norm=norm)
 
 
 @cli.command()

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from csam import data, evaluation, masks, models, report, runs, training, transforms
+from csam import data, evaluation, masks, models, records, report, runs, training, transforms
 from csam.adapters import Classifier
 from csam.cc_cert import CCCert
 from csam.engine import Choices
@@ -293,8 +293,8 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
     bounds = bound_images(cert, job.dataset, chosen, path, job.progress, f"{name}: CC-Cert")
     correct = [bound["correct"] for bound in bounds]
     result = {
-        "pca": {f"{e:.15g}": evaluation.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
-        "certified_accuracy": {f"{r:.15g}": evaluation.certified_accuracy(rows, r) for r in certify.radii},
+        "pca": {f"{e:.15g}": records.pca([b["bound"] for b in bounds], correct, e) for e in certify.eps},
+        "certified_accuracy": {f"{r:.15g}": records.certified_accuracy(rows, r) for r in certify.radii},
         "smoothing_seconds": sum(row.time for row in rows),
         "cc_cert_seconds": sum(bound["time"] for bound in bounds),
     }
@@ -326,7 +326,7 @@ def begun_cc_cert(team: Team, model: Classifier, dataset: data.Dataset, settings
     """CC-Cert that goes on with the journal at `path`, its layers running alike in all processes."""
 
     def choices() -> Choices:
-        begun: Choices = evaluation.read_bounds(path)[0].get("choices", "auto")
+        begun: Choices = records.read_bounds(path)[0].get("choices", "auto")
         return begun
 
     return _begun(team, dataset, partial(make_cc_cert, model, dataset, settings), choices)
@@ -361,7 +361,7 @@ def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
 
 def begun_choices(path: Path) -> Choices:
     """How the layers ran in the record at `path`, to go on in the same way; "auto" if there is none."""
-    choices: Choices = evaluation.read_votes(path)[0].get("choices", "auto")
+    choices: Choices = records.read_votes(path)[0].get("choices", "auto")
     return choices
 
 
@@ -401,11 +401,11 @@ def smooth_images(
     path: Path,
     progress: Progress = silent,
     title: str = "smoothing",
-) -> list[evaluation.Row]:
+) -> list[records.Row]:
     """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
     with progress(title, len(chosen)) as advance:
         with suppress(FileNotFoundError):  # none yet, or of another process
-            advance(len(evaluation.read_tsv(path)) if path.stat().st_size else 0)
+            advance(len(records.read_tsv(path)) if path.stat().st_size else 0)
         return evaluation.certify_dataset(
             smooth,
             dataset.test_x,
@@ -435,7 +435,7 @@ def bound_images(
 ) -> list[dict[str, Any]]:
     """CC-Cert of the chosen test images into the journal at `path`, which may hold some of them already.
 
-    The journal begins with what decides a bound (`CCCert.recipe`); a record has `evaluation.BOUND_COLUMNS`, and nan,
+    The journal begins with what decides a bound (`CCCert.recipe`); a record has `records.BOUND_COLUMNS`, and nan,
     their number, where probabilities were NaN, which is warned of at the end. Image i uses stream i. Where
     torch.distributed is initialised, its processes take an image each at a time, all have the same result, and `path`
     is process 0's.
@@ -463,7 +463,7 @@ def bound_images(
 
     with Team() as team, progress(title, len(chosen)) as advance:
         recipe = cert.recipe(data.to_unit(dataset.test_x[0]))
-        journal, known = evaluation.open_bounds(path, recipe) if team.first else (None, {})
+        journal, known = records.open_bounds(path, recipe) if team.first else (None, {})
         done: dict[int, dict[str, Any]] = team.told(known)
         advance(len(done))
         todo = [i for i in chosen if i not in done]
@@ -471,11 +471,11 @@ def bound_images(
             mine = [bounded(i) for i in todo[k + team.rank : k + team.rank + 1]]
             plan = cert.prepared.sampler.fingerprint if cert.prepared and cert.prepared.sampler else None
             found = team.gathered((mine, plan))
-            plans = {plan for records, plan in found if records}
+            plans = {plan for bounds, plan in found if bounds}
             if len(plans) > 1:
                 shown = " and ".join(sorted(map(str, plans)))
                 raise ValueError(f"all processes must run the network the same way, got the fingerprints {shown}")
-            for record in chain.from_iterable(records for records, _ in found):
+            for record in chain.from_iterable(bounds for bounds, _ in found):
                 done[record["idx"]] = record
                 if journal is not None:
                     journal.append(record)
@@ -675,7 +675,7 @@ def draw(folder: Path, settings: Settings) -> None:
     """certified_accuracy.png from the certificates in a demo's folder, one panel for each sparsity."""
     curves = []
     for method, sparsity in variants(settings):
-        rows = evaluation.read_tsv(folder / "certificates" / f"{variant_name(method, sparsity)}.tsv")
+        rows = records.read_tsv(folder / "certificates" / f"{variant_name(method, sparsity)}.tsv")
         panel = f"{100 * sparsity:.10g} % of the weights removed" if METHODS[method].prunes else ""
         radii = [row.radius for row in rows if row.correct]
         norm = LAWS[settings.train.noise].norm
@@ -725,7 +725,7 @@ def certify(
     progress: Progress = silent,
     *,
     certificate: str = "smoothing",
-) -> tuple[list[evaluation.Row], list[dict[str, Any]]]:
+) -> tuple[list[records.Row], list[dict[str, Any]]]:
     """Certify a safetensors file of `settings.model` in `folder`, or go on there; or what a factory gives
     ("package.module:factory", see `csam.models.imported`), which is known again by that name, its weights and buffers,
     and the name of a `csam.Opaque`.
@@ -751,6 +751,6 @@ def certify(
             cert = begun_cc_cert(run.team, network, dataset, settings, path)
             bounds = bound_images(cert, dataset, chosen, path, progress)
             if run.team.first:
-                runs.write_atomic(job.certificates("cc-cert"), evaluation.bounds_tsv(bounds))
+                runs.write_atomic(job.certificates("cc-cert"), records.bounds_tsv(bounds))
         run.log(f"{len(chosen)} images certified")
     return rows, bounds

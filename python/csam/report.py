@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from csam import evaluation, runs
+from csam import records, runs
 
 NORMS = {"l1": "ℓ1", "l2": "ℓ2", "": "norm not recorded"}
 FORMATS = (".png", ".pdf", ".svg")
@@ -74,8 +74,8 @@ class Bounds:
     recipe: Mapping[str, Any]
 
     def at(self, eps: float) -> float:
-        """Probabilistically certified accuracy; errors as in `csam.evaluation.pca`."""
-        return evaluation.pca(self.bounds, self.correct, eps)
+        """Probabilistically certified accuracy; errors as in `csam.records.pca`."""
+        return records.pca(self.bounds, self.correct, eps)
 
 
 SAMPLING_ERROR = (

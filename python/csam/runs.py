@@ -7,7 +7,7 @@ A run folder holds
 - ``metrics.jsonl``   one JSON object a line, at most one for each (stage, epoch)
 - ``checkpoints/``    safetensors, one for each unfinished stage, replaced whole
 - ``models/``         safetensors, the plain state dict of each finished model
-- ``certificates/``   for each model one TSV (smoothing, a line an image) with its votes (see `csam.evaluation`) beside
+- ``certificates/``   for each model one TSV (smoothing, a line an image) with its votes (see `csam.records`) beside
   it, and one JSON-lines file (CC-Cert: what decides its bounds, then a line an image)
 - ``results/``        JSON, one for each finished stage
 
@@ -28,8 +28,8 @@ import platform
 import re
 import subprocess
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +76,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def _naming(path: Path, error: OSError) -> OSError:
     """The error of the file that was asked for: a full disk names none, and nobody knows the temporary one."""
     return OSError(error.errno, error.strerror, str(path))
+
+
+@contextmanager
+def cut_back(path: Path, size: int) -> Iterator[None]:
+    """Should what appends to a file fail, the file is cut back to its size before; an OSError names it."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        if isinstance(error, OSError):
+            raise _naming(path, error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -135,17 +148,10 @@ class Journal:
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add objects. Raises OSError naming the file (a full disk); it then ends in its last whole line before."""
         data = "".join(map(_line, records)).encode()
-        try:
-            with open(self.path, "ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException as error:
-            with suppress(OSError):
-                os.truncate(self.path, self._size)
-            if isinstance(error, OSError):
-                raise _naming(self.path, error) from error
-            raise
+        with cut_back(self.path, self._size), open(self.path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         self._size += len(data)
         self.records += map(dict, records)
 
