@@ -45,8 +45,7 @@ def smoothed(removed: float, kind: str) -> Smooth:
     return Smooth(model if kind == "modules" else lambda x: model(x), 10, SIGMA)
 
 
-def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) -> list[int]:
-    """The samples of each image."""
+def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) -> None:
     with cli.bar("smoothing", len(x)) as advance:
         evaluation.certify_dataset(
             smooth,
@@ -59,8 +58,6 @@ def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) ->
             on_samples=lambda drawn: advance(0, drawn),
             **stop,
         )
-    votes = records.read_votes(place)[1]
-    return [int(votes[i]["samples"]) for i in range(len(x))]
 
 
 @contextmanager
@@ -78,25 +75,26 @@ def forward() -> Iterator[list[float]]:
 
         return wrapped
 
-    votes, tiles = SampleNetwork.votes, smoothing.run_tiles
-    SampleNetwork.votes = timed(votes)  # type: ignore[method-assign]
+    votes, tiles = SampleNetwork.votes_of, smoothing.run_tiles
+    SampleNetwork.votes_of = timed(votes)  # type: ignore[method-assign]
     smoothing.run_tiles = lambda evaluate, *where: tiles(timed(evaluate), *where)
     try:
         yield spent
     finally:
-        SampleNetwork.votes, smoothing.run_tiles = votes, tiles  # type: ignore[method-assign]
+        SampleNetwork.votes_of, smoothing.run_tiles = votes, tiles  # type: ignore[method-assign]
 
 
 def cost(title: str, smooth: Smooth, images: int, n: int, **stop: Any) -> str:
     x = torch.rand(images, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     smooth.counts(x[0], 1000)
     with tempfile.TemporaryDirectory() as folder:
-        ratios = []
+        ratios, place = [], Path(folder)
         for k in range(ROUNDS):
             start = time.process_time()
             with forward() as spent:
-                samples = run(smooth, x, Path(folder) / f"{k}.tsv", n, stop)
+                run(smooth, x, place / f"{k}.tsv", n, stop)
             ratios.append((time.process_time() - start) / sum(spent) - 1)
+        samples = [int(votes["samples"]) for votes in records.read_votes(place / "0.tsv")[1].values()]
     return (
         f"{title}: {images} images of {sum(samples) / images:,.0f} samples, {sum(spent):.1f} s of forward passes, "
         f"{statistics.median(ratios):.2%} more ({min(ratios):.2%} to {max(ratios):.2%})"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -35,7 +35,7 @@ from csam.records import read_tsv, votes_path
 from csam.search import MaskSearch
 from csam.settings import PRESETS, override
 from csam.smoothing import Smooth
-from csam_kernels.ops.sample_network import SampleNetwork
+from csam_kernels.ops.sample_network import Range, SampleNetwork
 from test_evaluation import kept, without_time
 
 Answers = list[tuple[int, str]]  # of each process: its exit status, and the error that ended it
@@ -119,13 +119,13 @@ def images(count: int = 6) -> tuple[Tensor, Tensor]:
 
 def certified(folder: Path, path: str, make: str = "lanes", count: int = 6, threads: int = 1, **kwargs: Any) -> None:
     torch.set_num_threads(threads)
-    drawn, votes = [0], SampleNetwork.votes
+    drawn, votes = [0], SampleNetwork.votes_of
 
-    def counted(self: SampleNetwork, x: Tensor, sigma: float, n: int, **options: Any) -> Tensor:
-        drawn[0] += n
-        return votes(self, x, sigma, n, **options)
+    def counted(self: SampleNetwork, ranges: Sequence[Range], sigma: float, **options: Any) -> Tensor:
+        drawn[0] += sum(n for _, n, _, _ in ranges)
+        return votes(self, ranges, sigma, **options)
 
-    SampleNetwork.votes = counted  # type: ignore[method-assign]
+    SampleNetwork.votes_of = counted  # type: ignore[method-assign]
     rows = test_evaluation.run(folder / path, images(count), getattr(test_evaluation, make), **kwargs)
     assert without_time(rows) == without_time(read_tsv(folder / path))
     (folder / f"{path}.{rank()}").write_text(str(drawn[0]))
@@ -203,7 +203,7 @@ def failing(folder: Path, where: int) -> None:
         raise ZeroDivisionError("a defect")
 
     if rank() == where:
-        SampleNetwork.votes = broken  # type: ignore[method-assign, assignment]
+        SampleNetwork.votes_of = broken  # type: ignore[method-assign, assignment]
     certified(folder, "r.tsv")
 
 

@@ -358,6 +358,19 @@ def test_votes_of_adjacent_ranges_add_up_on_any_thread(dtype: torch.dtype) -> No
     assert not torch.equal(made.votes(x, SIGMA, 300, seed=6, first_sample=11), wanted)
 
 
+@pytest.mark.parametrize("grid", [None, 255])
+def test_ranges_of_several_images_vote_as_each_alone(grid: int | None) -> None:
+    made, images = ck.sample_network(built("residual"), torch.float32), torch.randint(256, (3, 3, 7, 9)) / 255
+    ranges = [(images[i].mT, n, first, i) for i, n, first in ((0, 100, 5), (2, 0, 0), (1, 33, 2**40), (0, 1, 105))]
+    found = made.votes_of(ranges, SIGMA, seed=5, grid=grid)
+    for (x, n, first, stream), votes in zip(ranges, found, strict=True):
+        assert torch.equal(votes, made.votes(x, SIGMA, n, seed=5, first_sample=first, stream=stream, grid=grid))
+        assert int(votes.sum()) == n
+    assert made.votes_of([], SIGMA, seed=5, grid=grid).shape == (0, 5)
+    with pytest.raises(ValueError, match=r"x must be \[3, 9, 7\] on the CPU"):
+        made.votes_of([*ranges, (images[0], 1, 0, 0)], SIGMA, seed=5)
+
+
 @DTYPES
 def test_a_sample_with_nan_logits_casts_no_vote(dtype: torch.dtype) -> None:
     made, x = ck.sample_network(built("1x1"), dtype), torch.rand(3, 9, 7)

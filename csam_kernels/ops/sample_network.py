@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from csam_kernels import backend, checks
 from csam_kernels.cells import cells, steps
-from csam_kernels.laws import scaled
+from csam_kernels.laws import checked_law, checked_sigma, scaled
 from csam_kernels.ops.grid_noise import checked_grid
 from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
-from csam_kernels.ops.smoothing_noise import checked_noise
+from csam_kernels.ops.smoothing_noise import checked_range
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
+Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, stream
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
 _ARITHMETIC = 5  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
@@ -253,19 +255,31 @@ class SampleNetwork:
         `grid_noise`: the votes of adjacent ranges add up, and a sample whose logits hold NaN casts none. Arguments and
         errors as there.
         """
-        checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
-        if tuple(x.shape) != self.shape or x.device.type != "cpu":
-            raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
-        n, sigma, seed, first_sample, stream = checked_noise(x, n, sigma, seed, first_sample, stream, law)
-        out = torch.zeros(self.classes, dtype=torch.int64, device="cpu")
-        which = (seed % 2**64, stream, first_sample, n, out.data_ptr())
-        if grid is None:
-            x = x.detach().contiguous()
-            self._native.votes(x.data_ptr(), *scaled(law, sigma), *which)
-        else:
-            table, x = cells(sigma, checked_grid(grid), law), steps(x.detach(), grid).contiguous()
-            self._native.grid_votes(x.data_ptr(), *table.native, *which)
+        return self.votes_of([(x, n, first_sample, stream)], sigma, seed=seed, grid=grid, law=law)[0]
+
+    def votes_of(
+        self, ranges: Sequence[Range], sigma: float, *, seed: int, grid: int | None = None, law: str = "gaussian"
+    ) -> Tensor:
+        """`votes` of so many ranges of samples, int64 [ranges, K]; nothing but forward passes lies between them."""
+        checked_law("law", law)
+        sigma, seed = checked_sigma(sigma, law), checks.seed(seed) % 2**64
+        table = None if grid is None else cells(sigma, checked_grid(grid), law)
+        noise = scaled(law, sigma) if table is None else table.native
+        which = [(self._pixels(x, grid), *checked_range(n, first, stream)) for x, n, first, stream in ranges]
+        draw = self._native.votes if table is None else self._native.grid_votes
+        out = torch.zeros(len(which), self.classes, dtype=torch.int64, device="cpu")
+        place, row = out.data_ptr(), self.classes * out.itemsize
+        for x, n, first, stream in which:
+            draw(x.data_ptr(), *noise, seed, stream, first, n, place)
+            place += row
         return out
+
+    def _pixels(self, x: Tensor, grid: int | None) -> Tensor:
+        """The image, checked, as it is handed over: with a grid its steps."""
+        checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
+        if x.shape != self.shape or x.device.type != "cpu":
+            raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
+        return (x.detach() if grid is None else steps(x.detach(), grid)).contiguous()
 
     def times(self, rounds: int = 5) -> list[float]:
         """The least milliseconds of processor time a sample that each step took in so many rounds, on one thread."""

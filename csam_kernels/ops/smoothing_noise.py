@@ -62,11 +62,15 @@ def checked_noise(
     """(n, sigma, seed, first_sample, stream) as operators take them."""
     checked_law("law", law)
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
+    n, first_sample, stream = checked_range(n, first_sample, stream)
+    return n, checked_sigma(sigma, law), checks.seed(seed), first_sample, stream
+
+
+def checked_range(n: int, first_sample: int, stream: int) -> tuple[int, int, int]:
+    """The same of samples."""
     n = checks.integer("n", n, low=0)
-    sigma = checked_sigma(sigma, law)
-    signed_seed = checks.seed(seed)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
-    return n, sigma, signed_seed, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)
+    return n, first_sample, checks.integer("stream", stream, low=0, high=2**32 - 1)
 
 
 def checked_form(

@@ -33,17 +33,17 @@ from csam.adapters import ModelError
 from csam.data import to_unit
 from csam.inference import laid_out
 from csam.processes import Team
-from csam.records import Row, TsvWriter, nan_samples, open_votes, votes_path
+from csam.records import Row, TsvWriter, open_votes, votes_path
 from csam.runs import RunError, agree
 from csam.sequential import Certification, Rule, checked_alpha
-from csam.smoothing import Prepared, Smooth, image, nchw, one_intra_op_thread
+from csam.smoothing import Prepared, Smooth, nchw, one_intra_op_thread
 from csam_kernels import checks
+from csam_kernels.ops.sample_network import Range
 
 SAVE_SECONDS = 10.0  # an image that takes longer is saved about as often
-WRITE_SECONDS = 0.1  # what is finished waits for others to be written with, at most
+WRITE_SECONDS = 0.3  # what is finished waits for others to be written with, at most
 PIECE_SECONDS = 0.06  # of samples that a thread takes at a time
-Hand = Callable[["_Image", int, int], Tensor]  # draws n samples of an image from the first on, and counts their votes
-_NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # votes of no sample
+Hand = Callable[[Sequence["Piece"]], Sequence[Sequence[int]]]  # draws pieces, and counts the votes of each
 
 
 def certify_dataset(
@@ -114,12 +114,12 @@ def certify_dataset(
     if not wanted:
         return []
 
-    smooth, x = smooth.nchw(), nchw(x, smooth.layout)
+    smooth, x = smooth.nchw(), nchw(x.detach(), smooth.layout)
 
     def pixels(i: int) -> Tensor:
-        return to_unit(x[i]) if x.dtype == torch.uint8 else x[i]
+        return (to_unit(x[i]) if x.dtype == torch.uint8 else x[i].to(torch.float32)).contiguous()
 
-    if x.dtype != torch.uint8 and (smooth.grid is not None or not bool(x.isfinite().all())):
+    if x.dtype != torch.uint8 and (smooth.grid is not None or not bool(x.to(torch.float32).isfinite().all())):
         for i in wanted:
             with naming(i):
                 smooth.check(x[i])
@@ -147,7 +147,7 @@ def certify_dataset(
         hands = team.gathered(int(threads))
         if team.rank:
             team.serve(
-                lambda i, n, first: vote(image(pixels(i)), n, first, i),
+                lambda i, n, first: torch.tensor(vote([(pixels(i), n, first, i)])[0]),
                 smooth.num_classes,
                 hands[team.rank],
                 one_intra_op_thread,
@@ -155,16 +155,23 @@ def certify_dataset(
             return team.told([])
 
         def of_other(rank: int, hand: int) -> Hand:
-            return lambda one, n, first: team.ask(rank, hand, (one.idx, n, first), smooth.num_classes)
+            def asked(piece: Piece) -> list[int]:
+                question = (piece.image.idx, piece.n, piece.first)
+                votes: list[int] = team.ask(rank, hand, question, smooth.num_classes).tolist()
+                return votes
+
+            return lambda pieces: list(map(asked, pieces))
+
+        def own(pieces: Sequence[Piece]) -> list[list[int]]:
+            return vote([(piece.image.x, piece.n, piece.first, piece.image.idx) for piece in pieces])
 
         others = [of_other(rank, hand) for rank in range(1, team.size) for hand in range(hands[rank])]
         draw = partial(_one_by_one, smooth, prepared, batch_size)
         if others or prepared.sampler is not None:
-            own: list[Hand] = [lambda one, n, first: vote(one.x, n, first, one.idx)] * hands[0]
-            draw = partial(_together, prepared, own + others)
+            draw = partial(_together, prepared, [own] * hands[0] + others)
         with team.asking(hands), TsvWriter(path) as record:
-            rows = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
-        broken = nan_samples(path, [rows[i] for i in wanted])
+            rows, known = _recorded(record, labels, wanted, pixels, rule, recipe, draw, on_result, on_samples)
+        broken = {i: known[i]["nan"] for i in wanted if "nan" in known[i]}
         if broken:
             warnings.warn(
                 f"{sum(broken.values())} samples of {len(broken)} of {len(wanted)} images had NaN logits and voted for "
@@ -185,8 +192,8 @@ def _recorded(
     draw: Callable[[Iterator[_Image], Callable[[int], None]], Generator[list[dict[str, Any]], None, None]],
     on_result: Callable[[Row], None] | None,
     on_samples: Callable[[int], None] | None,
-) -> dict[int, Row]:
-    """The rows of the record by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
+) -> tuple[dict[int, Row], dict[int, dict[str, Any]]]:
+    """Rows and votes by image, those of `wanted` among them: what `certify_dataset` does once all is checked.
 
     `draw` gives what the journal is to keep of images, of each the last time with its certificate.
     """
@@ -199,7 +206,7 @@ def _recorded(
             )
     journal, known = open_votes(record, recipe)
     for i, votes in known.items():
-        if i < len(labels) and votes.get("pixels") != _pixels(pixels(i).float().contiguous()):
+        if i < len(labels) and votes.get("pixels") != _pixels(pixels(i)):
             raise RunError(
                 f"{record.path} is the record of other images: image {i} has other pixels now; give the same images to "
                 "continue it, or choose another file"
@@ -220,7 +227,7 @@ def _recorded(
                 on_result(row)
 
     images = (
-        _Image(i, image(pixels(i)), Certification(rule, recipe["n0"], state=known.get(i)), known.get(i, {}))
+        _Image(i, pixels(i), Certification(rule, recipe["n0"], state=known.get(i)), known.get(i, {}))
         for i in list(pending)
         if "reason" not in known.get(i, {})
     )
@@ -229,11 +236,12 @@ def _recorded(
             finish(known[i])
     with closing(draw(images, on_samples or (lambda n: None))) as drawn:
         for kept in drawn:
-            journal.append(*kept)
+            journal.append(*({**votes, "pixels": _pixels(pixels(votes["idx"]))} for votes in kept))
             for votes in kept:
+                known[votes["idx"]] = votes
                 if "reason" in votes:
                     finish(votes)
-    return rows
+    return rows, known
 
 
 class Piece(NamedTuple):
@@ -252,7 +260,6 @@ class _Image:
     Attributes:
         place: how many were begun before.
         ended: it is decided.
-        pixels: a digest of x.
         seconds: its part of the time so far.
         saved: when it was saved last, or begun.
         votes: of each range wanted, [num_classes], so far.
@@ -261,9 +268,8 @@ class _Image:
 
     def __init__(self, idx: int, x: Tensor, certification: Certification, known: Mapping[str, Any]) -> None:
         self.idx, self.x, self.certification, self.place, self.ended = idx, x, certification, 0, False
-        self.pixels = _pixels(x)
         self.seconds, self.saved = float(known.get("time", 0.0)), time.monotonic()
-        self.votes: list[Tensor] = []
+        self.votes: list[list[int]] = []
         self.left = 0
         self._ranges: list[tuple[int, int]] = []
 
@@ -273,9 +279,9 @@ class _Image:
         if not ranges:
             self.certification.most = most  # they end at its multiples
             ranges = self.certification.wanted
-            self.votes = [_NONE] * len(ranges)
+            self.votes = [[] for _ in ranges]
         self._ranges = []
-        if any(n > most for n, _ in ranges):
+        if max(ranges)[0] > most:
             self._ranges = [(max(n - most, 0), first + most) for n, first in ranges]
             ranges = [(min(n, most), first) for n, first in ranges]
         self.left = sum(n for n, _ in ranges)
@@ -292,10 +298,9 @@ class _Image:
                 begin += room
         return pieces
 
-    def add(self, k: int, n: int, found: Tensor, seconds: float) -> None:
+    def add(self, k: int, n: int, found: Sequence[int], seconds: float) -> None:
         """Count the votes of n samples of a range."""
-        before = self.votes[k]
-        self.votes[k] = found if before is _NONE else before + found
+        self.votes[k] = [*map(sum, zip(self.votes[k], found, strict=True))] if self.votes[k] else [*found]
         self.left -= n
         self.seconds += seconds
 
@@ -303,21 +308,21 @@ class _Image:
         """Hand over the votes of ranges that are complete.
 
         Returns:
-            What the journal is to keep of the image now: its certificate, or every few seconds its state, or nothing.
+            What the journal is to keep of it now besides its pixels: its certificate, or every few seconds its state,
+            or nothing.
         """
         if self._ranges:
             return None
-        certificate = self.certification.tell([votes.tolist() for votes in self.votes])
+        certificate = self.certification.tell(self.votes)
         if certificate is None:
             if time.monotonic() - self.saved <= SAVE_SECONDS:
                 return None
             self.saved = time.monotonic()
-            return {"idx": self.idx, **self.certification.state, "time": self.seconds, "pixels": self.pixels}
+            return {"idx": self.idx, **self.certification.state, "time": self.seconds}
         self.ended = True
         label, radius, samples, reason = certificate
         votes: dict[str, Any] = {"idx": self.idx, "predict": label, "radius": radius, "samples": samples}
         votes |= {"votes": self.certification.votes, "reason": reason, "time": round(self.seconds, 4)}
-        votes["pixels"] = self.pixels
         if self.certification.nan:
             votes["nan"] = self.certification.nan
         return votes
@@ -336,7 +341,7 @@ def _one_by_one(
                 found = smooth.cast(one.x, [(n, first) for _, n, first in parts], batch_size, one.idx)
             seconds, n = time.perf_counter() - start, one.left
             for (k, m, _), votes in zip(parts, found, strict=True):
-                one.add(k, m, votes, seconds * m / n)
+                one.add(k, m, votes.tolist(), seconds * m / n)
             most = prepared.tile * max(1, int(SAVE_SECONDS * n / seconds / prepared.tile))
             kept = one.tell()
             on_samples(n)
@@ -361,10 +366,10 @@ class _Desk:
         self._piece, self._most, self._drawn = 2 * tile, 64 * tile, 0
         self._begun, self._ended, self._more = 0, 0, True
 
-    def exchange(self, found: Sequence[tuple[Piece, Tensor, float]]) -> list[Piece]:
+    def exchange(self, pieces: Sequence[Piece], found: Sequence[Sequence[int]], seconds: float) -> list[Piece]:
         """Hand in pieces with their votes and the seconds they took, and fetch the next ones; nothing at the end."""
         with self._changed:
-            complete = self._counted(found)
+            complete = self._counted(pieces, found, seconds)
         kept = [one.tell() for one in complete]  # others need not wait for a bound, which may take milliseconds
         with self._changed:
             self._kept += [votes for votes in kept if votes is not None]
@@ -411,14 +416,13 @@ class _Desk:
             self._changed.notify()
         return pieces
 
-    def _counted(self, found: Sequence[tuple[Piece, Tensor, float]]) -> list[_Image]:
+    def _counted(self, pieces: Sequence[Piece], found: Sequence[Sequence[int]], seconds: float) -> list[_Image]:
         """The images of which nothing is missing any more that they wanted."""
-        complete, n, seconds, tile = [], 0, 0.0, self._tile
-        for piece, votes, taken in found:
-            piece.image.add(piece.range, piece.n, votes, taken / self._hands)
+        complete, n, tile = [], sum(piece.n for piece in pieces), self._tile
+        for piece, votes in zip(pieces, found, strict=True):
+            piece.image.add(piece.range, piece.n, votes, seconds * piece.n / n / self._hands)
             if not piece.image.left:
                 complete.append(piece.image)
-            n, seconds = n + piece.n, seconds + taken
         self._drawn += n
         if seconds:
             self._piece = 2 * tile * max(1, int(PIECE_SECONDS * n / seconds / (2 * tile)))
@@ -452,15 +456,13 @@ def _together(
     )
 
     def work(hand: Hand) -> None:
-        def drawn(piece: Piece) -> tuple[Piece, Tensor, float]:
-            start = time.perf_counter()
-            return piece, hand(piece.image, piece.n, piece.first), time.perf_counter() - start
-
-        found: list[tuple[Piece, Tensor, float]] = []
         try:
             one_intra_op_thread()
-            while pieces := desk.exchange(found):
-                found = [drawn(piece) for piece in pieces]
+            pieces = desk.exchange([], [], 0.0)
+            while pieces:
+                start = time.perf_counter()
+                found = hand(pieces)
+                pieces = desk.exchange(pieces, found, time.perf_counter() - start)
         except BaseException as error:
             desk.close(error)
 
@@ -491,26 +493,23 @@ def naming(idx: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, ModelError) as error:
-        raise _of_image(idx, error) from error
+        raise (ModelError if isinstance(error, ModelError) else ValueError)(f"image {idx}: {error}") from error
 
 
-def _of_image(idx: int, error: ValueError | ModelError) -> Exception:
-    return (ModelError if isinstance(error, ModelError) else ValueError)(f"image {idx}: {error}")
-
-
-def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Tensor, int, int, int], Tensor]:
-    """Votes int64 [num_classes] of n samples of an image from the first on, in its stream; NaN logits cast none."""
+def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Sequence[Range]], list[list[int]]]:
+    """Votes [num_classes] of each range of samples, whose stream is its image; NaN logits cast none."""
     sampler, device = prepared.sampler, prepared.device
+    seed, sigma, grid, law = smooth.seed, smooth.sigma, smooth.grid, smooth.noise
 
-    def vote(x: Tensor, n: int, first: int, stream: int) -> Tensor:
-        seed, sigma, grid, law = smooth.seed, smooth.sigma, smooth.grid, smooth.noise
-        try:
-            if sampler is not None:
-                return sampler.votes(x, sigma, n, seed=seed, first_sample=first, stream=stream, grid=grid, law=law)
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first
-                return smoothing.votes(prepared, x, sigma, n, seed, first, batch_size, stream, grid, law).cpu()
-        except (ValueError, ModelError) as error:
-            raise _of_image(stream, error) from error
+    def one(x: Tensor, n: int, first: int, stream: int) -> list[int]:
+        on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # a thread begins on the first
+        with naming(stream), on:
+            return smoothing.votes(prepared, x, sigma, n, seed, first, batch_size, stream, grid, law).tolist()
+
+    def vote(ranges: Sequence[Range]) -> list[list[int]]:
+        if sampler is not None:
+            return sampler.votes_of(ranges, sigma, seed=seed, grid=grid, law=law).tolist()
+        return [one(*wanted) for wanted in ranges]
 
     return vote
 

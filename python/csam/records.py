@@ -197,17 +197,6 @@ def mean_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> tuple[flo
     return sum(drawn) / len(rows), int(recipe["n0"]) + int(recipe["n"])
 
 
-def nan_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> dict[int, int]:
-    """Samples of each of these rows' images that had NaN logits and voted for no class, where there were any.
-
-    Raises:
-        RunError: a damaged or foreign file.
-    """
-    known = read_votes(path)[1]
-    counted = {row.idx: int(known.get(row.idx, {}).get("nan", 0)) for row in rows}
-    return {i: n for i, n in counted.items() if n}
-
-
 def read_bounds(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """What decides the bounds of CC-Cert in the journal at `path`, and the record of each image, by `BOUND_COLUMNS`.
 
