@@ -232,6 +232,21 @@ def test_winograd_covers_every_output(
         assert_close(found, reference.sample_network(program, images, dtype), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_layer_without_weights(isa: str, engine: str, dtype: torch.dtype) -> None:
+    """Nothing is left of a layer when pruning collapses it: its results are the bias."""
+    x, images = Value(6, 9, 7), torch.rand(35, 6, 9, 7)
+    empty = ck.compress(torch.zeros(8, 6, 3, 3))
+    step = Step(x, Value(8, 9, 7), weight=empty, bias=torch.randn(8), kernel=(3, 3), padding=(1, 1))
+    head = convolution(flattened(step.out), 5)
+    program = of_kind(Program(x, head.out, [step, head]), engine)
+    assert step.engine == engine
+    found = ck.sample_network(program, dtype).logits(images)
+    assert_close(found, reference.sample_network(program, images, dtype), dtype)
+    assert len(step_costs(program, dtype)) == 2
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_int8_bits_depend_neither_on_the_engine_nor_on_the_instruction_set(name: str) -> None:
     program, x = built(name, scaled=True), torch.rand(70, 3, 9, 7)

@@ -658,6 +658,22 @@ def test_a_limit_of_memory_bounds_the_threads_of_cc_cert(monkeypatch: pytest.Mon
     assert set(workers) == {1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("collapsed", [["conv1"], ["layer2.0.conv2", "layer3.1.conv1", "layer3.2.conv2"]], ids=str)
+def test_layers_of_which_nothing_is_left(dtype: Any, collapsed: list[str]) -> None:
+    model, x = models.build("resnet20", seed=0).eval(), torch.rand(3, 32, 32)
+    with torch.no_grad():
+        for name in collapsed:
+            model.get_submodule(name).weight.zero_()
+    options = {"sigma": SIGMA} if dtype == "int8" else {}
+    plan = sampling.plan(model, x, dtype=dtype, choices="auto", **options)
+    assert plan.prepared.sampler is not None
+    assert int(plan.votes(x, SIGMA, 100).sum()) == 100
+    noisy = csam_kernels.smoothing_noise(x, 50, SIGMA, seed=0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(plan.prepared, noisy), model(noisy), rtol=1e-4, atol=1e-4)
+
+
 def replace_mask(model: Any) -> None:
     model.conv1.mask = torch.zeros_like(model.conv1.mask)
 

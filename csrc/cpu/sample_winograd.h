@@ -111,8 +111,9 @@ struct Winograd : Layer<Format> {
     for (int64_t u = 0; u < together; ++u) offsets[u] = int32_t(u * count * P);
   }
 
-  // Whether results are exact, whatever the bytes.
+  // Whether there is something to multiply, and results of integers are exact, whatever the bytes.
   static bool serves(const SampleConvArgs& args) {
+    if (!args.rows[args.filters]) return false;
     for (int64_t o = 0; kIntegers && o < args.filters; ++o) {
       double most = 0, least = 0;
       for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
