@@ -127,12 +127,12 @@ class Plan:
         if sampler is not None:
             times = sampler.times(_ROUNDS)
             measured = [t for step, t in zip(sampler.program.steps, times, strict=True) if step.weight is not None]
-            table = Table("layer", "weight", "density", "GFLOP", "engine", "predicted ms", "measured ms")
+            table = Table("layer", "weight", "engine")
+            for heading in ("density", "MFLOP", "predicted us", "measured us"):
+                table.add_column(heading, justify="right")
             for layer, ms in zip(self.layers, measured, strict=True):
-                shape, share = "x".join(map(str, layer.weight)), f"{layer.density:.1%}"
-                table.add_row(
-                    layer.name, shape, share, f"{layer.gflop:.4f}", layer.engine, f"{layer.predicted:.4f}", f"{ms:.4f}"
-                )
+                numbers = f"{layer.density:.1%}", *(_digits(1e3 * v) for v in (layer.gflop, layer.predicted, ms))
+                table.add_row(layer.name, "x".join(map(str, layer.weight)), layer.engine, *numbers)
             console.print(table)
             console.print(
                 f"a sample on one thread: {sum(layer.predicted for layer in self.layers):.3f} ms predicted, "
@@ -147,6 +147,11 @@ class Plan:
 
 
 _ROUNDS = 5  # tiles to time; the least of each step counts
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:#.3g}".removesuffix(".") if value < 999.5 else f"{value:,.0f}"
 
 
 def plan(
