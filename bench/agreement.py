@@ -72,8 +72,8 @@ def main() -> None:
     for heading in ("equal votes", "logits move by"):
         table.add_column(heading, justify="right")
     for key, prepared in plans.items():
-        run = prepared.steps[-1].removeprefix("samples innermost: layers ").split(";")[0]
-        layers = f"{key[1]}: {run if prepared.sampler is not None else 'torch'}"
+        innermost = [step.split("layers ")[1].split(";")[0] for step in prepared.steps if "samples innermost" in step]
+        layers = f"{key[1]}: {innermost[0] if prepared.sampler is not None else 'torch'}"
         table.add_row(key[0], layers, f"{equal[key] / total:.2%}", f"{(moved[key] / spread) ** 0.5:.1%}")
     Console(width=110).print(table)
 
