@@ -112,6 +112,27 @@ def test_certify_writes_the_record_and_goes_on(csam: Command, trained: Path, tmp
     assert [line.split()[:5] for line in record.read_text().splitlines()] == [line.split()[:5] for line in whole]
 
 
+def test_certify_takes_more_images_and_tabulates_those_asked_for(csam: Command, trained: Path, tmp_path: Path) -> None:
+    model = trained / "models" / "csam-0.9.safetensors"
+    command = ["certify", model, *CERTIFY, "--test-subset", 20, "--train-subset", 64, "--seed", 3, "--out", tmp_path]
+    assert csam(*command)[0] == 0
+    code, out, err = csam(*command, "--images", 3, "--radii", "0.125", "--certificate", "both", "--eps", 0.3)
+    assert code == 0, err
+    assert "r=0.125" in out
+    assert "ε=0.3" in out
+    assert "smoothing.tsv: 4 images, 3 of them in the table" in out
+    assert "cc-cert.tsv:" not in out
+    assert [row.idx for row in records.read_tsv(tmp_path / "certificates" / "smoothing.tsv")] == [0, 10, 6, 13]
+    # what the folder was asked for last can be asked for again
+    code, out, err = csam("certify", model, "--config", tmp_path / "config.json", "--out", tmp_path)
+    assert code == 0, err
+    assert "r=0.125" in out
+    code, out, err = csam("report", tmp_path, "--no-plot")
+    assert (code, " 4 " in out) == (0, True), err
+    code, _, err = csam(*command, "--n", 41)
+    assert (code, "made with other settings (settings.certify.n: 40 there, 41 now)" in err) == (2, True), err
+
+
 OWN = """
 import torch
 import csam

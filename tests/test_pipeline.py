@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from csam import data, models, pipeline, records, runs, training
+from csam import data, evaluation, models, pipeline, records, runs, training
 from csam.records import read_tsv, read_votes
 from csam.settings import PRESETS, Settings, override
 
@@ -243,10 +244,58 @@ def test_cc_cert_alone_goes_on_and_refuses_other_settings(tmp_path: Path) -> Non
     again = pipeline.certify(settings, path, tmp_path / "run", certificate="cc-cert")[1]
     assert [{**b, "time": 0} for b in again] == [{**b, "time": 0} for b in bounds]
     assert again[0] == bounds[0]
-    with pytest.raises(runs.RunError, match="smoothing"):  # the folder is of CC-Cert alone
-        pipeline.certify(settings, path, tmp_path / "run", certificate="both")
+    for change in ({"transform": "rotation:3"}, {"certify": {"cc_k": 3}}, {"certify": {"delta": 0.8}}):
+        with pytest.raises(runs.RunError, match=r"made with other settings \(settings\."):
+            pipeline.certify(override(settings, change), path, tmp_path / "run", certificate="cc-cert")
     with pytest.raises(ValueError, match="certificate must be one of 'smoothing', 'cc-cert', 'both', got 'all'"):
         pipeline.certify(settings, path, tmp_path / "run", certificate="all")
+
+
+def test_a_folder_of_certificates_takes_more_images_and_other_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(TINY, methods=("dense",))
+    path, _ = pipeline.train(settings, tmp_path / "train")
+    folder = tmp_path / "run"
+    made: list[list[int]] = []
+    monkeypatch.setattr(
+        evaluation, "_Image", lambda i, *rest, new=evaluation._Image: (made[-1].append(i), new(i, *rest))[1]
+    )
+
+    def certified(certificate: str, **change: Any) -> tuple[list[int], list[int]]:
+        made.append([])
+        asked = override(settings, {"certify": change})
+        rows, bounds = pipeline.certify(asked, path, folder, titles, certificate=certificate)
+        stored = json.loads((folder / "config.json").read_text())["config"]
+        assert override(Settings(), stored["settings"]) == asked
+        return [row.idx for row in rows], [bound["idx"] for bound in bounds]
+
+    shown: dict[str, list[int]] = {}
+
+    def titles(title: str, total: int) -> Any:
+        steps = shown[title] = [total]
+        return nullcontext(lambda count, samples=0: steps.extend([count] if count else []))
+
+    assert certified("smoothing") == ([0, 10, 20], [])
+    first = (folder / "certificates" / "smoothing.tsv").read_bytes()
+    assert certified("smoothing", images=6, radii=[0.3]) == ([0, 5, 10, 15, 20, 25], [])
+    assert (shown["smoothing"], made) == ([6, 3, 1, 1, 1], [[0, 10, 20], [5, 15, 25]])
+    # a certificate more, whose settings have decided nothing yet; then fewer images, none of them new
+    assert certified("both", images=4, eps=[0.2], cc_k=3) == ([0, 7, 15, 22], [0, 7, 15, 22])
+    assert certified("both", images=2, cc_k=3) == ([0, 15], [0, 15])
+    assert (shown["smoothing"], shown["CC-Cert"], made[-1]) == ([2, 2], [2, 2], [])
+    rows = read_tsv(folder / "certificates" / "smoothing.tsv")
+    assert [row.idx for row in rows] == [0, 10, 20, 5, 15, 25, 7, 22]
+    assert (folder / "certificates" / "smoothing.tsv").read_bytes().startswith(first)
+    table = (folder / "certificates" / "cc-cert.tsv").read_text().splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["0", "7", "15", "22"]
+    whole = pipeline.certify(override(settings, {"certify": {"images": 4}}), path, tmp_path / "whole")[0]
+    assert [replace(row, time=0) for row in whole] == [replace(rows[k], time=0) for k in (0, 6, 4, 7)]
+    for change in ({"n": 61}, {"alpha": 0.01}, {"adaptive": True}, {"sound_float": True}, {"dtype": "bfloat16"}):
+        with pytest.raises(runs.RunError, match=r"made with other settings \(settings\.certify\."):
+            certified("smoothing", cc_k=3, **change)
+    stored = json.loads((folder / "config.json").read_text())["config"]["settings"]
+    assert (stored["certify"]["n"], stored["certify"]["images"]) == (60, 2)
 
 
 def test_bounds_of_two_plans_are_not_mixed_and_older_journals_go_on(tmp_path: Path) -> None:

@@ -145,6 +145,22 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r" / "config.json").read_text())["config"] == CONFIG
 
 
+def test_what_is_free_may_change_and_the_last_is_kept(tmp_path: Path) -> None:
+    free = ["nested", "lis"]  # no part of a name
+    with runs.Run(tmp_path, CONFIG, free):
+        begun = json.loads((tmp_path / "config.json").read_text())
+    other = {**CONFIG, "nested": {"sigma": 0.5, "more": None}}
+    with runs.Run(tmp_path, other, free):
+        assert json.loads((tmp_path / "config.json").read_text()) == {**begun, "config": other}
+    assert "asked for nested.sigma: 0.5 instead of 0.25" in (tmp_path / "log.txt").read_text()
+    with (
+        pytest.raises(runs.RunError, match=r"settings \(list: .*\[1\] now\);"),
+        runs.Run(tmp_path, {"seed": 0, "list": [1]}, free),
+    ):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == other
+
+
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with (

@@ -444,6 +444,10 @@ def certify(
     continues it when run again; smoothing.votes.jsonl beside it has each image's samples, votes and why it stopped.
     CC-Cert writes cc-cert.jsonl, what decides its bounds and then a line an image, which it continues, and at the end
     cc-cert.tsv (idx label predict bound correct margin flips time).
+
+    OUT takes more or fewer --images later, other --radii and --eps, and the other --certificate: what it holds is not
+    made again, and stays. The tables printed are of the images asked for; csam report OUT is of all that OUT holds.
+
     Files made by csam say their architecture, normalisation, noise and sigma themselves. Radii are in the l2 norm under
     Gaussian noise, in the l1 norm under uniform and Laplace noise of standard deviation sigma.
     """
@@ -467,10 +471,16 @@ def certify(
     folder, title = out / "certificates", model if isinstance(model, str) else model.stem
     if rows:
         show(report.certificates_table([curve_of(folder / "smoothing.tsv", title, rows)], settings.certify.radii))
-        results.print(str(folder / "smoothing.tsv"), soft_wrap=True)
+        votes = records.read_votes(folder / "smoothing.tsv")[1].values()
+        results.print(_held(folder / "smoothing.tsv", sum("reason" in v for v in votes), len(rows)), soft_wrap=True)
     if bounds:
         show_bounds([bounds_of(folder / "cc-cert.jsonl", title, bounds)], settings.certify.eps)
-        results.print(str(folder / "cc-cert.tsv"), soft_wrap=True)
+        known = records.read_bounds(folder / "cc-cert.jsonl")[1]
+        results.print(_held(folder / "cc-cert.tsv", len(known), len(bounds)), soft_wrap=True)
+
+
+def _held(file: Path, held: int, asked: int) -> str:
+    return f"{file}" + (f": {held} images, {asked} of them in the table" if held > asked else "")
 
 
 def show_bounds(bounds: Sequence[report.Bounds], eps: Sequence[float]) -> None:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from csam.laws import LAWS
 from csam.nn import convert, fold, masked_layers
 from csam.processes import Team
 from csam.search import MaskSearch
-from csam.settings import CertifySettings, Settings
+from csam.settings import CertifySettings, Settings, TrainSettings
 from csam.smoothing import Smooth, certified_radius
 from csam.training import Feed, Optimizer, derive_seed
 from csam_kernels import checks
@@ -54,6 +54,16 @@ DTYPES = {
 }
 CERTIFICATES = ("smoothing", "cc-cert", "both")
 CALIBRATION = 64  # training images that int8 is calibrated on
+# settings that decide a certificate of smoothing, and of CC-Cert, alone; and those that decide none
+OF_SMOOTHING = (
+    *("train.sigma", "train.noise", "certify.n0", "certify.n", "certify.alpha", "certify.adaptive"),
+    *("certify.target_radius", "certify.rtol", "certify.method", "certify.sound_float"),
+)
+OF_CC_CERT = ("transform", "certify.cc_n", "certify.cc_k", "certify.delta")
+OF_NONE = (
+    *("certify.images", "certify.radii", "certify.eps", "methods", "sparsities", "search"),
+    *(f"train.{field.name}" for field in fields(TrainSettings) if f"train.{field.name}" not in OF_SMOOTHING),
+)
 
 
 def silent(description: str, total: int) -> AbstractContextManager[Advance]:
@@ -405,7 +415,7 @@ def smooth_images(
     """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
     with progress(title, len(chosen)) as advance:
         with suppress(FileNotFoundError):  # none yet, or of another process
-            advance(len(records.read_tsv(path)) if path.stat().st_size else 0)
+            advance(len({row.idx for row in records.read_tsv(path)}.intersection(chosen)) if path.stat().st_size else 0)
         return evaluation.certify_dataset(
             smooth,
             dataset.test_x,
@@ -465,7 +475,7 @@ def bound_images(
         recipe = cert.recipe(data.to_unit(dataset.test_x[0]))
         journal, known = records.open_bounds(path, recipe) if team.first else (None, {})
         done: dict[int, dict[str, Any]] = team.told(known)
-        advance(len(done))
+        advance(sum(i in done for i in chosen))
         todo = [i for i in chosen if i not in done]
         for k in range(0, len(todo), team.size):
             mine = [bounded(i) for i in todo[k + team.rank : k + team.rank + 1]]
@@ -706,6 +716,14 @@ def train(settings: Settings, folder: str | Path, progress: Progress = silent) -
         return job.model_path("start"), {"sparsity": 0.0, **(run.stage("start").result() or {})}
 
 
+def _free(folder: str | Path) -> list[str]:
+    """What may differ from the config of a folder of `certify`: all that decided none of the certificates there."""
+    begun = Path(folder) / "certificates"
+    smoothed, bounded = records.votes_path(begun / "smoothing.tsv").exists(), (begun / "cc-cert.jsonl").exists()
+    names = (*OF_NONE, *(() if smoothed else OF_SMOOTHING), *(() if bounded else OF_CC_CERT))
+    return ["smoothing", "cc_cert", *(f"settings.{name}" for name in names)]
+
+
 def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tuple[Classifier, str]:
     """What `certify` is to certify, and a digest of its weights."""
     if ":" in str(model) and not Path(model).exists():
@@ -730,7 +748,10 @@ def certify(
     ("package.module:factory", see `csam.models.imported`), which is known again by that name, its weights and buffers,
     and the name of a `csam.Opaque`.
 
-    Returns the rows of smoothing and the records of CC-Cert; `certificate`, one of CERTIFICATES, says which to make.
+    Returns the rows of smoothing and the records of CC-Cert, of the images asked for; `certificate`, one of
+    CERTIFICATES, says which to make. The folder keeps all that it has: asked for more images or fewer, other radii or
+    eps of the tables, or another certificate, it goes on, and makes only what is missing. Raises RunError where what
+    decides its certificates differs.
     """
     checks.choice("certificate", certificate, CERTIFICATES)
     smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
@@ -739,7 +760,7 @@ def certify(
     check_certificates(settings, dataset, network, str(model), certificate)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
     asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
-    with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked)) as run:
+    with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked), _free(folder)) as run:
         job = Job(settings, dataset, run, progress)
         rows, bounds = [], []
         if smoothed:
@@ -751,6 +772,7 @@ def certify(
             cert = begun_cc_cert(run.team, network, dataset, settings, path)
             bounds = bound_images(cert, dataset, chosen, path, progress)
             if run.team.first:
-                runs.write_atomic(job.certificates("cc-cert"), records.bounds_tsv(bounds))
+                known = records.read_bounds(path)[1]
+                runs.write_atomic(job.certificates("cc-cert"), records.bounds_tsv([known[i] for i in sorted(known)]))
         run.log(f"{len(chosen)} images certified")
     return rows, bounds

@@ -2,7 +2,7 @@
 
 A run folder holds
 
-- ``config.json``     what was asked for (compared on every later start) and the environment of the first start
+- ``config.json``     what was asked for last (compared on every start) and the environment of the first start
 - ``log.txt``         one line an event
 - ``metrics.jsonl``   one JSON object a line, at most one for each (stage, epoch)
 - ``checkpoints/``    safetensors, one for each unfinished stage, replaced whole
@@ -28,7 +28,7 @@ import platform
 import re
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -316,14 +316,16 @@ def commit() -> str | None:
 class Run:
     """One job's folder, locked while open; use as a context manager.
 
-    `config` (JSON values) says what is asked for. A folder made with another config is refused, never overwritten.
+    `config` (JSON values) says what is asked for. A folder made with another config is refused, never overwritten, but
+    for the dotted keys in `free` and what lies below them, which may be others on every start.
     All processes of torch.distributed open it together; the first of the `team` alone reads and writes.
     Raises RunError if another run holds the folder, if it holds something else, or if its config differs; ValueError
     if the processes name different folders or configs.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, config: Mapping[str, Any], free: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
+        self.free = tuple(free)
         self.config: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
         self._lock: int | None = None
         self._recorded: set[tuple[str, int]] = set()
@@ -431,7 +433,8 @@ class Run:
         path = self.folder / "config.json"
         if not isinstance(stored, dict) or not {"config", "environment"} <= stored.keys():
             raise RunError(f"{path} was not written by csam; choose a new or empty folder with --out")
-        different = differences(stored["config"], self.config)
+        changes = differences(stored["config"], self.config)
+        different = [change for change in changes if not f"{change[0]}.".startswith(tuple(f"{k}." for k in self.free))]
         if different:
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in different[:4])
             more = f" and {len(different) - 4} more" if len(different) > 4 else ""
@@ -441,6 +444,9 @@ class Run:
             )
         changed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences(stored["environment"], now))
         self.log("resumed" + (f" in another environment ({changed}): last bits may differ" if changed else ""))
+        if changes:
+            write_json(path, {**stored, "config": self.config})
+            self.log("asked for " + "; ".join(f"{key}: {new!r} instead of {old!r}" for key, old, new in changes))
 
 
 class Stage:
