@@ -16,7 +16,7 @@ from torch.nn.utils import prune as pruning
 import csam
 import csam_kernels
 from conftest import TOLERANCE, shared_data
-from csam import cc_cert, costs, data, engine, inference, models, records, sampling, smoothing, training
+from csam import cc_cert, costs, data, engine, inference, models, quantization, records, sampling, smoothing, training
 
 SIGMA = 0.25
 
@@ -552,6 +552,35 @@ def test_the_quantised_network_does_not_depend_on_threads_or_on_noise_that_certi
     assert min(drawn) >= 2**62  # where `counts` takes no samples
     with pytest.raises(ValueError, match="first_sample must be in"):
         csam.Smooth(model, 10, SIGMA).counts(test[0], 10, first_sample=2**62)
+
+
+@pytest.mark.parametrize("most", [1, 7, 64])
+def test_calibration_runs_few_images_at_a_time_and_keeps_what_all_at_once_would_give(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    net = sampling.plan(models.build("resnet20").eval(), torch.rand(3, 8, 8), dtype=torch.float32, choices="dense")
+    assert net.prepared.sampler is not None
+    program, noisy = net.prepared.sampler.program, torch.rand(150, 3, 8, 8)
+    monkeypatch.setattr(quantization, "_SEEN", 1 << 14)  # fewer than the numbers of most values, more than of others
+    values = csam_kernels.reference.sample_values(program, noisy, torch.float32)
+    ran, run = [], csam_kernels.reference.sample_values
+
+    def counted(program: Any, x: Tensor, dtype: torch.dtype) -> Any:
+        ran.append(len(x))
+        return run(program, x, dtype)
+
+    monkeypatch.setattr(csam_kernels.reference, "sample_values", counted)
+    size = 4 * sum(value.size for value in values if value.part is None)
+    monkeypatch.setattr(quantization, "_BYTES", most * size + size // 2)
+    small = quantization.quantize(program, noisy)
+    assert (max(ran), sum(ran)) == (most, 150)
+    for value, kept in quantization._kept(program, noisy, most).items():
+        flat = values[value].flatten()
+        assert len(kept) < 2 << 14
+        torch.testing.assert_close(kept, flat[:: max(1, len(flat) // (1 << 14))], rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(quantization, "_SEEN", 1 << 14)
+    assert small.scale == quantization.quantize(program, noisy).scale  # of the images, which nothing rounds
 
 
 def test_cc_cert_in_int8_bounds_what_float32_does(digits: Any) -> None:

@@ -3,6 +3,9 @@
 Values become whole numbers 0 .. 255, one scale and zero point for all that lies together (a concatenation is one),
 weights -127 .. 127 with a scale a filter. The range of a value is the share of what calibration saw that loses least
 to rounding and clipping together. Logits stay float32.
+
+Calibration runs 64 images at a time, or so few that their values take no more than 256 MiB, and keeps some 2^18 numbers
+of each value of the network, those that it would keep if it ran all images at once.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 
 _LEVELS, _WEIGHTS = 255, 127
 _SHARES = torch.linspace(1.0, 0.3, 15, dtype=torch.float32, device="cpu")  # of the observed range
-_SEEN = 1 << 18  # numbers of a value that the choice among them looks at
+_SEEN = 1 << 18  # numbers of a value that the choice among them looks at, evenly spaced; up to twice as many
+_BATCH, _BYTES = 64, 1 << 28  # images that run together at most, and what their values take
 _EXACT = 2.0**23  # below which a whole number is one as float32
 _NOISY = 64  # images at least that a network is calibrated on
 _APART = 2**62  # first sample of calibration, behind those of all certificates: on these no network may depend
@@ -75,13 +79,35 @@ def _ranges(program: Program, noisy: Tensor) -> dict[Value, tuple[float, int]]:
         if step.weight is None:
             old, new = same[step.out.root], same[step.input.root]
             same = {root: new if group is old else group for root, group in same.items()}
+    kept = _kept(program, noisy, max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in same)))))
     seen: dict[Value, list[Tensor]] = {}
-    for value, numbers in reference.sample_values(program, noisy, torch.float32).items():
-        if value.part is None:
-            flat = numbers.flatten()
-            seen.setdefault(same[value], []).append(flat[:: max(1, len(flat) // _SEEN)])
+    for root, numbers in kept.items():
+        seen.setdefault(same[root], []).append(numbers)
     found = {group: _range(torch.cat(numbers)) for group, numbers in seen.items()}
     return {root: found[group] for root, group in same.items()}
+
+
+def _kept(program: Program, noisy: Tensor, batch: int) -> dict[Value, Tensor]:
+    """Every so many of the numbers of each root value on all images, laid out [C, H, W, n], computed in batches."""
+    kept: dict[Value, Tensor] = {}
+    places: dict[int, tuple[Tensor, Tensor]] = {}  # of a value's size: where in an image, and in which image
+    n = len(noisy)
+    for first in range(0, n, batch):
+        images = noisy[first : first + batch]
+        values = reference.sample_values(program, images, torch.float32)
+        for value, numbers in values.items():
+            if value.part is not None:
+                continue
+            if value.size not in places:
+                total = value.size * n
+                flat = torch.arange(0, total, max(1, total // _SEEN), device="cpu")
+                places[value.size] = flat // n, flat % n
+            where, which = places[value.size]
+            here = ((which >= first) & (which < first + len(images))).nonzero().flatten()
+            into = kept.setdefault(value, numbers.new_empty(len(where)))
+            into[here] = numbers.view(value.size, len(images))[where[here], which[here] - first]
+        values.clear()  # its maker refers to itself, so that it would stay until the next collection
+    return kept
 
 
 def _range(seen: Tensor) -> tuple[float, int]:

@@ -179,6 +179,7 @@ def plan(
         sigma: of the noise of the calibration, > 0; for "int8" alone.
         noise: its law, as in `csam.Smooth`.
         memory: bytes that voting may take for values and sums, all threads together; fewer threads run if need be.
+            Calibration of int8, which is over before, takes its own (`csam.quantization`).
 
     Raises:
         TypeError, ValueError: as `csam.Smooth`; a model in train mode or with weights that are NaN or inf; choices that
