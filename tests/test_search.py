@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from conftest import assert_close
+from csam import transforms
 from csam.masks import group_norms, sparsity
 from csam.nn import GRANULARITIES, convert, expand_mask, masked_layers
 from csam.search import MaskSearch, consistency_term, margin_term, structural_term
@@ -617,6 +618,18 @@ def test_models_and_transforms_of_the_wrong_shape_are_named() -> None:
     search = MaskSearch(masked_model(), transform=lambda x, *, seed: x[:1])
     with pytest.raises(ValueError, match=r"tensor of shape \(6, 2, 6, 6\), got \(1, 2, 6, 6\)"):
         search.step(*batch())
+
+
+def test_pixels_that_a_transform_would_clip_are_refused_and_nothing_is_updated() -> None:
+    x, y = batch()
+    search = MaskSearch(masked_model(), transform=transforms.Rotation(1e-6))
+    before = search.state_dict()
+    with pytest.raises(ValueError, match=r"^x must have pixels in \[0, 1\], got .*; normalise inside the model"):
+        search.step((x - 0.5) / 0.25, y)
+    assert all(torch.equal(value, before[key]) for key, value in search.state_dict().items())
+    assert search.step(x, y)["margin"] == pytest.approx(0, abs=1e-3)
+    MaskSearch(masked_model(), transform=transforms.Rotation(1).clipped).step(x + torch.randn_like(x), y)
+    MaskSearch(masked_model(), transform=transforms.Rotation(1), margin=0.0).step(x * 3, y)  # which needs no x_T
 
 
 def _search_in_a_process(rank: int, folder: str) -> None:

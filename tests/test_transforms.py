@@ -10,7 +10,7 @@ from scipy import stats
 
 import csam_kernels
 from csam import transforms
-from csam.transforms import Blur, Brightness, Contrast, Gamma, Rotation, Scale, Transform, Translation
+from csam.transforms import Blur, Brightness, Contrast, Gamma, GaussianNoise, Rotation, Scale, Transform, Translation
 
 COLUMNS = csam_kernels.SEMANTIC_COLUMNS
 NEUTRAL = torch.tensor(csam_kernels.SEMANTIC_NEUTRAL)
@@ -96,6 +96,20 @@ def test_call_takes_other_dtypes_and_an_empty_batch() -> None:
     t = Brightness(0.2)
     assert t(torch.rand(2, 1, 3, 3, dtype=torch.float64), seed=0).dtype == torch.float32
     assert t(torch.empty(0, 1, 3, 3), seed=0).shape == (0, 1, 3, 3)
+
+
+@pytest.mark.parametrize("x", [torch.linspace(-2, 2, 16), torch.full((16,), 1.01), torch.full((16,), torch.nan)])
+def test_pixels_outside_their_range_are_refused_and_clipped_only_as_asked(x: torch.Tensor) -> None:
+    x = x.view(1, 1, 4, 4)
+    low, high = float(x.min()), float(x.max())
+    for t in (Rotation(1e-6), GaussianNoise(0.1)):
+        with pytest.raises(ValueError, match=rf"^x must have pixels in \[0, 1\], got {low:g} .. {high:g}; normalise"):
+            t(x, seed=0)
+        if high == high:
+            assert torch.equal(t.clipped(x, seed=0)[0], t.clipped(x[0], seed=0))
+            assert 0 <= t.clipped(x, seed=0).min() <= t.clipped(x, seed=0).max() <= 1
+    nearly = torch.tensor([-1e-7, 1 + 1e-3]).view(1, 1, 2)  # as resampling may leave
+    assert torch.equal(Brightness(1e-9)(nearly, seed=0), nearly.clamp(0, 1))
 
 
 def test_call_leaves_the_global_generator_alone() -> None:

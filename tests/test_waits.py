@@ -131,6 +131,15 @@ def test_operations_that_refuse_bad_values_wait_once() -> None:
     assert "transform" in kernels(launches)
 
 
+def test_transforms_wait_for_a_batch_and_not_for_its_images() -> None:
+    with gpu() as (watch, _):
+        csam.transforms.Rotation(10).clipped(on_gpu(torch.rand(5, *SHAPE)), seed=0)
+        draws = len(watch.waits)  # which are sent
+        assert draws <= 1
+        csam.transforms.Rotation(10)(on_gpu(torch.rand(5, *SHAPE)), seed=0)
+        assert len(watch.waits) == 2 * draws + 1, watch.waits  # the range
+
+
 def test_percentile_init_waits_once_for_all_layers() -> None:
     with gpu(torch.ones_like) as (watch, launches):  # all are finite
         ck.percentile_init([on_gpu(torch.rand(9, 4)) for _ in range(7)])

@@ -132,7 +132,9 @@ class MaskSearch:
         task, structural, consistency, margin, budget: the weights of the terms above, >= 0. margin None
             stands for 1 with a transform and 0 without.
         budget_form: "target" for |mean(C) - (1 - s)|, "l1" for mean(C); the mean is over mask values.
-        transform: callable (x [B, C, H, W], *, seed: int) -> x_T of x's shape, for the margin term.
+        transform: callable (x [B, C, H, W], *, seed: int) -> x_T of x's shape, for the margin term. Those of
+            `csam.transforms` take pixels in [0, 1] and refuse others: the model is to normalise them itself.
+            For pixels with noise give `transform.clipped`.
         optimizer: "adam" or "sgd" for the scores, with learning rate `lr` and, for sgd, `momentum`.
         joint: train theta as well (every parameter that requires a gradient), by SGD with `weight_lr`,
             `weight_momentum` and `weight_decay`. False: theta stays as it is [R, as HYDRA].
@@ -240,7 +242,8 @@ class MaskSearch:
         """One whole step: perturb, forward and backward passes, update of the scores (and of theta if joint).
 
         Args:
-            x: floating point [B, ...], finite; its memory format is that of the activations.
+            x: floating point [B, ...], finite, and pixels in [0, 1] for a transform of `csam.transforms`; its
+                memory format is that of the activations.
             y: int64 [B], class indices.
 
         Returns:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
+from csam.transforms import Transform
 from csam_kernels import smoothing_noise
 from csam_kernels.laws import checked_law
 
@@ -163,11 +164,16 @@ def batches(
 
 
 def shared(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The transform where every process of torch.distributed has its share of a batch, and its rows of the draws."""
+    """The transform where every process of torch.distributed has its share of a batch, and its rows of the draws.
+
+    Batches have noise (`batches`), so one of `csam.transforms` takes values outside [0, 1] too, and clips what it makes
+    of them.
+    """
+    apply = transform.clipped if isinstance(transform, Transform) else transform
 
     def transformed(x: Tensor, *, seed: int) -> Tensor:
         together = dist.is_available() and dist.is_initialized()
-        return transform(x, seed=seed, first_sample=dist.get_rank() * len(x) if together else 0)
+        return apply(x, seed=seed, first_sample=dist.get_rank() * len(x) if together else 0)
 
     return transformed
 

@@ -9,6 +9,8 @@ applies geometry, blur, contrast, brightness and gamma in that order, then `csam
 shot, Gaussian and impulse noise, pixelation and JPEG; the fixed order is ours. The intervals of the former are those of
 CC-Cert's public command line (Pautov et al., AAAI 2022). The strength of a corruption is drawn from none to the one
 named; what CIFAR-10-C takes at severities 1 to 5 stands at each (Hendrycks and Dietterich, ICLR 2019; their code).
+
+All take pixels in [0, 1] and give such, clipped: a model that wants others normalises them itself.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor
 import csam_kernels
 from csam import corruptions
 from csam_kernels import SEMANTIC_COLUMNS, SEMANTIC_NEUTRAL, checks
+
+_BEYOND = 0.5 / 255
 
 
 class Transform:
@@ -95,25 +99,38 @@ class Transform:
         """Every image transformed by a draw of its own: image b takes row first_sample + b.
 
         Args:
-            x: [B, C, H, W], or one image [C, H, W]; pixels in [0, 1], floating point.
+            x: [B, C, H, W], or one image [C, H, W]; pixels in [0, 1], floating point. Half an 8-bit step beyond, as
+                resampling may leave, is clipped.
             seed, first_sample, stream: as in `parameters`.
 
         Returns:
             float32 in x's shape, in [0, 1].
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype, or a seed, sample or stream out of range.
+            TypeError, ValueError: wrong shape or dtype; pixels, seed, sample or stream out of range.
         """
+        checks.tensor("x", x)
+        if x.numel():
+            low, high = torch.stack(x.detach().aminmax()).cpu().tolist()  # the one wait for the device
+            if not (low >= -_BEYOND and high <= 1 + _BEYOND):
+                raise ValueError(
+                    f"x must have pixels in [0, 1], got {low:g} .. {high:g}; normalise inside the model, as in "
+                    "nn.Sequential(normalisation, network), and give it pixels; of noisy pixels, take transform.clipped"
+                )
+        return self.clipped(x, seed=seed, first_sample=first_sample, stream=stream)
+
+    def clipped(self, x: Tensor, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
+        """The same of any values, such as pixels with noise: what lies outside [0, 1] in the end is clipped."""
         checks.tensor("x", x)
         if x.dim() not in (3, 4):
             raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
         if x.dim() == 3:
-            return self(x[None], seed=seed, first_sample=first_sample, stream=stream)[0]
+            return self.clipped(x[None], seed=seed, first_sample=first_sample, stream=stream)[0]
         rows = self.parameters(len(x), seed=seed, first_sample=first_sample, stream=stream).to(x.device)
         pixels = x.detach().to(torch.float32)
         out = torch.empty_like(pixels)
         for i, one in enumerate(pixels):
-            out[i] = csam_kernels.semantic_batch(one, rows[i : i + 1])[0]
+            out[i] = torch.ops.csam.semantic_batch(one, rows[i : i + 1])[0]
         return self.corrupted(out, seed=seed, first_sample=first_sample, stream=stream)
 
 
