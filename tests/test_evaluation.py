@@ -400,6 +400,13 @@ def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor,
     assert kept(tmp_path / "r.tsv") == kept(tmp_path / "whole.tsv"), f"seed {seed}"
 
 
+def test_more_samples_than_bounds_were_checked_for_are_refused(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    for name in ("n0", "n"):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[1, 10000000000\], got 1000000000000"):
+            certify_dataset(lanes(), *images, tmp_path / "r.tsv", **{name: 10**12})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("a_write_a_record")
 def test_a_full_disk_stops_a_run_that_goes_on_later(
     tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch

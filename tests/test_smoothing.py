@@ -543,6 +543,7 @@ def test_wrong_settings(wrong: dict[str, object], message: str) -> None:
     ("wrong", "message"),
     [
         ({"n0": 0}, "n0 must be in"),
+        ({"n0": 10**10 + 1}, r"n0 must be in \[1, 10000000000\], got 10000000001"),
         ({"n": 0}, "n must be in"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\)"),
         ({"alpha": 1.0}, r"alpha must be in \(0, 1\)"),

@@ -205,8 +205,8 @@ class Smooth:
         Args:
             x: image [C, H, W] or [1, C, H, W], floating point and finite; with `sound_float` uint8 / 255 in float32. In
                 the layout "NHWC" [H, W, C].
-            n0: samples for the choice of the class, >= 1.
-            n: samples for the estimate, >= 1; adaptive: the most, up to 10^7.
+            n0: samples for the choice of the class, 1 .. 10^10.
+            n: samples for the estimate, 1 .. 10^10; adaptive: the most, up to 10^7.
             alpha: probability of a wrong certificate, in [1e-50, 1).
             batch_size: hint of how many samples are in flight; no effect on the result.
             stream: 0 .. 2^32-1, the image's index in its data set.
@@ -245,7 +245,7 @@ class Smooth:
 
     def rule(self, x: Tensor, n0: int, n: int, alpha: float, *, adaptive: bool = False, **stop: Any) -> sequential.Rule:
         """When to stop an image like x, with looks where whole tiles end. Arguments as in `certify`."""
-        n0 = checks.integer("n0", n0, low=1)
+        n0 = checks.integer("n0", n0, low=1, high=sequential.Fixed.most)
         n, alpha = checks.integer("n", n, low=1), checked_alpha(alpha)
         tile, skip = self._ends(x, n0)
         alpha, sigma = self._level(x, n0 + n, alpha), self.sigma if self.grid is None else sound.scale(self.sigma)
