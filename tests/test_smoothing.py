@@ -292,20 +292,34 @@ def test_masked_model_votes_like_the_folded_one(dtype: torch.dtype | None) -> No
     assert ("3 of 3 masked layers folded" in smooth.prepared.steps) == (dtype is not None)
 
 
-def test_soft_masks_are_not_replaced_by_hard_ones() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_soft_masks_are_refused_until_hard_ones_are_in_force(dtype: torch.dtype | None) -> None:
     model, x = csam.nn.convert(net()), picture()
-    for layer in csam.nn.masked_layers(model).values():
-        layer.soft = True
-        layer.mask_score.data.fill_(0.5)
-    smooth = Smooth(model, 5, SIGMA, dtype=torch.float32)
-    smooth.counts(x, 10)
-    assert "masked layers not folded: it would move the logits" in smooth.prepared.steps[0]
+    layers = csam.nn.masked_layers(model)
+    search = csam.MaskSearch(model, 0.5)
+    name, last = list(layers.items())[-1]
+    last.soft = True
+    smooth = Smooth(model, 5, SIGMA, dtype=dtype)
+    bounds = csam.CCCert(model, csam.transforms.Brightness(0.2), n=20, k=2, dtype=dtype)
+    wholes = [lambda: smooth.counts(x, 100), lambda: smooth.recipe(x), lambda: bounds.certify(x)]
+    if dtype is not None:
+        wholes.append(lambda: csam.sampling.plan(model.eval(), x, dtype=dtype))
+    for whole in wholes:
+        with pytest.raises(ValueError, match=rf"soft ones in 1 layers such as '{name}'; set layer\.soft = False"):
+            whole()
+    search.apply()
+    last.soft = False
+    for whole in wholes:
+        whole()
+    folded = csam.nn.fold(model)
+    assert torch.equal(smooth.counts(x, 100), Smooth(folded, 5, SIGMA, dtype=dtype).counts(x, 100))
+    last.soft = True  # which nothing prepared before takes over
+    assert torch.equal(smooth.counts(x, 100), Smooth(folded, 5, SIGMA, dtype=dtype).counts(x, 100))
 
 
 def test_the_first_image_does_not_decide_what_is_folded() -> None:
     model, x = csam.nn.convert(nn.Sequential(nn.Flatten(), nn.Linear(16, 5))), picture()
-    model[1].soft = True
-    model[1].mask_score.data.fill_(0.7)
+    model[1].effective_weight = 0.7 * model[1].weight.detach()
     smooth = Smooth(model, 5, SIGMA, dtype=torch.float32)
     smooth.counts(torch.zeros(SHAPE), 10)
     assert torch.equal(smooth.counts(x, 500), Smooth(model, 5, SIGMA).counts(x, 500))

@@ -170,8 +170,8 @@ def plan(
     and to be used with that sigma and no other. What is certified is then the quantised network.
 
     Args:
-        model: maps [B, C, H, W] pixels to logits [B, K], in eval mode; masked layers count with their hard masks. It is
-            copied.
+        model: maps [B, C, H, W] pixels to logits [B, K], in eval mode; masked layers run with their hard masks, and
+            soft ones are refused. It is copied.
         example: image [C, H, W]; or images [N, C, H, W], all of which calibrate int8.
         dtype: torch.bfloat16, float16 or float32, or "int8".
         choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense"

@@ -35,6 +35,7 @@ import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
 from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
+from csam.nn import masked_layers
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
@@ -123,8 +124,8 @@ class Smooth:
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
             statistics (its output for one sample depends on the others, so no certificate would hold). At the first
-            image: int8 of a network that has no such steps, or calibrated on images of another shape; sound_float
-            of an image off the grid.
+            image: a model with soft masks in force; int8 of a network that has no such steps, or calibrated on images
+            of another shape; sound_float of an image off the grid.
     """
 
     ABSTAIN = ABSTAIN
@@ -711,6 +712,11 @@ def _prepare(
     choices: engine.Choices,
     calibration: quantization.Calibration | None,
 ) -> Prepared:
+    if soft := [name for name, layer in masked_layers(model).items() if layer.soft]:
+        raise ValueError(
+            f"model must run with its hard masks, which `csam.fold` ships, got soft ones in {len(soft)} layers such as "
+            f"{soft[0]!r}; set layer.soft = False, after search.apply() if a search is to choose the hard masks"
+        )
     if calibration is not None and calibration.images.shape[1:] != shape:
         raise ValueError(
             f"calibration must hold images like x, of shape {tuple(shape)}, got {tuple(calibration.images.shape[1:])}"
