@@ -14,7 +14,10 @@ within the radius, of the law's norm. For a shift by d, with lambda as in `csam_
 
 All three are tight (Yang et al. 2020, "Randomized Smoothing of All Shapes and Sizes"): of a linear classifier that
 looks at one coordinate each is the true radius. They are open, that is they hold for shifts below them. Radii of two
-norms say different things: |d|_2 <= |d|_1 <= sqrt(N) |d|_2 for N pixels.
+norms say different things: |d|_2 <= |d|_1 <= sqrt(N) |d|_2 for images of N numbers.
+
+Radii are in the unit of sigma and of the image. No range of pixels is asked for, and what noise makes of them is not
+clipped: smoothing holds of images in any unit, a smoothed radius of 0.5 of those in [0, 1] is one of 127.5 of 0 .. 255.
 """
 
 from __future__ import annotations
