@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
+import csam
 from conftest import assert_close
 from csam.nn import (
     GRANULARITIES,
@@ -327,6 +330,53 @@ def test_convert_leaves_layers_alone_whose_weight_or_forward_is_not_their_own() 
     assert list(masked_layers(twin)) == ["2"]
     x = torch.randn(3, 4)
     assert torch.equal(twin(x), model(x))
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("hooked", [pruned, nn.utils.weight_norm], ids=["prune", "weight_norm"])
+def test_weights_that_torchs_hooks_compute_are_copied(hooked: Callable[[nn.Module], nn.Module]) -> None:
+    """torch.nn.utils leave a weight that has a gradient's history, which copy.deepcopy refuses."""
+    model, x = (
+        nn.Sequential(hooked(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.Linear(4 * 36, 5)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    wanted = model(x)
+    for twin in (convert(model), fold(model), convert(convert(model)), fold(convert(model))):
+        assert torch.equal(twin(x), wanted)
+        assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+        next(p for n, p in twin.named_parameters() if "weight_" in n).data.zero_()
+        assert not torch.equal(twin(x), wanted)
+        assert torch.equal(model(x), wanted)
+    assert list(masked_layers(convert(model))) == ["2"]
+    votes = csam.Smooth(model, 5, 0.5).counts(x[0], 200)
+    assert torch.equal(votes, csam.Smooth(plain(model), 5, 0.5).counts(x[0], 200))
+    assert csam.CCCert(model, csam.transforms.Brightness(0.2), n=10, k=2).certify(x[0].clamp(0, 1)).n == 10
+    assert csam.sampling.plan(model, x[0], dtype=torch.float32).choices == "module"
+
+
+def plain(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8, 8))
+    twin = copy.deepcopy(model)
+    if prune.is_pruned(twin):
+        prune.remove(twin[0], "weight")
+    else:
+        nn.utils.remove_weight_norm(twin[0])
+    return twin
+
+
+def test_a_masked_layer_whose_weight_a_hook_computes_is_not_folded() -> None:
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    pruned(model[1])
+    with pytest.raises(ValueError, match=r"masked layer .* got '1'; first call torch\.nn\.utils\.prune\.remove"):
+        fold(model)
+    prune.remove(model[1], "weight")
+    x = torch.randn(3, 4)
+    assert_close(fold(model)(x), model(x))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -274,9 +274,9 @@ def convert(model: nn.Module, granularity: str = "weight", block_size: int = 4, 
     where they stand, so names, weights, requires_grad, hooks, training flags, device, dtype, and modules
     used in two places stay as they were. Left alone: other layers (ConvTranspose2d, Conv1d, ...),
     subclasses of nn.Conv2d and nn.Linear (their forward may differ; parametrized layers are among them),
-    layers with a forward of their own or a weight that hooks compute (nn.utils.spectral_norm), layers that
-    are masked already, and everything inside nn.MultiheadAttention and nn.TransformerEncoderLayer, which
-    read their children's weights directly.
+    layers with a forward of their own or a weight that hooks compute (nn.utils.spectral_norm, nn.utils.prune until
+    its `remove`), layers that are masked already, and everything inside nn.MultiheadAttention and
+    nn.TransformerEncoderLayer, which read their children's weights directly.
 
     Args:
         granularity, block_size: of every new mask. A filter mask on a classifier can remove a class:
@@ -292,7 +292,7 @@ def convert(model: nn.Module, granularity: str = "weight", block_size: int = 4, 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     mask_shape((1, 1), granularity, block_size)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     skipped = _excluded(twin, exclude)
     for name, module in twin.named_modules():
         if module in skipped:
@@ -314,16 +314,32 @@ def fold(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: the weight of a masked layer is computed by a hook, such as that of torch.nn.utils.prune.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    plain = copy.deepcopy(model)
+    computed = {name for name, layer in masked_layers(model).items() if "weight" not in layer._parameters}
+    if computed:
+        raise ValueError(
+            f"model must have no masked layer with a weight that hooks compute, got {min(computed)!r}; "
+            'first call torch.nn.utils.prune.remove(module, "weight"), or torch.nn.utils.remove_weight_norm(module)'
+        )
+    plain = copied(model)
     for layer in masked_layers(plain).values():
         layer.weight = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
         del layer.mask_score, layer.mask
         del layer.granularity, layer.block_size, layer.soft, layer.effective_weight
         layer.__class__ = layer._plain  # type: ignore[assignment]
     return plain
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model; of what hooks computed from its parameters, too, which torch refuses.
+
+    Such a weight, as torch.nn.utils.prune and weight_norm leave it, is computed anew before the layer is called again.
+    """
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -35,7 +35,7 @@ import csam_kernels
 from csam import engine, inference, quantization, sequential, sound
 from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
-from csam.nn import masked_layers
+from csam.nn import copied, masked_layers
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
@@ -722,7 +722,7 @@ def _prepare(
             f"calibration must hold images like x, of shape {tuple(shape)}, got {tuple(calibration.images.shape[1:])}"
         )
     try:
-        network: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+        network: nn.Module = copied(model).eval().requires_grad_(False)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"model must be a module that can be put in eval mode and frozen, got {type(model).__name__} ({error}); a "
@@ -781,7 +781,7 @@ def _prepare(
             made.steps.append(step)
         if calibration is not None:
             if sampler is None:
-                reason = made.steps[-1] if made.exact is not None else f"it runs on {device}"
+                reason = made.steps[-1] if device.type == "cpu" else f"it runs on {device}"
                 raise ValueError(f"dtype int8 needs a network whose samples lie innermost: {reason}")
             made.steps.append(f"int8, calibrated on {calibration.words}")
     classes = wanted.shape[1]
