@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import csam
+import csam_kernels
 from conftest import TOLERANCE, assert_close
 from csam import inference
 
@@ -173,3 +177,106 @@ def test_dead_channels_leave_with_what_only_they_fed(kept: int, bias: str) -> No
     assert first.weight.shape[0] == second.weight.shape[1] == min(40, max(1, -(-live // 16)) * 16)
     assert any("dead channels removed" in step for step in steps)
     assert_close(new(inference.laid_out(x, layout)), wanted)
+
+
+# Hooks, and what a comparison of logits sees
+
+
+def pixels_in_a_pre_hook(model: nn.Module) -> Any:
+    return model.register_forward_pre_hook(lambda module, args: ((args[0] - 0.5) * 4,))
+
+
+def activations_in_a_hook(model: nn.Module) -> Any:
+    return model[1].register_forward_hook(lambda module, args, out: out.clamp(max=0.1))
+
+
+def another_forward(model: nn.Module) -> None:
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, x: forward(self, 1 - x), model)
+
+
+def weights_in_a_pre_hook(model: nn.Module) -> None:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+
+
+HOOKS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "root": (pixels_in_a_pre_hook, "it has a forward pre-hook"),
+    "leaf": (activations_in_a_hook, "layer '1' has a forward hook"),
+    "forward": (another_forward, "it has a forward of its own"),
+    "pruned": (weights_in_a_pre_hook, "layer '0' has a forward pre-hook"),
+    "global": (
+        lambda model: nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: out.clamp(max=0.1) if isinstance(module, nn.ReLU) else None
+        ),
+        "torch has a hook for all modules",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_network_with_hooks_runs_as_torch_runs_it(name: str, dtype: torch.dtype) -> None:
+    """One class is kept from winning by a constant, which must not hide that the others moved."""
+    hook, words = HOOKS[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
+    with torch.no_grad():
+        model[-1].bias[4] = -1e4
+    x, handle = torch.rand(3, 8, 8), hook(model)
+    try:
+        smooth = csam.Smooth(model, 5, 0.5, dtype=dtype)
+        found = smooth.counts(x, 400)
+        noisy = csam_kernels.smoothing_noise(x, 400, 0.5, seed=0).to(dtype)
+        with torch.no_grad():
+            wanted = copy_of(model).to(dtype)(noisy).argmax(1).bincount(minlength=5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert smooth.prepared is not None
+    assert smooth.prepared.sampler is None
+    (step,) = smooth.prepared.steps
+    assert step.startswith(f"the model's own modules, since {words}, which a rewrite would lose")
+    assert ("prune.remove(module, 'weight')" in step) == (name == "pruned")
+    assert int((found - wanted).abs().sum()) <= (0 if dtype == torch.float32 else 8)  # batches round otherwise
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model(torch.rand(1, 3, 8, 8))  # after which what hooks compute can be copied
+    return copy.deepcopy(model)
+
+
+def test_a_plan_says_whose_hook_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    pixels_in_a_pre_hook(model)
+    x = torch.rand(3, 8, 8)
+    plan = csam.sampling.plan(model, x)
+    assert (plan.choices, plan.layers) == ("module", ())
+    assert "since it has a forward pre-hook" in plan.explain()
+    with pytest.raises(ValueError, match=r"int8 needs .* since it has a forward pre-hook, which a rewrite would lose"):
+        csam.sampling.plan(model, x, dtype="int8", sigma=0.5)
+
+
+LOGITS = torch.tensor([[0.3, -2.0, 1.1, 0.4, -0.7], [-0.2, 1.7, 0.9, -1.4, 0.1]])
+
+
+@pytest.mark.parametrize("large", [[], [-1e4], [-1e9], [1e4], [-float("inf")], [-1e4] * 40, [-1e9] * 40, [1e4, -1e4]])
+def test_no_logit_hides_how_the_others_move(large: list[float]) -> None:
+    wanted = torch.cat([LOGITS, torch.tensor(large).expand(2, -1) + torch.rand(2, len(large))], 1)
+    assert inference.moved_by(wanted.clone(), wanted) == 0
+    rounded = wanted * (1 + 1e-6 * torch.rand_like(wanted))
+    assert inference.moved_by(rounded, wanted) == 0
+    for k in range(5):
+        moved = wanted.clone()
+        moved[1, k] += 0.05
+        assert inference.moved_by(moved, wanted) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_infinite_logits_are_equal_or_not() -> None:
+    wanted, inf = torch.cat([LOGITS, torch.full((2, 1), -torch.inf)], 1), float("inf")
+    for value, moved in ((-inf, 0), (inf, inf), (-1e30, inf)):
+        found = wanted.clone()
+        found[0, 5] = value
+        assert inference.moved_by(found, wanted) == moved
+    found[0, 5] = torch.nan
+    assert torch.tensor([inference.moved_by(*pair) for pair in ((found, wanted), (wanted, found))]).isnan().all()
+    assert inference.moved_by(found[:, :0], found[:, :0]) == inference.moved_by(LOGITS * 0, LOGITS * 0) == 0

@@ -5,7 +5,7 @@ and a convolution takes the residual sum and the ReLU that follow it into its ow
 post-operations, with the weight packed once, and filters that came out empty leave with everything that only they fed.
 On a GPU it is the library's kernel, which takes the batch norm in as well and skips tiles of the weight that are all
 zero; and where it is the first to read the images, it can draw their noise itself. Every rewrite says in words what it
-did, or why it could not.
+did, or why it could not. A network with hooks, which tracing and rewriting would lose, is run as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import fusion
+from torch.nn.utils import fusion, prune
 
 import csam_kernels
 from csam import aliases
@@ -33,6 +33,10 @@ _DIFFERENCE, _PRODUCT = {operator.sub, torch.sub, "sub"}, {operator.mul, torch.m
 _QUOTIENT = {operator.truediv, torch.div, "div"}
 _WIDTH = 16  # channels that oneDNN's kernels work on at once
 _INERT = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
+_FAR = 10.0  # steps between logits that are so many times all smaller ones together
+_LAST_BITS = 4e-6  # share of a float32 that rounding explains, some 30 of its last bits
+_HOOKS = {"_forward_pre_hooks": "a forward pre-hook", "_forward_hooks": "a forward hook"}
+_REMEDIES = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 
 
 class Ready(NamedTuple):
@@ -43,7 +47,7 @@ class Ready(NamedTuple):
         layout: of its inputs.
         steps: what was done, what not, and why.
         head: its beginning and its rest, where noise can be drawn on the way into it.
-        exact: the same before it was cast, on a CPU.
+        exact: the same before it was cast, on a CPU; None for one that is run by its own modules.
     """
 
     network: nn.Module
@@ -65,6 +69,11 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
     Raises:
         ValueError: the network does not run in `dtype`.
     """
+    if reason := hooked(network):
+        network = network.to(dtype)
+        if failure := _failure(network, probe.to(dtype)):
+            raise _unrunnable(dtype, failure) from failure
+        return Ready(network, torch.contiguous_format, [f"the model's own modules, since {reason}"])
     kernels = _kernels(probe.device)
     if kernels and probe.dtype is torch.float64:  # which they do not offer
         network, probe = network.float(), probe.float()
@@ -97,7 +106,7 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
     network = network.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
     probe = laid_out(probe.to(dtype), layout)
     if failure := _failure(network, probe.clone()):
-        raise ValueError(f"dtype must be None: the model does not run in {dtype}: {failure}") from failure
+        raise _unrunnable(dtype, failure) from failure
     pack(network, probe, tile)
     if head is not None:
         head = head.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -163,9 +172,78 @@ def _rewritten(network: nn.Module, probe: Tensor, wanted: Tensor, passes: list[_
 
 
 def moved_by(found: Tensor, wanted: Tensor) -> float:
-    """How far a rewrite moved the logits; 0 where that is no more than rounding explains, NaN where some became NaN."""
-    moved = float((found - wanted).abs().max())
-    return 0.0 if moved <= 1e-3 * float(wanted.abs().max()) else moved
+    """How far a rewrite moved the logits [B, K]; 0 where that is no more than rounding explains, NaN if some are NaN.
+
+    Rounding explains a thousandth of the logits' spread, and the last bits of a large one. Equal infinities are equal.
+    """
+    away = torch.where(found == wanted, 0.0, (found - wanted).abs().double())
+    if bool((wanted.isnan() | found.isnan()).any()):
+        return float("nan")
+    large = torch.where(wanted.isfinite(), wanted.abs().double(), 0.0)
+    wrong = away > 1e-3 * _spread(wanted) + _LAST_BITS * large
+    return float(away[wrong].max()) if bool(wrong.any()) else 0.0
+
+
+def _spread(logits: Tensor) -> float:
+    """From the lowest to the highest logit of a row, the most of all rows, without what lies far from all others.
+
+    Votes are won by differences between logits that are near each other. So classes that a constant of -10^4 keeps from
+    winning say nothing of how much the others may move: of the steps from one logit to the next those are left out that
+    are more than ten times all smaller ones together.
+    """
+    spread = 0.0
+    for row in logits.double().cpu():
+        steps = row[row.isfinite()].sort().values.diff()
+        steps = steps[steps > 0].sort().values
+        if not len(steps):
+            continue
+        below = steps.cumsum(0) - steps
+        far = steps > _FAR * below
+        far[: (len(steps) + 1) // 2] = False  # the smaller half is never far, however it is spread
+        first = int(far.nonzero()[0]) if bool(far.any()) else len(steps)
+        spread = max(spread, float(steps[:first].sum()))
+    return spread
+
+
+def hooked(network: nn.Module) -> str:
+    """Why the network is left as it is: a module is called by more than its class's forward. Empty if none is."""
+    for name, module in network.named_modules():
+        own = vars(module)
+        kind = next((words for key, words in _HOOKS.items() if own.get(key)), "")
+        if not kind and not isinstance(module, fx.GraphModule) and not _compiled(module):
+            kind = "a forward of its own" if "forward" in own else "a __call__ of its own" if _called(module) else ""
+        if kind:
+            which = f"layer {name!r}" if name else "it"
+            return f"{which} has {kind}, which a rewrite would lose{_plainly(name, module)}"
+    if any(getattr(nn.modules.module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")):
+        return "torch has a hook for all modules, which a rewrite would lose"
+    return ""
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile gives, which calls the module inside as that is."""
+    return type(module).__module__.startswith("torch._dynamo")
+
+
+def _called(module: nn.Module) -> bool:
+    return any(
+        "__call__" in vars(kind) for kind in itertools.takewhile(lambda k: k is not nn.Module, type(module).__mro__)
+    )
+
+
+def _plainly(name: str, module: nn.Module) -> str:
+    """How the layer is made a plain one, where its hook is one of torch's own that compute a weight."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return f"; torch.nn.utils.prune.remove(module, {hook._tensor_name!r}) makes it plain"
+        remedy = _REMEDIES.get(type(hook).__name__)
+        if remedy and type(hook).__module__.startswith("torch.nn.utils"):
+            return f"; torch.nn.utils.{remedy}(module) makes it plain"
+    return ""
+
+
+def _unrunnable(dtype: torch.dtype, failure: RuntimeError) -> ValueError:
+    return ValueError(f"dtype must be None: the model does not run in {dtype}: {failure}")
 
 
 def laid_out(batch: Tensor, memory_format: torch.memory_format) -> Tensor:
