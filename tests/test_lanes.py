@@ -372,7 +372,7 @@ def test_fused_convolutions(activation: str) -> None:
             return F.hardtanh(self.second(x, x), -0.5, -0.2).mean((2, 3)) + x.mean((2, 3))
 
     model, x = Fused().eval().requires_grad_(False), torch.rand(5, 3, 8, 8)
-    program = lanes.lower(inference._trace(model), x.shape[1:])
+    program = lanes.lower(inference.trace(model), x.shape[1:])
     assert_close(ck.sample_network(program, torch.float32).logits(x), model(x))
 
 

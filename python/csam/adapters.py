@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from csam.tracing import exporting
 from csam_kernels import checks
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -70,7 +71,7 @@ class Opaque(nn.Module):
         return self.name or str(getattr(self.function, "__qualname__", type(self.function).__name__))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy) or torch.compiler.is_exporting():
+        if isinstance(x, fx.Proxy) or exporting(x):
             raise TypeError(f"{self} is run as it is and cannot be traced")
         with self._free:
             try:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from csam import lanes
 from csam.aliases import Aliased, settled
 from csam.costs import kept, least_ms, rates
-from csam.inference import moved_by
+from csam.inference import moved_by, trace
 from csam_kernels import sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
 from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Step, step_costs, transformable
@@ -80,9 +80,9 @@ def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program
     The reason is that of the trace that came further: a step that is missing, if there is a trace at all.
     """
     reasons = []
-    for trace in (lambda: _traced(network), lambda: lanes.exported(network, probe)):
+    for made in (lambda: _traced(network), lambda: lanes.exported(network, probe)):
         try:
-            program = lanes.lower(settled(trace(), probe), probe.shape[1:])
+            program = lanes.lower(settled(made(), probe), probe.shape[1:])
             gone = lanes.simplify(program)
             moved = moved_by(sample_network(program, torch.float32).logits(probe), wanted)
         except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
@@ -96,7 +96,7 @@ def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program
 
 
 def _traced(network: nn.Module) -> fx.GraphModule:
-    return network if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network)
+    return network if isinstance(network, fx.GraphModule) else trace(network)
 
 
 def _raced(

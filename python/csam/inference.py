@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import fusion, prune
 
 import csam_kernels
-from csam import aliases
+from csam import aliases, tracing
 from csam.models import _checked_images
 from csam.nn import fold, masked_layers
 
@@ -117,7 +117,7 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
 def _settled(network: nn.Module, probe: Tensor) -> tuple[nn.Module, str]:
     """The network without changes in place that an order or a layout could tell apart; and why it is left as it is."""
     try:
-        traced = _trace(network)
+        traced = trace(network)
         settled = aliases.settled(traced, probe)
     except aliases.Aliased as error:
         return network, str(error)
@@ -297,7 +297,7 @@ class FusedConv2d(nn.Conv2d):
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         relu = self.activation == "relu"
         out: Tensor
-        if torch.compiler.is_exporting():  # as the operators that `csam.lanes` knows
+        if tracing.exporting(input):  # as the operators that `csam.lanes` knows
             out = super().forward(input)
             out = out if other is None else out + other
             return F.relu(out) if relu else out
@@ -471,8 +471,13 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, FusedConv2d | KernelConv2d) or super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        with tracing.alone():
+            return super().trace(*args, **kwargs)
 
-def _trace(network: nn.Module) -> fx.GraphModule:
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """The network as torch.fx traces it. Raises whatever that or the network's own code does."""
     graph = _Tracer().trace(network)
     for node in graph.nodes:
         node.type = None  # annotations that are strings cannot be pickled
@@ -501,7 +506,7 @@ def _unserved(layer: nn.Conv2d) -> str:
 
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
     """The traced network, every batch-norm folded that alone reads a convolution or linear layer."""
-    traced = _trace(network)
+    traced = trace(network)
     modules = dict(traced.named_modules())
     kinds: dict[tuple[type, type], Callable[[Any, Any], nn.Module]] = {
         (nn.Conv2d, nn.BatchNorm2d): fusion.fuse_conv_bn_eval,
@@ -534,7 +539,7 @@ def _name(call: fx.Node) -> str:
 
 def _fuse_convolutions(network: nn.Module, probe: Tensor, kind: type[FusedConv2d] | type[KernelConv2d]) -> nn.Module:
     """The traced network, every zero-padded convolution of the kind that takes in what alone reads it."""
-    traced = _trace(network)
+    traced = trace(network)
     _drop_identities(traced)
     modules = dict(traced.named_modules())
     shapes = _Shapes(traced).of(probe)

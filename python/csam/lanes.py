@@ -8,12 +8,8 @@ or of the operators that `exported` finds where its forward is Python that torch
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from csam import tracing
 from csam_kernels import compress
 from csam_kernels.layout import expand_mask
 from csam_kernels.ops.sample_network import Program, Rows, Step, Value
@@ -48,14 +45,9 @@ def exported(network: nn.Module, probe: Tensor) -> fx.GraphModule:
     Raises:
         Exception: whatever torch.export or the network's own code does.
     """
-    with contextlib.ExitStack() as quiet:
-        quiet.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))  # where a failed export prints its graph
-        quiet.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(max(logging.ERROR, logging.root.manager.disable))
-        batch = ({0: torch.export.Dim.DYNAMIC},)
-        whole = nn.Sequential(network)  # which takes one argument, whatever the network's forward says
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    whole = nn.Sequential(network)  # which takes one argument, whatever the network's forward says
+    with tracing.exports(), tracing.quiet():  # a failed export prints its graph
         program = torch.export.export(whole, (probe,), dynamic_shapes=batch, strict=False)
         traced: fx.GraphModule = program.module(check_guards=False)
     (output,) = (node for node in traced.graph.nodes if node.op == "output")

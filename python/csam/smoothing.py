@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import csam_kernels
-from csam import engine, inference, quantization, sequential, sound
+from csam import engine, inference, quantization, sequential, sound, tracing
 from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
 from csam.nn import copied, masked_layers
@@ -646,15 +646,26 @@ class TiledClassifier:
         Raises:
             ValueError: the model does not map [B, C, H, W] to [B, K] with K >= 2.
         """
+        current = self._fitting(x)
+        if current is None:
+            with tracing.alone():
+                current, now = self._fitting(x), versions(self.model)  # another thread may have made it meanwhile
+                if current is None:
+                    current = self._new(x)
+                    self._made = (current, x.shape, now)  # in one step, for callers on other threads
+        return current
+
+    def _fitting(self, x: Tensor) -> Prepared | None:
+        """The copy at hand if it is of the model as it is now and for images like x."""
         current, shape, before = self._made
         now = versions(self.model)
         same = unchanged(before, now) and all(version != UNKNOWN for _, version, _ in now)
-        if current is None or shape not in (None, x.shape) or not same:
-            where = _device(self.model, x.device)
-            with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
-                current = _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices, self.calibration)
-            self._made = (current, x.shape, now)  # in one step, for callers on other threads
-        return current
+        return current if same and shape in (None, x.shape) else None
+
+    def _new(self, x: Tensor) -> Prepared:
+        where = _device(self.model, x.device)
+        with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
+            return _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices, self.calibration)
 
 
 def run_tiles(evaluate: Callable[[int], None], tiles: Sequence[int], workers: int) -> None:
