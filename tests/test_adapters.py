@@ -437,3 +437,55 @@ def test_layouts_are_not_guessed() -> None:
         Smooth(Last(classifier()), 4, SIGMA, layout="NHWC").certify(torch.rand(8, 8))
     with pytest.raises(ValueError, match=r"x must be images \[B, 3, H, W\], got shape \[2, 8, 3, 8\]"):
         Smooth(Last(classifier()), 4, SIGMA, layout="NHWC").certify(torch.rand(3, 8, 8))
+
+
+# Modules are tried as callables are, whatever runs them
+
+
+class After(nn.Module):
+    """A network of another, before and after which something is done."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.change, self.dropout = net().eval(), change, nn.Dropout()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.dropout.train()  # as Monte Carlo dropout keeps it
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self, x)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("change", "when"),
+    [
+        (lambda m, x: F.dropout(m.net(x)), "when asked again"),
+        (lambda m, x: m.dropout(m.net(x)), "when asked again"),
+        (lambda m, x: m.net(x) + torch.rand(5), "when asked again"),
+        (lambda m, x: m.net(x - x.mean()), "with the other rows"),
+        (lambda m, x: m.net(x / x.abs().max()), "with the other rows"),
+        (lambda m, x: m.net(x - x.min()), "with the other rows"),
+        (lambda m, x: m.net((x - 0.5) / x.std()), "with the other rows"),
+        (lambda m, x: F.batch_norm(m.net(x), None, None, training=True), "with the other rows"),
+    ],
+    ids=["dropout", "train-mode", "random", "mean", "max", "min", "spread", "batch-norm"],
+)
+def test_a_module_that_is_no_function_of_a_row_is_refused(
+    change: Callable[[nn.Module, Tensor], Tensor], when: str, dtype: torch.dtype | None
+) -> None:
+    model, x = After(change).eval(), picture()
+    message = rf"model must be a function of each row of a batch, got logits that change by .* {when}"
+    with pytest.raises(ValueError, match=message):
+        Smooth(model, 5, SIGMA, dtype=dtype).counts(x, 10)
+    if dtype is not None:
+        with pytest.raises(ValueError, match=rf"{message}|eval mode"):
+            csam.sampling.plan(model, x, dtype=dtype)
+
+
+def test_a_callable_that_divides_by_the_largest_pixel_of_its_tile_is_refused() -> None:
+    owner = Owner()
+    with pytest.raises(ValueError, match="with the other rows"):
+        Smooth(lambda x: owner.net(x / x.max()), 5, SIGMA).counts(picture(), 10)

@@ -724,7 +724,8 @@ def _drop_identities(traced: fx.GraphModule) -> None:
     """Without the layers that do nothing in eval mode and would stand between a convolution and its sum."""
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
-        if node.op == "call_module" and isinstance(modules[node.target], _INERT) and node.args:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(layer, _INERT) and not layer.training and node.args:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
 

@@ -109,6 +109,10 @@ class _Lowering:
             what, table = _called(node), _FUNCTIONS
         before = len(self.steps)
         try:
+            if module is not None and module.training:
+                raise NotLowered(f"{what} in train mode")
+            if what in _RANDOM:
+                raise NotLowered(f"{what} draws random numbers")
             if module is None and not _has_value((args, kwargs)):  # computed at once
                 method = node.op == "call_method"
                 call: Any = getattr(args[0], what) if method else node.target
@@ -490,6 +494,8 @@ def _dropout(lowering: _Lowering, x: Value, p: float = 0.5, training: bool = Tru
 
 
 _SHAPES = ("size", "sym_size", "getattr")
+_RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"}
+_RANDOM |= {"normal", "bernoulli", "multinomial", "poisson"}
 _MODULES: dict[str, Callable[..., Any]] = {
     "Conv2d": _Lowering.convolution,
     "FusedConv2d": _Lowering.convolution,

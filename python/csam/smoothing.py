@@ -47,6 +47,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN = -1  # version of a tensor made in inference mode, which does not count its changes
 Version = tuple[Tensor, int, int]  # a tensor, its version, its address
 _SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
+_TRIED = 8  # rows of a module's logits on which it is tried whether it is a function of each
 _LANES = 32  # a multiple of the tile of every sampler
 _setting_threads = threading.Lock()
 
@@ -84,7 +85,7 @@ class Smooth:
     With a `dtype` it is that copy rewritten for speed (`csam.inference`): masks and batch norms folded, cast to
     `dtype`, channels_last, convolutions fused with what follows, on a GPU in the library's own kernel, the first of
     which draws the noise that it reads. Its logits are the model's up to rounding in `dtype`, and `prepared.steps`
-    lists what could be done. The copy is made at the first image and again when a
+    lists what could be done; one with hooks is cast and no more. The copy is made at the first image and again when a
     parameter or buffer of `model` has changed (seen through torch's version counters; a change through `.data`
     or of a plain attribute is not: build a new Smooth then). `model` itself is never run and keeps its mode.
     `forward` must not keep state between calls: tiles run on several threads at once, outside the caller's
@@ -124,8 +125,9 @@ class Smooth:
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range, or a batch-norm layer without running
             statistics (its output for one sample depends on the others, so no certificate would hold). At the first
-            image: a model with soft masks in force; int8 of a network that has no such steps, or calibrated on images
-            of another shape; sound_float of an image off the grid.
+            image: a model with soft masks in force, or one that is random or depends on the other rows of a batch, as
+            far as three tries show; int8 of a network that has no such steps, or calibrated on images of another shape;
+            sound_float of an image off the grid.
     """
 
     ABSTAIN = ABSTAIN
@@ -746,13 +748,15 @@ def _prepare(
     generator = torch.Generator("cpu").manual_seed(0)
     parts = opaque(network)
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    probe = torch.rand(tile if parts else 2, *shape, **plain)
-    if dtype is not None and not parts:
+    probe = torch.rand(2, *shape, **plain)
+    if dtype is not None:
         probe += torch.randn(probe.shape, **plain)
-    probe = probe.to(device, own)
+    tried = torch.rand(tile if parts else min(tile, _TRIED), *shape, **plain) / 2 + 0.25
+    probe, tried = (tried if parts else probe).to(device, own), tried.to(device, own)
     try:
         with torch.inference_mode():  # a model may change its images in place
             wanted = checked_logits(network(probe.clone()), probe)
+            _refuse_dependent(network, tried, wanted if parts else network(tried.clone()))
     except RuntimeError as error:
         raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
     if dtype is not None and not parts and own in (torch.bfloat16, torch.float16):
@@ -762,7 +766,6 @@ def _prepare(
     made, sampler = inference.Ready(network, layout, ["the model's own modules"]), None
     exact = torch.float32 if dtype is torch.int8 else dtype
     if parts:
-        _refuse_dependent(network, probe, wanted)
         made.steps.append(f"run as it is: {', '.join(part.extra_repr() for part in parts)}")
     elif dtype is not None and exact is not None:
         quantized = None
@@ -811,18 +814,22 @@ def _widened(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Modu
         return network, probe, wanted
 
 
-def _refuse_dependent(network: nn.Module, probe: Tensor, wanted: Tensor) -> None:
-    """Raise ValueError if the logits `wanted` of a probe change when it is asked again, or with its second half."""
-    other, half = probe.clone(), len(probe) // 2
-    other[half:] = 1 - other[half:].flip(0)
-    with torch.inference_mode():
-        for tile, rows, when in ((probe, len(probe), "when asked again"), (other, half, "with the other rows")):
-            found = network(tile.clone())
-            if rows and (moved := inference.moved_by(found[:rows], wanted[:rows])) > 0:
-                raise ValueError(
-                    f"model must be a function of each row of a batch, got logits that change by {moved:.2g} {when}; a "
-                    "network in train mode does that: call its eval()"
-                )
+def _refuse_dependent(network: nn.Module, tile: Tensor, wanted: Tensor) -> None:
+    """Raise ValueError if the logits `wanted` of a tile with pixels in [0.25, 0.75] change when it is asked again, or
+    when the second half of its rows has another mean, spread, least and greatest pixel."""
+    other, half = tile.clone(), len(tile) // 2
+    flat = other.flatten(1)
+    flat[half:] = 1.0
+    flat[half:, ::8] = 0.0
+    for rows, kept, when in ((tile, len(tile), "when asked again"), (other, half, "with the other rows")):
+        found = network(rows.clone())
+        moved = inference.moved_by(found[:kept], wanted[:kept])
+        if moved > 0 or (math.isnan(moved) and not wanted.isnan().any()):
+            raise ValueError(
+                f"model must be a function of each row of a batch, got logits that change by {moved:.2g} {when}; a "
+                "network does that in train mode, which its eval() ends, or with layers that stay so, such as "
+                "F.dropout without training=self.training"
+            )
 
 
 def _device(model: nn.Module, default: torch.device) -> torch.device:
