@@ -780,6 +780,48 @@ def test_models_that_cannot_be_planned() -> None:
         sampling.plan(model.eval(), x)
 
 
+class Masking(nn.Module):
+    """A network with a constant on its logits."""
+
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        self.net = pruned("digits", 0.7)
+        self.register_buffer("classes", torch.tensor([0.0] * 9 + [constant]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_class_of_minus_infinity_is_one_that_cannot_win(dtype: torch.dtype) -> None:
+    x, biased = torch.rand(1, 8, 8), [pruned("digits", 0.7) for _ in range(2)]
+    with torch.no_grad():
+        for model, value in zip(biased, (-torch.inf, -1e4), strict=True):
+            model.get_submodule("classifier" if hasattr(model, "classifier") else "linear").bias[9] = value
+    for infinite, large in ((Masking(-torch.inf), Masking(-1e4)), biased):
+        plans = [sampling.plan(model.eval(), x, dtype=dtype) for model in (infinite, large)]
+        steps = [[step for step in plan.prepared.steps if "samples innermost" not in step] for plan in plans]
+        assert steps[0] == steps[1]
+        assert not any("logits by" in step for step in steps[0])
+        votes = [plan.votes(x, SIGMA, 300) for plan in plans]
+        assert torch.equal(*votes)
+        assert votes[0][9] == 0
+    with pytest.raises(ValueError, match="dtype int8 needs finite logits, got a bias of -inf"):
+        sampling.plan(biased[0], x, dtype="int8", sigma=SIGMA)
+
+
+def test_infinities_elsewhere_and_nan_are_refused() -> None:
+    x = torch.rand(1, 8, 8)
+    for constant in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="model must have finite weights, got NaN or inf in classes"):
+            sampling.plan(Masking(constant).eval(), x)
+    model = pruned("digits", 0.7)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = -torch.inf
+    with pytest.raises(ValueError, match="model must have finite weights, got NaN or inf in conv1"):
+        sampling.plan(model, x)
+
+
 def test_bad_arguments() -> None:
     model, x = pruned("digits", 0.9), torch.rand(1, 8, 8)
     for example, message in (

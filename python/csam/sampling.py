@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from csam import engine, smoothing
 from csam.engine import Choices
+from csam.nn import MaskedConv2d, MaskedLinear
 from csam.smoothing import Prepared
 from csam_kernels import checks
 from csam_kernels.laws import checked_law
@@ -182,8 +183,9 @@ def plan(
             Calibration of int8, which is over before, takes its own (`csam.quantization`).
 
     Raises:
-        TypeError, ValueError: as `csam.Smooth`; a model in train mode or with weights that are NaN or inf; choices that
-            are not of this network; a limit of memory below what one thread takes, or on a network that torch runs;
+        TypeError, ValueError: as `csam.Smooth`; a model in train mode or with weights that are NaN or inf, but for -inf
+            in a bias or a constant of the model's own, which keeps a class from winning; choices that are not of this
+            network; a limit of memory below what one thread takes, or on a network that torch runs;
             int8 without sigma or of a network that has no such steps.
     """
     whole = dtype in ("int8", torch.int8)
@@ -212,9 +214,18 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
-            raise ValueError(f"model must have finite weights, got NaN or inf in {name}")
+    for prefix, module in model.named_modules():
+        layer = type(module).__module__.startswith("torch.nn") or isinstance(module, MaskedConv2d | MaskedLinear)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            masks = name == "bias" or not layer  # a class that cannot win has -inf added to its logit
+            if tensor.is_floating_point() and not bool(_finite(tensor.detach(), masks).all()):
+                raise ValueError(
+                    f"model must have finite weights, got NaN or inf in {f'{prefix}.{name}' if prefix else name}"
+                )
+
+
+def _finite(tensor: Tensor, masks: bool) -> Tensor:
+    return tensor.isfinite() | (tensor == -torch.inf) if masks else tensor.isfinite()
 
 
 def _layers(prepared: Prepared) -> list[Layer]:
