@@ -489,3 +489,13 @@ def test_a_callable_that_divides_by_the_largest_pixel_of_its_tile_is_refused() -
     owner = Owner()
     with pytest.raises(ValueError, match="with the other rows"):
         Smooth(lambda x: owner.net(x / x.max()), 5, SIGMA).counts(picture(), 10)
+
+
+def test_a_model_on_the_meta_device_is_refused_by_name() -> None:
+    for call in (
+        lambda model: Smooth(model, 5, SIGMA).counts(picture(), 10),
+        lambda model: csam.sampling.plan(model, picture()),
+        lambda model: csam.CCCert(model, Brightness(0.2)).certify(picture()),
+    ):
+        with pytest.raises(ValueError, match=r"model must hold values, got conv1\.weight on the meta device"):
+            call(net().eval().to("meta"))

@@ -214,6 +214,7 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
+    smoothing.refuse_meta(model)
     for prefix, module in model.named_modules():
         layer = type(module).__module__.startswith("torch.nn") or isinstance(module, MaskedConv2d | MaskedLinear)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -665,6 +665,7 @@ class TiledClassifier:
         return current if same and shape in (None, x.shape) else None
 
     def _new(self, x: Tensor) -> Prepared:
+        refuse_meta(self.model)
         where = _device(self.model, x.device)
         with torch.autocast(where.type, enabled=False):  # the caller's does not reach the tiles' threads either
             return _prepare(self.model, x.shape, where, self.dtype, self.tile, self.choices, self.calibration)
@@ -838,6 +839,13 @@ def _device(model: nn.Module, default: torch.device) -> torch.device:
     return next(itertools.chain(tensors, (part.device for part in opaque(model))), default)
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Raise ValueError for a model with tensors that have no values."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"model must hold values, got {name} on the meta device; load the weights first")
+
+
 def versions(model: nn.Module) -> list[Version]:
     """Every parameter and buffer with its version, which torch advances at each in-place change, and where it lies."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -862,6 +870,7 @@ __all__ = [
     "nchw",
     "one_intra_op_thread",
     "read",
+    "refuse_meta",
     "run_tiles",
     "sent",
     "unchanged",
