@@ -101,10 +101,12 @@ class Plan:
         """Votes of samples first_sample .. first_sample + n - 1 of x + sigma * eps, int64 [K], on the CPU.
 
         The same for every batch size and number of threads; those of adjacent ranges add up. Arguments and errors as in
-        `csam.Smooth` and its `counts`.
+        `csam.Smooth` and its `counts`. What was planned is the model as it was: a change through `.data` or of a plain
+        attribute (eps, stride) neither counts nor is noticed; plan again then.
 
         Raises:
-            ValueError: a parameter, buffer or mask of the model has changed or been replaced since it was planned.
+            ValueError: a parameter, buffer or mask of the model has changed or been replaced since it was planned, as
+                far as torch's version counters show.
         """
         self._refuse_changed()
         x = smoothing.image(x)
