@@ -337,7 +337,9 @@ def pruned(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.parametrize("hooked", [pruned, nn.utils.weight_norm], ids=["prune", "weight_norm"])
+@pytest.mark.parametrize(
+    "hooked", [pruned, nn.utils.weight_norm, nn.utils.spectral_norm], ids=["prune", "weight_norm", "spectral_norm"]
+)
 def test_weights_that_torchs_hooks_compute_are_copied(hooked: Callable[[nn.Module], nn.Module]) -> None:
     """torch.nn.utils leave a weight that has a gradient's history, which copy.deepcopy refuses."""
     model, x = (
@@ -355,7 +357,10 @@ def test_weights_that_torchs_hooks_compute_are_copied(hooked: Callable[[nn.Modul
     votes = csam.Smooth(model, 5, 0.5).counts(x[0], 200)
     assert torch.equal(votes, csam.Smooth(plain(model), 5, 0.5).counts(x[0], 200))
     assert csam.CCCert(model, csam.transforms.Brightness(0.2), n=10, k=2).certify(x[0].clamp(0, 1)).n == 10
-    assert csam.sampling.plan(model, x[0], dtype=torch.float32).choices == "module"
+    plan = csam.sampling.plan(model, x[0], dtype=torch.float32, choices="sparse")
+    assert len(plan.layers) == 2
+    assert torch.equal(plan.votes(x[0], 0.5, 200), votes)
+    assert torch.equal(model(x), wanted)  # whose hooks are still there
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -364,8 +369,10 @@ def plain(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     if prune.is_pruned(twin):
         prune.remove(twin[0], "weight")
-    else:
+    elif hasattr(twin[0], "weight_g"):
         nn.utils.remove_weight_norm(twin[0])
+    else:
+        nn.utils.remove_spectral_norm(twin[0])
     return twin
 
 

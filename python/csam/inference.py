@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import fusion, prune
+from torch.nn.utils import fusion
 
 import csam_kernels
 from csam import aliases, tracing
@@ -36,7 +36,6 @@ _INERT = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
 _FAR = 10.0  # steps between logits that are so many times all smaller ones together
 _LAST_BITS = 4e-6  # share of a float32 that rounding explains, some 30 of its last bits
 _HOOKS = {"_forward_pre_hooks": "a forward pre-hook", "_forward_hooks": "a forward hook"}
-_REMEDIES = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 
 
 class Ready(NamedTuple):
@@ -214,7 +213,7 @@ def hooked(network: nn.Module) -> str:
             kind = "a forward of its own" if "forward" in own else "a __call__ of its own" if _called(module) else ""
         if kind:
             which = f"layer {name!r}" if name else "it"
-            return f"{which} has {kind}, which a rewrite would lose{_plainly(name, module)}"
+            return f"{which} has {kind}, which a rewrite would lose"
     if any(getattr(nn.modules.module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")):
         return "torch has a hook for all modules, which a rewrite would lose"
     return ""
@@ -229,17 +228,6 @@ def _called(module: nn.Module) -> bool:
     return any(
         "__call__" in vars(kind) for kind in itertools.takewhile(lambda k: k is not nn.Module, type(module).__mro__)
     )
-
-
-def _plainly(name: str, module: nn.Module) -> str:
-    """How the layer is made a plain one, where its hook is one of torch's own that compute a weight."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            return f"; torch.nn.utils.prune.remove(module, {hook._tensor_name!r}) makes it plain"
-        remedy = _REMEDIES.get(type(hook).__name__)
-        if remedy and type(hook).__module__.startswith("torch.nn.utils"):
-            return f"; torch.nn.utils.{remedy}(module) makes it plain"
-    return ""
 
 
 def _unrunnable(dtype: torch.dtype, failure: RuntimeError) -> ValueError:

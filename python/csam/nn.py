@@ -22,6 +22,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from csam import lowering
 from csam_kernels import masked_conv2d, masked_linear
@@ -340,6 +343,19 @@ def copied(model: nn.Module) -> nn.Module:
     """
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
+
+def settle_weights(model: nn.Module) -> None:
+    """Make plain parameters, in place, of weights that hooks of torch.nn.utils (prune, weight_norm, spectral_norm)
+    compute before every call: the values of eval mode, where they stay the same."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+            elif isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                nn.utils.remove_spectral_norm(module, hook.name)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

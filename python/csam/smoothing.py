@@ -35,7 +35,7 @@ import csam_kernels
 from csam import engine, inference, quantization, sequential, sound, tracing
 from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
 from csam.laws import LAWS
-from csam.nn import copied, masked_layers
+from csam.nn import copied, masked_layers, settle_weights
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
@@ -737,6 +737,7 @@ def _prepare(
         )
     try:
         network: nn.Module = copied(model).eval().requires_grad_(False)
+        settle_weights(network)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"model must be a module that can be put in eval mode and frozen, got {type(model).__name__} ({error}); a "
