@@ -10,16 +10,17 @@ beside the share of equal votes: the root mean square of what the logits move by
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import csam
 import csam_kernels
-from csam import data, models, pipeline
+from csam import data, models, pipeline, sampling
 from csam.smoothing import Prepared
 
 KINDS = {
@@ -48,14 +49,12 @@ def main() -> None:
     models.load_weights(model, args.weights)
     cifar = data.load("cifar10", args.images, train_subset=pipeline.CALIBRATION)
     chosen = pipeline.evenly_spaced(len(cifar.test_x), args.count)
-    plans: dict[tuple[str, str], Prepared] = {}
+    plans: dict[tuple[str, str], sampling.Plan] = {}
     for name, (dtype, engines) in KINDS.items():
+        options: dict[str, Any] = {"sigma": args.sigma} if dtype == "int8" else {}
         for engine in engines:
-            calibration = data.to_unit(cifar.train_x) if dtype == "int8" else None
-            smooth = csam.Smooth(
-                model, cifar.num_classes, args.sigma, dtype=dtype, choices=engine, calibration=calibration
-            )
-            plans[name, engine] = smooth.prepare(data.to_unit(cifar.test_x[0]))
+            examples = data.to_unit(cifar.train_x)
+            plans[name, engine] = sampling.plan(model, examples, dtype=dtype, choices=engine, **options)
     equal, moved, spread = dict.fromkeys(plans, 0), dict.fromkeys(plans, 0.0), 0.0
     with torch.inference_mode():
         for i in chosen:
@@ -63,17 +62,17 @@ def main() -> None:
             noisy = csam_kernels.smoothing_noise(data.to_unit(cifar.test_x[i]), args.samples, args.sigma, **noise)
             wanted = model(noisy)
             spread += float(wanted.var(1).sum())
-            for key, prepared in plans.items():
-                found = logits(prepared, noisy)
+            for key, plan in plans.items():
+                found = logits(plan.prepared, noisy)
                 equal[key] += int((found.argmax(1) == wanted.argmax(1)).sum())
                 moved[key] += float((found - wanted).square().mean(1).sum())
     total = args.count * args.samples
     table = Table("dtype", "layers", title=f"{args.weights.name}, sigma {args.sigma:g}, {total:,} samples")
     for heading in ("equal votes", "logits move by"):
         table.add_column(heading, justify="right")
-    for key, prepared in plans.items():
-        innermost = [step.split("layers ")[1].split(";")[0] for step in prepared.steps if "samples innermost" in step]
-        layers = f"{key[1]}: {innermost[0] if prepared.sampler is not None else 'torch'}"
+    for key, plan in plans.items():
+        engines = Counter(layer.engine for layer in plan.layers)
+        layers = f"{key[1]}: {', '.join(f'{n} {name}' for name, n in engines.items()) or 'torch'}"
         table.add_row(key[0], layers, f"{equal[key] / total:.2%}", f"{(moved[key] / spread) ** 0.5:.1%}")
     Console(width=110).print(table)
 

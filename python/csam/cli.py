@@ -471,8 +471,8 @@ def certify(
     folder, title = out / "certificates", model if isinstance(model, str) else model.stem
     if rows:
         show(report.certificates_table([curve_of(folder / "smoothing.tsv", title, rows)], settings.certify.radii))
-        votes = records.read_votes(folder / "smoothing.tsv")[1].values()
-        results.print(_held(folder / "smoothing.tsv", sum("reason" in v for v in votes), len(rows)), soft_wrap=True)
+        held = len(records.read_tsv(folder / "smoothing.tsv"))
+        results.print(_held(folder / "smoothing.tsv", held, len(rows)), soft_wrap=True)
     if bounds:
         show_bounds([bounds_of(folder / "cc-cert.jsonl", title, bounds)], settings.certify.eps)
         known = records.read_bounds(folder / "cc-cert.jsonl")[1]

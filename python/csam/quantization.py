@@ -65,7 +65,12 @@ def quantize(program: Program, noisy: Tensor) -> Program:
 
     Args:
         noisy: images [n, C, H, W] as they will be labelled, noise included.
+
+    Raises:
+        ValueError: a bias that is not finite.
     """
+    if not all(step.bias is None or bool(step.bias.isfinite().all()) for step in program.steps):
+        raise ValueError("dtype int8 needs finite logits, got a bias of -inf; a large finite one does the same")
     ranges = _ranges(program, noisy)
     scale, zero = ranges[program.image.root]
     steps = [step if step.weight is None else _quantized(step, ranges, program.logits) for step in program.steps]

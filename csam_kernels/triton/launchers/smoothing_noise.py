@@ -10,11 +10,12 @@ from torch import Tensor
 
 from csam_kernels.laws import scaled
 from csam_kernels.triton import tables, tuning
+from csam_kernels.triton.kernels.philox import CELLS
 from csam_kernels.triton.kernels.smoothing_noise import smoothing_noise as kernel
 from csam_kernels.triton.launch import LIMIT, launch
 
 _WORD = 2**64 - 1
-_CELLS = 3  # csrc/common/deviates.h
+_CELLS = CELLS.value
 # A deviate, and x + scale * that: 25, 4, 20 and 9; 15 integer ones of Philox take the same slots.
 _FLOPS = (40, 19, 35, 24)
 
