@@ -376,7 +376,7 @@ def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor,
         "sys.path[:0] = [sys.argv[1]]\n"
         "import test_evaluation as t, torch\n"
         "from pathlib import Path\n"
-        "t.evaluation.SAVE_SECONDS = 0.0\n"
+        "t.evaluation.SAVE_SECONDS, t.evaluation.WRITE_SECONDS = 0.0, 0.02\n"
         "more = torch.load(sys.argv[2] + '/images.pt')\n"
         "draws, kills = random.Random(int(sys.argv[3])), 0\n"
         "while True:\n"
