@@ -331,13 +331,18 @@ _WINOGRAD_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 def _winograd(images: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dtype: torch.dtype) -> Tensor:
-    """conv2d of a 3x3 weight by F(2x2, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to dtype."""
+    """conv2d of a 3x3 weight by F(2x2, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to dtype.
+
+    At place (1, 1), where windows are summed along both axes, weights are two numbers of dtype each.
+    """
     size = [n + 2 * p - 2 for n, p in zip(images.shape[2:], padding, strict=True)]
     images = F.pad(images, (padding[1], padding[1] + size[1] % 2, padding[0], padding[0] + size[0] % 2))
     tiles = images.unfold(2, 4, 2).unfold(3, 4, 2)  # [n, C, H/2, W/2, 4, 4]
     for_input, for_output = (images.new_tensor(rows) for rows in (_WINOGRAD_INPUT, _WINOGRAD_OUTPUT))
     for_weight = weight.new_tensor(_WINOGRAD_WEIGHT, dtype=torch.float64)
-    weights = (for_weight @ weight.double() @ for_weight.t()).to(dtype).float()
+    exact = (for_weight @ weight.double() @ for_weight.t()).float()
+    weights = exact.to(dtype).float()
+    weights[..., 1, 1] += (exact - weights)[..., 1, 1].to(dtype).float()
     placed = (for_input @ tiles @ for_input.t()).to(dtype).float()
     sums = for_output @ torch.einsum("nchwyx,ocyx->nohwyx", placed, weights) @ for_output.t()
     out = sums.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]

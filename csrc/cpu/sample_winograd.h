@@ -4,6 +4,10 @@
 // place of 36. F(4x4, 3x3) for integers: 36 in place of 144, exactly, where floats would lose digits. A job is a block
 // of such tiles of one vector of samples: its input is transformed once, and at every place the filters add their
 // products by the dense loops of sample_conv2d.h, a tile standing for a pixel.
+//
+// At one place of F(2x2, 3x3) windows are summed along both axes; at the others they are differences, small where an
+// image is smooth. So in bfloat16 most of what rounding weights moves is moved there, all samples alike: its weights
+// are two bfloat16s each, the second what the first leaves, and 17 products take the place of 36.
 #pragma once
 #include "sample_conv2d.h"
 
@@ -79,6 +83,8 @@ struct Winograd : Layer<Format> {
   using Work = typename Format::Work;
   static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
   static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
+  static constexpr int64_t kSummed = kIn + 1,
+                           kPasses = kPlaces + (sizeof(Element) == 2);  // that place; once more over it
   // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
   static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1;
   static constexpr double kInputCost = kUnit * (F::kInputCost + F::kEachInputCost * Format::kSums);
@@ -87,7 +93,7 @@ struct Winograd : Layer<Format> {
   int64_t rows, columns;  // of a block, in tiles
   int64_t units, together, group, down, across;
   Micro micro;
-  Array<uint32_t> weights;  // [places][blocks of units][padded / kFilters][units][kFilters]
+  Array<uint32_t> weights;  // [passes][blocks of units][padded / kFilters][units][kFilters]
   Array<int32_t> offsets;   // of each unit of a block
   Array<float> nothing;
   double cost = 0;
@@ -126,7 +132,7 @@ struct Winograd : Layer<Format> {
   void lay() {
     const Array<float> full = Base::full();
     const int64_t size = padded * units * T;
-    Array<float> places(kPlaces * size);
+    Array<float> places(kPasses * size);
     for (int64_t i = 0; i < size; ++i)
       for (int64_t y = 0; y < kIn; ++y) {
         double row[3] = {};
@@ -137,9 +143,14 @@ struct Winograd : Layer<Format> {
           places[(kIn * y + x) * size + i] = float(g[0] * row[0] + g[1] * row[1] + g[2] * row[2]);
         }
       }
-    weights = Array<uint32_t>(size / T * kPlaces);
+    if constexpr (kPasses > kPlaces)
+      for (int64_t i = 0; i < size; ++i) {
+        const float sum = places[kSummed * size + i];
+        places[kPlaces * size + i] = sum - Format::widen(Format::narrow(sum));
+      }
+    weights = Array<uint32_t>(size / T * kPasses);
     uint32_t* to = weights.data;
-    for (int64_t p = 0; p < kPlaces; ++p)
+    for (int64_t p = 0; p < kPasses; ++p)
       for (int64_t u = 0; u < units; u += together)
         to = Base::lay_units(places.data + p * size, 1, u, units - u < together ? units - u : together, to);
   }
@@ -162,16 +173,19 @@ struct Winograd : Layer<Format> {
                   s.packed.data + (u * count + r * columns) * P);
     for (int64_t first = 0; first < live; first += group) {
       const int64_t mine = live - first < group ? live - first : group;
-      for (int64_t p = 0; p < kPlaces; ++p)
+      for (int64_t p = 0; p < kPasses; ++p) {
+        const bool again = p == kPlaces;
+        const int64_t at = again ? kSummed : p;
         for (int64_t u = 0; u < units; u += together) {
           const int64_t here = units - u < together ? units - u : together;
-          Block block = {s.packed.data + p * pitch() + u * count * P, 0, 1, count, kPlaces * count};
+          Block block = {s.packed.data + at * pitch() + u * count * P, 0, 1, count, kPlaces * count};
           block.weights = weights.data + (p * units + u) * padded + first * here;
           block.offsets = offsets.data;
           block.products = here;
-          block.bias = u ? nullptr : nothing.data;
-          micro.add(block, mine, s.sums.data + p * count * P);
+          block.bias = u || again ? nullptr : nothing.data;
+          micro.add(block, mine, s.sums.data + at * count * P);
         }
+      }
       for (int64_t o = 0; o < mine; ++o)
         finish(first + o, top, left, s.sums.data + o * kPlaces * count * P, other, out);
     }
@@ -192,7 +206,7 @@ struct Winograd : Layer<Format> {
         const double parts = double(tiles(units, fitting < 1 ? 1 : fitting)), n = double(count);
         const double narrow = count % Format::kDense[0].columns ? 1.5 : kUnit;
         const double micros = n / Format::kDense[0].columns;
-        const double work = kPlaces * (double(padded * units * Format::kSums) * n * narrow +
+        const double work = kPasses * (double(padded * units * Format::kSums) * n * narrow +
                                        parts * turns * (micros * kTurnCost + Format::kFilters * n * kSumCost)) +
                             double(channels) * n * kInputCost + double(live) * n * kOutputCost;
         const double total = work * double(tiles(a.out_height, kOut * r) * tiles(a.out_width, kOut * c));
