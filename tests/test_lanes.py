@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import csam_kernels as ck
 from conftest import TOLERANCE, assert_close
 from csam import aliases, inference, lanes, sampling
 from csam.quantization import quantize
-from csam_kernels.ops.sample_network import Program
+from csam_kernels.ops.sample_network import Program, Step, Value
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import networks
@@ -606,6 +607,33 @@ def test_a_value_that_is_flattened_into_logits_keeps_its_channels() -> None:
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
+
+
+def test_roundings_to_bfloat16_add_up_to_almost_nothing() -> None:
+    weight = 0.1 * torch.randn(40, 30, 3, 3)
+    weight[torch.rand(weight.shape) < torch.linspace(0, 0.99, 40).view(-1, 1, 1, 1)] = 0
+    weight[7], weight[8, 1:], weight[9, 0, 0, 0] = 0, 0, 1e-42  # no weight, nine, one that is no normal number
+    values, taps, rows = ck.compress(weight)
+    step = Step(Value(30, 8, 8), Value(40, 8, 8), weight=(values, taps, rows), kernel=(3, 3), padding=(1, 1), name="a")
+    left = replace(step, engine="winograd")
+    lanes.balance(Program(step.input, step.out, [step, left]))
+    assert left.weight is not None
+    assert left.weight[0] is values
+    assert step.weight is not None
+    found, near = step.weight[0], values.bfloat16().float()
+    assert torch.equal(found, found.bfloat16().float())
+    assert torch.equal(
+        found.view(torch.int32) - near.view(torch.int32) == 0, (found - values).abs() <= (near - values).abs()
+    )
+    assert bool(((found.view(torch.int32) - near.view(torch.int32)).abs() <= 1 << 16).all())  # the other neighbour
+
+    def sums(rounded: Tensor) -> Tensor:
+        row = torch.arange(40).repeat_interleave(rows.diff())
+        return torch.zeros(40, dtype=torch.float64).index_add_(0, row, rounded.double() - values.double()).abs()
+
+    assert bool((sums(found) <= sums(near)).all())
+    assert float(sums(found).mean()) < 0.2 * float(sums(near).mean())
+    assert float((found - values).norm()) < 1.03 * float((near - values).norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["f32", "bf16", "int8"])

@@ -59,6 +59,8 @@ def ready(
         program = quantized(program)
     lanes.join(program)
     choose(program, dtype, choices)
+    if dtype is torch.bfloat16:
+        lanes.balance(program)
     made = sample_network(program, dtype)
     layers = [step for step in program.steps if step.weight is not None]
     kinds = [step.engine for step in layers]
