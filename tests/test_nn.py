@@ -422,6 +422,21 @@ def test_plain_state_dict_loads_and_keeps_masks() -> None:
             twin.load_state_dict({k: v for k, v in state.items() if k != key})
 
 
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_masks_that_were_on_the_meta_device_are_ones(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(392, 5))
+    twin = convert(source).to("meta")
+    if how == "to_empty":
+        with monkeypatch.context() as patch:  # zeros are what memory that is new may hold
+            patch.setattr(torch, "empty_like", lambda t, device: torch.zeros_like(t, device=device))
+            twin = twin.to_empty(device="cpu")
+    twin.load_state_dict(source.state_dict(), assign=how == "assign")
+    x = images()
+    assert torch.equal(twin(x), source(x))
+    assert all(bool((layer.mask_score == 1).all()) for layer in masked_layers(twin).values())
+    assert not any(layer.mask_score.requires_grad for layer in masked_layers(twin).values())
+
+
 def masked_small() -> Small:
     twin = convert(Small().eval())
     for layer in masked_layers(twin).values():

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -146,13 +146,27 @@ class _Masked(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """A plain layer's state_dict loads too; the masks then stay as they are."""
+        """A plain layer's state_dict loads too; the masks then stay as they are, ones if they have no values yet."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         own = {prefix + "mask", prefix + "mask_score"}
         if own.isdisjoint(state_dict):
             missing_keys[:] = [key for key in missing_keys if key not in own]
+            if self.mask.is_meta and not self.weight.is_meta:  # assign=True
+                ones = torch.ones_like(self.mask_score, device=self.weight.device)
+                self.mask_score = nn.Parameter(ones, requires_grad=self.mask_score.requires_grad)
+                self.mask = ones.to(torch.bool)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Masks that come from the meta device, where they have no values, are ones (`to_empty`)."""
+        were_meta = self.mask.is_meta
+        super()._apply(fn, recurse)
+        if were_meta and not self.mask.is_meta:
+            with torch.no_grad():
+                self.mask_score.fill_(1)
+                self.mask.fill_(True)
+        return self
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
