@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_close
 from csam import transforms
@@ -364,6 +365,28 @@ def test_a_gradient_of_theta_that_is_not_finite_changes_nothing() -> None:
     with pytest.raises(FloatingPointError, match=r"gradient norm [\d.]+ \(of theta (inf|nan)\) at step 0"):
         search.step(torch.rand(5, 4), torch.arange(5) % 3)
     assert all(torch.equal(v, before[k]) for k, v in search.state_dict().items())
+
+
+@pytest.mark.parametrize("last", ["convolution", "norm"])
+@pytest.mark.parametrize("perturbation", ARMS, ids=str)
+def test_activations_that_are_computed_anew_are_refused(perturbation: str | None, last: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            part = (self.norm, nn.ReLU(), self.second) if last == "convolution" else (self.second, self.norm)
+            return self.head(checkpoint(nn.Sequential(*part), self.first(x), use_reentrant=False).flatten(1))
+
+    model = convert(Checkpointed())
+    search = MaskSearch(model, perturbation=perturbation)
+    before = scores_of(model)
+    with pytest.raises(ValueError, match=r"switch its torch\.utils\.checkpoint off"):
+        search.step(*batch())
+    assert all(torch.equal(a, b) for a, b in zip(before, scores_of(model), strict=True))
+    model(batch()[0]).sum().backward()  # the layers are free again
 
 
 def test_layers_that_the_forward_skips_stay_put() -> None:

@@ -387,7 +387,8 @@ class MaskSearch:
     def _ascent(self, clean: _Pass, y: Tensor, keep_graph: bool) -> list[Tensor]:
         """g = dCE/dC at the clean masks."""
         loss = _cross_entropy(clean.logits, y)
-        grads = torch.autograd.grad(loss, clean.leaves, retain_graph=keep_graph, allow_unused=True)
+        with _run_once(self._layer_list()):
+            grads = torch.autograd.grad(loss, clean.leaves, retain_graph=keep_graph, allow_unused=True)
         return _averaged(self._chain(grads, clean)[1])
 
     def _terms(self, passes: _Passes, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -411,7 +412,8 @@ class MaskSearch:
         total = torch.stack([self.lambdas[name] * term for name, term in terms.items()]).sum()
         leaves = [leaf for p in passes for leaf in p.leaves]
         # a masked layer's weight has a gradient here too where something else reads it (a tied embedding)
-        grads = torch.autograd.grad(total, [*leaves, *self._trained.values()], allow_unused=True)
+        with _run_once(self._layer_list()):
+            grads = torch.autograd.grad(total, [*leaves, *self._trained.values()], allow_unused=True)
         by_name = {n: g for n, g in zip(self._trained, grads[len(leaves) :], strict=True) if g is not None}
         by_score: list[Tensor] = []
         for i, p in enumerate(passes):
@@ -602,6 +604,24 @@ def _installed(layers: Sequence[MaskedLayer], leaves: Sequence[Tensor]) -> Itera
     finally:
         for layer in layers:
             layer.effective_weight = None
+
+
+@contextmanager
+def _run_once(layers: Sequence[MaskedLayer]) -> Iterator[None]:
+    """Refuse that a backward pass computes a layer anew: its leaf is no longer in place, the result would be wrong."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError(
+            "model must keep its activations during the search, got one that computes them anew in the backward pass; "
+            "switch its torch.utils.checkpoint off"
+        )
+
+    handles = [layer.register_forward_pre_hook(refuse) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
