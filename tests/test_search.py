@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_close
@@ -611,6 +612,11 @@ def test_unfit_models_are_refused() -> None:
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="joint=True needs model parameters that require a gradient"):
         MaskSearch(frozen, joint=True)
+    computed = masked_model()
+    parametrizations.weight_norm(computed[3])
+    MaskSearch(computed).step(*batch())
+    with pytest.raises(ValueError, match="masked layers whose weight is a parameter of their own, got '3'"):
+        MaskSearch(computed, joint=True)
 
 
 @pytest.mark.parametrize(

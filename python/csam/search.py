@@ -216,7 +216,7 @@ class MaskSearch:
         self._weight_names = _weight_names(model, self._layers)
         self._trained: dict[str, nn.Parameter] = {}
         if joint:
-            self._trained = _trained_parameters(model, self._scores)
+            self._trained = _trained_parameters(model, self._layers)
             self.weight_optimizer = torch.optim.SGD(
                 self._trained.values(),
                 lr=checks.real("weight_lr", weight_lr, above=0),
@@ -538,8 +538,14 @@ def _weight_names(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> list[s
     return [names.get(id(layer.weight), f"{name}.weight") for name, layer in layers.items()]
 
 
-def _trained_parameters(model: nn.Module, scores: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    own = {id(score) for score in scores.values()}
+def _trained_parameters(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> dict[str, nn.Parameter]:
+    computed = [name for name, layer in layers.items() if "weight" not in layer._parameters]
+    if computed:
+        raise ValueError(
+            "joint=True needs masked layers whose weight is a parameter of their own, got "
+            f"{computed[0]!r}, where a parametrization or a hook computes it"
+        )
+    own = {id(layer.mask_score) for layer in layers.values()}
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
     if not found:
         raise ValueError("joint=True needs model parameters that require a gradient, got none")
