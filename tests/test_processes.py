@@ -245,7 +245,7 @@ def rotated(x: Tensor, *, seed: int) -> Tensor:
     return training.shared(transforms.Rotation(20))(x.float(), seed=seed).to(x.dtype)
 
 
-def trained(folder: Path, path: str, search: bool, spoil: bool = False, precision: str | None = None) -> None:
+def trained(folder: Path, path: str, search: bool, spoil: str = "", precision: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = torch.float32 if precision else torch.float64
@@ -256,9 +256,11 @@ def trained(folder: Path, path: str, search: bool, spoil: bool = False, precisio
         stepper = MaskSearch(model, 0.5, transform=rotated, seed=3)
 
     def then() -> None:
-        if spoil and rank() == 1:
-            with torch.no_grad():
+        with torch.no_grad():
+            if spoil == "mask_score" and rank() == 1:
                 model[0].mask_score[0, 0, 0, 0] += 1e-6
+            if spoil == "mask":
+                model[0].mask[rank(), 0, 0, 0] = False  # as many weights are left in each
 
     x, y = (255 * torch.rand(24, 1, 4, 4)).to(torch.uint8), torch.arange(24) % 3
     feed = training.Feed(2, 8, sigma=0.1, padding=1, flip=True, transform=transforms.Rotation(10), seed=5)
@@ -284,9 +286,10 @@ def test_two_processes_train_alike_in_bfloat16(tmp_path: Path, together: Togethe
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_masks_that_differ_are_refused(tmp_path: Path, together: Together) -> None:
-    for _, error in together(2, tmp_path, "trained", path="2", search=True, spoil=True):
-        assert "all processes must have the same weights and masks after epoch 1, got 0.mask_score" in error
+@pytest.mark.parametrize("spoil", ["mask_score", "mask"])
+def test_masks_that_differ_are_refused(tmp_path: Path, together: Together, spoil: str) -> None:
+    for _, error in together(2, tmp_path, "trained", path="2", search=True, spoil=spoil):
+        assert f"all processes must have the same weights and masks after epoch 1, got 0.{spoil}: " in error
 
 
 def test_a_batch_must_be_shared_evenly(tmp_path: Path, together: Together) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csam.nn import masked_layers
 from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
 from csam.transforms import Transform
@@ -318,12 +320,16 @@ def _run_epoch(
 
 
 def _check_alike(stepper: Stepper, team: Team, when: str) -> None:
-    """Refuse processes whose parameters, masks' scores included, differ in the sum of their bits as integers."""
+    """Refuse processes whose parameters, masks' scores included, or hard masks differ in a bit."""
     if team.size > 1:
-        bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-        named = [(name, p.detach()) for name, p in stepper.model.named_parameters()]
-        sums = {name: int(p.view(bits[p.element_size()]).sum(dtype=torch.int64)) for name, p in named}
+        masks = {f"{name}.mask": layer.mask for name, layer in masked_layers(stepper.model).items()}
+        sums = {name: _checksum(t) for name, t in chain(stepper.model.named_parameters(), masks.items())}
         agree(team, f"weights and masks {when}", sums)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the values: one that knows their places, since masks of one sparsity hold the same values."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 class _Normalized(torch.autograd.Function):
