@@ -87,6 +87,23 @@ def test_killed_training_continues_bit_for_bit(tmp_path: Path, monkeypatch: pyte
     assert same(straight, resumed)
 
 
+def test_dropout_continues_bit_for_bit_and_leaves_global_rng_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    x, y = images()
+    straight, resumed = (nn.Sequential(nn.Dropout(), *network()) for _ in range(2))
+    before = torch.random.get_rng_state()
+    training.fit(straight, x, y, FEED, QUICK)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(Killed), Run(tmp_path, {}) as run:
+        training.fit(resumed, x, y, FEED, QUICK, stage=run.stage("fit"), on_step=stop_after(9))
+    torch.manual_seed(1)  # as another process would stand
+    with Run(tmp_path, {}) as run:
+        training.fit(resumed, x, y, FEED, QUICK, stage=run.stage("fit"))
+    assert same(straight, resumed)
+
+
 def test_finished_stage_is_restored_not_repeated(tmp_path: Path) -> None:
     x, y = images()
     model, again = network(), network(seed=5)

@@ -305,13 +305,15 @@ def _run_epoch(
     on_step: Callable[[int], None] | None,
     team: Team,
 ) -> dict[str, float]:
-    """One epoch; returns the mean of each value the steps report."""
+    """One epoch; returns the mean of each value the steps report. What the model draws (dropout) is the epoch's own."""
     sums: dict[str, float] = {}
-    for x, y in batches(images, labels, feed, epoch, rank=team.rank, size=team.size):
-        for key, value in stepper.step(x, y).items():
-            sums[key] = sums.get(key, 0.0) + value
-        if on_step:
-            on_step(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(feed.seed, "model", epoch, team.rank))
+        for x, y in batches(images, labels, feed, epoch, rank=team.rank, size=team.size):
+            for key, value in stepper.step(x, y).items():
+                sums[key] = sums.get(key, 0.0) + value
+            if on_step:
+                on_step(1)
     means = {key: value / feed.steps_per_epoch(len(images)) for key, value in sums.items()}
     for key, value in means.items():
         if not math.isfinite(value):
