@@ -243,6 +243,26 @@ def test_bad_images() -> None:
         training.accuracy(network(), x[:0], y[:0])
 
 
+class Pair(nn.Module):
+    """A model with two outputs, as those with an auxiliary classifier."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize("use", [lambda *args: training.fit(*args, FEED), training.accuracy], ids=["fit", "accuracy"])
+def test_labels_and_outputs_that_do_not_fit_are_named(use: Any) -> None:
+    x, y = images()
+    with pytest.raises(ValueError, match="labels must be below the model's 3 classes, got 3"):
+        use(network(), x, y + 1)
+    with pytest.raises(ValueError, match="labels must be >= 0, got -100"):  # which torch's loss would leave out
+        use(network(), x, torch.where(y == 0, -100, y))
+    with pytest.raises(ValueError, match=r"model must return logits \[\d+, classes\], got tuple"):
+        use(nn.Sequential(nn.Conv2d(2, 3, 3), Pair()), x, y)
+    with pytest.raises(ValueError, match=r"model must return logits \[\d+, classes\], got \[\d+, 8, 4, 4\]"):
+        use(network()[:1], x, y)
+
+
 def test_derived_seeds_differ() -> None:
     seeds = {training.derive_seed(s, w, e) for s in range(5) for w in ("order", "noise") for e in range(5)}
     assert len(seeds) == 50

@@ -229,6 +229,7 @@ class Sgd:
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self.recipe.precision):
             logits = self.model(x)
+        _check_logits(logits, y)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
         values = torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
@@ -447,7 +448,9 @@ def accuracy(
     correct = 0
     with autocast(precision):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            correct += int((model(x.float().div_(255)).argmax(1) == y).sum())
+            logits = model(x.float().div_(255))
+            _check_logits(logits, y)
+            correct += int((logits.argmax(1) == y).sum())
     model.train(was_training)
     return correct / len(images)
 
@@ -488,3 +491,13 @@ def _check_images(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got 0")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
+
+
+def _check_logits(logits: Any, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must return logits [{len(labels)}, classes], got {came}")
+    if int(labels.max()) >= logits.shape[1]:
+        raise ValueError(f"labels must be below the model's {logits.shape[1]} classes, got {int(labels.max())}")
