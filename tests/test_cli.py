@@ -393,6 +393,19 @@ def test_train_makes_an_ordinary_weight_file(csam: Command, tmp_path: Path) -> N
     models.load_weights(models.build("digits"), tmp_path / "models" / "magnitude-0.8.safetensors")
 
 
+def test_train_repeats_from_its_config(csam: Command, tmp_path: Path) -> None:
+    code, _, err = csam("train", *TINY, "--method", "magnitude", "--sparsity", 0.8, "--out", tmp_path / "a")
+    assert code == 0, err
+    again = ["train", "--config", tmp_path / "a" / "config.json"]
+    code, out, err = csam(*again, "--out", tmp_path / "b")
+    assert code == 0, err
+    first, second = (tmp_path / f / "models" / "magnitude-0.8.safetensors" for f in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    code, out, err = csam(*again, "--sparsity", 0.5, "--out", tmp_path / "c")
+    assert code == 0, err
+    assert "magnitude-0.5.safetensors: sparsity 0.5000" in out
+
+
 def test_report_reads_runs_and_the_records_of_others(csam: Command, trained: Path, tmp_path: Path) -> None:
     published = shared_data("cohen-cifar10-sigma_0.25.tsv")
     code, out, err = csam("report", trained, published, "--plot", tmp_path / "p.png", "--radii", "0.25,0.5")

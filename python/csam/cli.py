@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 import torch
@@ -38,6 +38,7 @@ from csam.adapters import ModelError
 from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
 
+T = TypeVar("T")
 Command = Callable[..., Any]
 messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
@@ -377,13 +378,13 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
 
 @cli.command()
 @common_options
-@click.option("--method", type=click.Choice(list(pipeline.METHODS)), default="dense", show_default=True)
-@click.option("--sparsity", type=float, default=0.7, show_default=True, help="Fraction of the weights to remove.")
+@click.option("--method", type=click.Choice(list(pipeline.METHODS)), help="[dense, or the one of --config]")
+@click.option("--sparsity", type=float, help="Fraction of the weights to remove.  [0.7, or the one of --config]")
 @setting_options(DATA_OPTIONS, TRAIN_OPTIONS)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 def train(
-    method: str,
-    sparsity: float,
+    method: str | None,
+    sparsity: float | None,
     out: Path,
     data: str | None,
     data_dir: Path | None,
@@ -395,13 +396,20 @@ def train(
 
     The result is OUT/models/NAME.safetensors, an ordinary state dict with zeros for the removed weights.
     """
-    settings = replace(settings_from(data, data_dir, config, threads, given), methods=(method,), sparsities=(sparsity,))
+    settings = settings_from(data, data_dir, config, threads, given)
+    methods, sparsities = _one(settings.methods, method, "dense"), _one(settings.sparsities, sparsity, 0.7)
+    settings = replace(settings, methods=methods, sparsities=sparsities)
     with resumable(out):
         path, result = pipeline.train(settings, out, bar)
     results.print(
         f"{path}: sparsity {result['sparsity']:.6f}, clean accuracy {100 * result['clean_accuracy']:.2f} %",
         soft_wrap=True,
     )
+
+
+def _one(stored: tuple[T, ...], given: T | None, default: T) -> tuple[T, ...]:
+    """What is given, or what a configuration names alone, or the default."""
+    return (given,) if given is not None else stored if len(stored) == 1 else (default,)
 
 
 @cli.command()
