@@ -394,6 +394,11 @@ class TestBadFiles:
         Image.new("RGB", (64, 48)).save(tmp_path / "data" / "test" / "cat" / "large.png")
         self.refuses(tmp_path / "data", "must be 32x32 pixels, got 64x48", "test/cat/large.png")
 
+    def test_image_of_sixteen_bits(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "data")
+        Image.fromarray(np.full((32, 32), 300, np.uint16)).save(tmp_path / "data" / "train" / "cat" / "deep.png")
+        self.refuses(tmp_path / "data", "must have 8 bits a channel, got Pillow's mode I", "train/cat/deep.png")
+
     @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
     @pytest.mark.parametrize("emptied", [False, True], ids=["missing", "empty"])
     def test_missing_class_folder(self, tmp_path: Path, emptied: bool, packed: bool) -> None:

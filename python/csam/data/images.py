@@ -46,7 +46,7 @@ def decode_all(source: Source, names: Sequence[str], description: str) -> Tensor
     """Decode the named images to uint8 [N, 3, 32, 32].
 
     Raises:
-        ValueError: an image that is damaged, empty or of another size, named.
+        ValueError: an image that is damaged, empty, of another size or of more than 8 bits a channel, named.
     """
     pixels = np.empty((len(names), 3, 32, 32), dtype=np.uint8)
     for i, name in enumerate(track(names, description)):
@@ -57,9 +57,12 @@ def decode_all(source: Source, names: Sequence[str], description: str) -> Tensor
 def _decode(content: bytes, label: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            size = image.size
-            if size == (32, 32):
+            size, mode = image.size, image.mode
+            wide = mode.startswith(("I", "F"))  # which Pillow would clip at 255
+            if size == (32, 32) and not wide:
                 return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
         raise ValueError(f"{label} is not a whole image ({', '.join(_FORMATS)}): {error}") from error
+    if wide:
+        raise ValueError(f"{label} must have 8 bits a channel, got Pillow's mode {mode}")
     raise ValueError(f"{label} must be 32x32 pixels, got {size[0]}x{size[1]}")
