@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import csam
 from conftest import assert_close
@@ -376,12 +376,17 @@ def plain(model: nn.Module) -> nn.Module:
     return twin
 
 
-def test_a_masked_layer_whose_weight_a_hook_computes_is_not_folded() -> None:
+@pytest.mark.parametrize(
+    ("compute", "remove"),
+    [(pruned, prune.remove), (parametrizations.weight_norm, parametrize.remove_parametrizations)],
+    ids=["hook", "parametrization"],
+)
+def test_a_masked_layer_whose_weight_is_computed_is_not_folded(compute: Any, remove: Any) -> None:
     model = convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    pruned(model[1])
-    with pytest.raises(ValueError, match=r"masked layer .* got '1'; first call torch\.nn\.utils\.prune\.remove"):
+    compute(model[1])
+    with pytest.raises(ValueError, match=rf"masked layer .* got '1'; first call .*\.{remove.__name__}\(module"):
         fold(model)
-    prune.remove(model[1], "weight")
+    remove(model[1], "weight")
     x = torch.randn(3, 4)
     assert_close(fold(model)(x), model(x))
 

@@ -331,15 +331,17 @@ def fold(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the weight of a masked layer is computed by a hook, such as that of torch.nn.utils.prune.
+        ValueError: the weight of a masked layer is computed by a hook, such as that of torch.nn.utils.prune, or by a
+            parametrization.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     computed = {name for name, layer in masked_layers(model).items() if "weight" not in layer._parameters}
     if computed:
         raise ValueError(
-            f"model must have no masked layer with a weight that hooks compute, got {min(computed)!r}; "
-            'first call torch.nn.utils.prune.remove(module, "weight"), or torch.nn.utils.remove_weight_norm(module)'
+            f"model must have no masked layer whose weight hooks or parametrizations compute, got {min(computed)!r}; "
+            'first call torch.nn.utils.prune.remove(module, "weight"), torch.nn.utils.remove_weight_norm(module), or '
+            'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")'
         )
     plain = copied(model)
     for layer in masked_layers(plain).values():
