@@ -390,6 +390,19 @@ def test_activations_that_are_computed_anew_are_refused(perturbation: str | None
     model(batch()[0]).sum().backward()  # the layers are free again
 
 
+def test_a_model_that_changes_its_input_is_refused() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = masked_model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x.sub_(0.5).div_(0.2))
+
+    with pytest.raises(ValueError, match="model must leave its input as it is"):
+        MaskSearch(InPlace()).step(*batch())
+
+
 def test_layers_that_the_forward_skips_stay_put() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:

@@ -377,8 +377,11 @@ class MaskSearch:
         seeded = _seeded(_mix(self.seed, self.steps), x.device)
         masks = {f"{name}.mask" for name in self._layers}
         buffers = {name: b.clone() for name, b in self.model.named_buffers() if name not in masks}
+        before = x._version
         with _installed(self._layer_list(), leaves), seeded, amp:
             logits = functional_call(self.model, buffers, (x,))
+        if x._version != before:  # the next pass would have another x
+            raise ValueError("model must leave its input as it is, got one that changes it in place")
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape ({len(x)}, classes >= 2), got {came}")
