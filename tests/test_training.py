@@ -178,6 +178,14 @@ def test_cosine_schedule_ends_near_zero() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+def test_momentum_may_be_zero() -> None:
+    x, y = images()
+    models = [network() for _ in range(2)]
+    for model, recipe in zip(models, (Optimizer(momentum=0), Optimizer(momentum=0, nesterov=False)), strict=True):
+        training.fit(model, x, y, FEED, recipe)
+    assert same(*models)
+
+
 def test_reestimated_statistics_are_the_plain_average() -> None:
     x, y = images(48)
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))

@@ -218,7 +218,7 @@ class Sgd:
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
+            nesterov=recipe.nesterov and recipe.momentum != 0,  # the same without momentum, which torch refuses
         )
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, float]:
