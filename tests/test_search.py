@@ -421,8 +421,9 @@ def test_layers_that_the_forward_skips_stay_put() -> None:
     assert used
     assert not unused
     model.used = nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="model must call its masked layers"):
-        MaskSearch(model).step(x, y)
+    for trained in (True, False):
+        with pytest.raises(ValueError, match="model must call its masked layers"):
+            MaskSearch(model.requires_grad_(trained)).step(x, y)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

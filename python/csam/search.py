@@ -39,6 +39,7 @@ from csam.processes import average
 from csam_kernels import checks, effective_weights, mask_gradients, perturb_masks
 
 Transform = Callable[..., Tensor]
+_CALLS_NONE = "model must call its masked layers, got logits that depend on none of them"
 _OPTIMIZER_STATE = {"adam": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -385,6 +386,8 @@ class MaskSearch:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape ({len(x)}, classes >= 2), got {came}")
+        if not logits.requires_grad:  # as under torch.no_grad; other parameters may be frozen
+            raise ValueError(_CALLS_NONE)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _ascent(self, clean: _Pass, y: Tensor, keep_graph: bool) -> list[Tensor]:
@@ -431,7 +434,7 @@ class MaskSearch:
             for name, grad in zip(self._weight_names, dtheta, strict=False):
                 by_name[name] = by_name[name] + grad if name in by_name else grad
         if not by_score:
-            raise ValueError("model must call its masked layers, got logits that depend on none of them")
+            raise ValueError(_CALLS_NONE)
         return by_score, by_name
 
     def _chain(self, grads: Sequence[Tensor | None], at: _Pass) -> tuple[list[Tensor], list[Tensor]]:
