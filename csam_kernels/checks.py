@@ -58,11 +58,11 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
 
 def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
     try:
+        if _is_truth(value):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
     if not low <= number <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {number}")
     return number
@@ -70,11 +70,13 @@ def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
 
 def real(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
     try:
-        if isinstance(value, bool | str | bytes):
+        if _is_truth(value) or isinstance(value, str | bytes):
             raise TypeError
         value = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite in float64, got an integer that is not") from None
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     if above is not None and value <= above:
@@ -82,6 +84,11 @@ def real(name: str, value: Any, *, above: float | None = None, least: float | No
     if least is not None and value < least:
         raise ValueError(f"{name} must be >= {least:g}, got {value:g}")
     return value
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether it is True or False, numpy's and torch's too, which Python would take for 1 or 0."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def sparsity(value: Any) -> float:

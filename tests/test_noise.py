@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -231,6 +232,11 @@ def test_empty_batch_and_non_contiguous_image() -> None:
         ({"law": "cauchy"}, "law must be one of 'gaussian', 'uniform', 'laplace', got 'cauchy'"),
         ({"sigma": "0.5"}, "sigma must be a number"),
         ({"sigma": True}, "sigma must be a number"),
+        ({"sigma": np.True_}, "sigma must be a number"),
+        ({"sigma": torch.tensor(True)}, r"sigma must be a number, got tensor\(True\)"),
+        ({"sigma": torch.ones((), device="meta")}, "sigma must be a number"),
+        ({"sigma": 10**400}, "sigma must be finite in float64"),
+        ({"n": torch.tensor(True)}, r"n must be an integer, got tensor\(True\)"),
         ({"n": -1}, r"n must be in \[0"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),
