@@ -250,6 +250,7 @@ def test_percentile_init(tau: float, dtype: torch.dtype) -> None:
         (lambda w, m: ck.effective_weights([w], [m], kind="adversarial"), "grads must be given"),
         (lambda w, m: ck.effective_weights([w], [m], block_size=4), "must have shape"),
         (lambda w, m: ck.perturb_masks([m], kind="uniform", radius=-1), "radius must be >= 0"),
+        (lambda w, m: ck.perturb_masks([m.to("meta"), m], kind="uniform"), "one device"),
         (lambda w, m: ck.mask_gradients([w[:1]], [w], [m]), r"grad_weights\[0\] must have shape"),
         (lambda w, m: ck.mask_gradients([w.long()], [w], [m]), r"grad_weights\[0\] must have dtype"),
         (lambda w, m: ck.mask_gradients([w.to("meta")], [w], [m]), "one device"),

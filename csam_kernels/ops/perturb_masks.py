@@ -44,10 +44,11 @@ def perturb_masks(
         New tensors of the masks' shapes and dtypes.
 
     Raises:
-        TypeError, ValueError: unequal lists or shapes, an unknown kind, a negative radius or rho.
+        TypeError, ValueError: unequal lists or shapes, several devices, an unknown kind, a negative radius or rho.
     """
     masks = checks.tensors("masks", masks, dtypes=(torch.float32, torch.float64))
     checks.choice("kind", kind, KINDS)
+    checks.same_device(masks=masks)
     grads = check_perturbation(kind, masks, radius, rho, grads, norm)
     step = checks.integer("step", step, low=0)
     signed_seed = checks.seed(seed)
