@@ -235,6 +235,8 @@ def ints(*values: int) -> Tensor:
         ({"rows": ints(0, 2, 2, 5)}, ValueError, "rows must ascend"),
         ({"rows": ints(1, 2, 2, 4)}, ValueError, "rows must ascend"),
         ({"rows": ints()}, ValueError, "rows must ascend"),
+        ({"bias": [0.0, 0.0, 0.0]}, TypeError, "bias must be a torch.Tensor, got list"),
+        ({"other": 1.0}, TypeError, "other must be a torch.Tensor, got float"),
         ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \(3,\)"),
         ({"bias": torch.zeros(3).bfloat16()}, TypeError, "bias must have dtype float32"),
         ({"other": torch.zeros(3, 5, 5, 8)}, ValueError, r"other must have the result's shape \(3, 3, 3, 8\)"),

@@ -63,6 +63,10 @@ def sample_conv2d(
     checks.tensor("values", values, dtypes=(torch.float32,), ndim=1)
     checks.tensor("taps", taps, dtypes=(torch.int32,), ndim=1)
     checks.tensor("rows", rows, dtypes=(torch.int32,), ndim=1)
+    if bias is not None:
+        checks.tensor("bias", bias, dtypes=(torch.float32,))
+    if other is not None:
+        checks.tensor("other", other, dtypes=(x.dtype,))
     checks.same_device(x=x, values=values, taps=taps, rows=rows, bias=bias, other=other)
     kernel, stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     padding, dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
@@ -73,10 +77,10 @@ def sample_conv2d(
                 f"x is too small along {axis}: {size} + 2*{pad} padding < kernel reach {step * (taps_along - 1) + 1}"
             )
     filters = len(rows) - 1
-    if bias is not None and checks.tensor("bias", bias, dtypes=(torch.float32,)).shape != (filters,):
+    if bias is not None and bias.shape != (filters,):
         raise ValueError(f"bias must have shape ({filters},), got {tuple(bias.shape)}")
     shape = (filters, *conv2d_size(x.shape[1:3], kernel, stride, padding, dilation), x.shape[3])
-    if other is not None and checks.tensor("other", other, dtypes=(x.dtype,)).shape != shape:
+    if other is not None and other.shape != shape:
         raise ValueError(f"other must have the result's shape {shape}, got {tuple(other.shape)}")
     result: Tensor = _op(x, values, taps, rows, bias, other, kernel, stride, padding, dilation, bool(relu), bool(dense))
     return result
