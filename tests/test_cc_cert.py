@@ -242,6 +242,7 @@ def test_model_keeps_its_mode() -> None:
         ({"k": 0}, "k must be in"),
         ({"delta": 1.0}, "delta must be in"),
         ({"t": [-1.0]}, "t must be"),
+        ({"choices": "quick"}, "choices must be one of 'auto', 'module', 'sparse'"),
         ({"seed": -1}, "seed must be in"),
     ],
     ids=str,

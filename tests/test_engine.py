@@ -155,7 +155,7 @@ def test_what_torch_fx_traces_is_not_exported(monkeypatch: pytest.MonkeyPatch) -
         ),
         ({"first": "dense", "second": "quick", "mean": "dense", "head": "dense"}, ValueError, "got second: quick"),
         ({"other": "dense"}, ValueError, "got other: dense, no first"),
-        ("quick", ValueError, "got first: quick"),
+        ("quick", ValueError, "choices must be one of 'auto', 'module', 'sparse', 'dense', 'winograd', got 'quick'"),
         (["dense"], TypeError, "choices must be a name or layer -> sparse, dense, winograd, got list"),
     ],
     ids=str,

@@ -541,6 +541,7 @@ def test_nan_logits_are_counted_and_refused() -> None:
         ({"sigma": math.nan}, "sigma must be finite"),
         ({"sigma": 1e300}, "sigma must be in float32.s range"),
         ({"num_classes": 1}, "num_classes must be in"),
+        ({"choices": "quick"}, "choices must be one of 'auto', 'module', 'sparse'"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**64}, "seed must be in"),
         ({"tile": 0}, "tile must be in"),
@@ -584,6 +585,8 @@ def test_wrong_types() -> None:
         Smooth(Constant(), 4, SIGMA).certify(picture(), n=10.5)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         Smooth("net", 4, SIGMA)
+    with pytest.raises(TypeError, match="choices must be a name or layer -> sparse, dense, winograd, got list"):
+        Smooth(Constant(), 4, SIGMA, choices=["dense"])
 
 
 def test_wrong_models() -> None:

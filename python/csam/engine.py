@@ -19,7 +19,7 @@ from csam import lanes
 from csam.aliases import Aliased, settled
 from csam.costs import kept, least_ms, rates
 from csam.inference import moved_by, trace
-from csam_kernels import sample_network
+from csam_kernels import checks, sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
 from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Step, step_costs, transformable
 
@@ -119,12 +119,26 @@ def _raced(
     return found["ours"], found["torch"]
 
 
+def checked_choices(choices: Choices) -> Choices:
+    """The choices, as far as they can be told without a network.
+
+    Raises:
+        TypeError, ValueError: neither a name nor a mapping, or another name.
+    """
+    if isinstance(choices, str):
+        checks.choice("choices", choices, ("auto", "module", *ENGINES))
+    elif not isinstance(choices, Mapping):
+        raise TypeError(f"choices must be a name or layer -> {', '.join(ENGINES)}, got {type(choices).__name__}")
+    return choices
+
+
 def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
     """Set every step's kind: the one predicted to be faster, or as chosen by name.
 
     Raises:
-        ValueError: choices that are not of this network.
+        TypeError, ValueError: as in `checked_choices`, and choices that are not of this network.
     """
+    choices = checked_choices(choices)
     layers = [step for step in program.steps if step.weight is not None]
     if choices == "auto":
         times = {}
@@ -137,8 +151,6 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         return
     if isinstance(choices, str):
         choices = {step.name: _nearest(choices, step) for step in layers}
-    if not isinstance(choices, Mapping):
-        raise TypeError(f"choices must be a name or layer -> {', '.join(ENGINES)}, got {type(choices).__name__}")
     offered = {step.name: [_nearest(engine, step) for engine in ENGINES] for step in layers}
     wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if kind not in offered.get(name, ()))
     wrong += [f"no {name}" for name in sorted(offered.keys() - choices.keys())]

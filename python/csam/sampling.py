@@ -177,8 +177,9 @@ def plan(
             soft ones are refused. It is copied.
         example: image [C, H, W]; or images [N, C, H, W], all of which calibrate int8.
         dtype: torch.bfloat16, float16 or float32, or "int8".
-        choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense"
-            or "sparse" is for all layers; or a plan's `choices`, to make that plan again.
+        choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense",
+            "sparse" or "winograd" (dense where that does not go) is for all layers; or a plan's `choices`, to make that
+            plan again.
         sigma: of the noise of the calibration, > 0; for "int8" alone.
         noise: its law, as in `csam.Smooth`.
         memory: bytes that voting may take for values and sums, all threads together; fewer threads run if need be.
@@ -192,8 +193,7 @@ def plan(
     """
     whole = dtype in ("int8", torch.int8)
     dtype = checks.choice("dtype", torch.int8 if whole else dtype, (*smoothing.DTYPES, torch.int8))
-    if isinstance(choices, str):
-        checks.choice("choices", choices, ("auto", "module", *engine.ENGINES))
+    engine.checked_choices(choices)
     if whole != (sigma is not None):
         raise ValueError(f"sigma must be given for dtype 'int8', calibrated with it, and for no other, got {sigma}")
     examples = checks.tensor("example", example)

@@ -598,6 +598,7 @@ class TiledClassifier:
     ) -> None:
         dtype = torch.int8 if dtype == "int8" else dtype
         self.calibration = calibration
+        choices = engine.checked_choices(choices)
         if isinstance(model, Prepared):
             arithmetic = model.dtype if model.sampler is None else model.sampler.dtype
             for name, value, own in (("dtype", dtype, arithmetic), ("tile", tile, model.tile)):
