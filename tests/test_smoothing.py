@@ -721,9 +721,17 @@ def test_an_adaptive_prediction_is_the_test_on_the_stream_of_votes() -> None:
         ({"adaptive": True, "target_radius": -1}, "target_radius must be > 0"),
         ({"adaptive": True, "method": "peek"}, "method must be one of"),
         ({"adaptive": True, "n": 10**8}, "n must be in"),
+        ({"adaptive": "no"}, "adaptive must be one of False, True, got 'no'"),
+        ({"adaptive": True, "rtol": [0.1]}, r"rtol must be a number, got \[0.1\]"),
+        ({"adaptive": True, "method": ["exact"]}, r"method must be one of .*, got \['exact'\]"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
 def test_wrong_ways_to_stop(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         Smooth(Constant(), 4, SIGMA).certify(picture(), **wrong)
+
+
+def test_a_prediction_is_adaptive_or_not() -> None:
+    with pytest.raises(ValueError, match="adaptive must be one of False, True, got 'no'"):
+        Smooth(Constant(), 4, SIGMA).predict(picture(), adaptive="no")

@@ -447,7 +447,6 @@ METHODS: dict[str, type[Rule]] = {
 DEFAULTS = {"target": "exact", "rtol": "exact", "abstain": "exact"}  # the mode: what may stop an image before n
 
 
-@lru_cache(maxsize=8, typed=True)
 def rule(
     n: int,
     alpha: float,
@@ -468,15 +467,32 @@ def rule(
     Raises:
         ValueError: an argument that decides about stopping, though not adaptive.
     """
-    if not adaptive:
+    if not checks.choice("adaptive", adaptive, (False, True)):
         for name, value in (("target_radius", target_radius), ("rtol", rtol), ("method", method)):
             if value is not None:
                 raise ValueError(f"{name} must be None unless adaptive is true, got {value!r}")
         method = "fixed"
     if method is None:
         method = DEFAULTS["target" if target_radius is not None else "rtol" if rtol is not None else "abstain"]
-    made = METHODS[checks.choice("method", method, tuple(METHODS))]
-    return made(n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
+    checks.choice("method", method, tuple(METHODS))
+    radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
+    share = None if rtol is None else fraction("rtol", rtol)
+    return _made(method, n, alpha, sigma, noise, radius, share, tile, skip)
+
+
+@lru_cache(maxsize=8, typed=True)
+def _made(
+    method: str,
+    n: int,
+    alpha: float,
+    sigma: float,
+    noise: str,
+    target_radius: float | None,
+    rtol: float | None,
+    tile: int,
+    skip: int,
+) -> Rule:
+    return METHODS[method](n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
 
 
 class Certificate(NamedTuple):
@@ -590,6 +606,7 @@ class Prediction:
     def __init__(
         self, n: int, alpha: float, num_classes: int, *, adaptive: bool = True, tile: int = 1, skip: int = 0
     ) -> None:
+        adaptive = checks.choice("adaptive", adaptive, (False, True))
         self.n = checks.integer("n", n, low=1, high=(Rule if adaptive else Fixed).most)
         self.alpha = checked_alpha(alpha)
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
