@@ -124,6 +124,8 @@ def test_models_without_masks_are_refused() -> None:
     for call in (masks.sparsity, masks.count, lambda m: masks.global_magnitude(m, 0.5)):
         with pytest.raises(ValueError, match=r"model must hold masked layers, got none; csam.convert"):
             call(nn.Linear(3, 3))
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+            call("model")
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan])

@@ -102,8 +102,11 @@ def require_masked(model: nn.Module) -> dict[str, MaskedLayer]:
     """The model's masked layers by name.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = masked_layers(model)
     if not layers:
         raise ValueError("model must hold masked layers, got none; csam.convert(model) makes them")
