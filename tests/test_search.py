@@ -602,12 +602,14 @@ def test_the_search_finds_the_weights_that_matter(perturbation: str | None) -> N
         ({"dtype": torch.float16}, r"dtype must be one of None, torch\.bfloat16"),
         ({"seed": -1}, "seed must be in"),
         ({"joint": True, "weight_lr": -1.0}, "weight_lr must be > 0"),
+        ({"joint": "no"}, "joint must be one of False, True, got 'no'"),
+        ({"transform": "rotation:10"}, "transform must be a callable or None, got str"),
     ],
     ids=str,
 )
 def test_bad_settings_are_refused_before_the_scores_change(options: dict[str, Any], message: str) -> None:
     model = masked_model()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MaskSearch(model, **options)
     assert all(bool((s == 1).all()) for s in scores_of(model))
 

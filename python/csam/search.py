@@ -187,8 +187,10 @@ class MaskSearch:
         self.budget_form = checks.choice("budget_form", budget_form, ("target", "l1"))
         self.dtype = checks.choice("dtype", dtype, (None, torch.bfloat16))
         self.seed = checks.integer("seed", seed, low=0)
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be a callable or None, got {type(transform).__name__}")
         self.transform = transform
-        self.joint = bool(joint)
+        self.joint = checks.choice("joint", joint, (False, True))
         self.steps = 0
         if margin is None:
             margin = 0.0 if transform is None else 1.0
