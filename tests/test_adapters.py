@@ -183,6 +183,8 @@ def test_wrong_callables() -> None:
         csam.Opaque(nn.Identity())
     with pytest.raises(TypeError, match="name must be a string or None, got int"):
         csam.Opaque(abs, name=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"device must be one of torch's, .*, got 'gpu'"):
+        csam.Opaque(abs, device="gpu")
     with pytest.raises(ValueError, match=r"threads must be in .*, got 0"):
         csam.Opaque(abs, threads=0)
     for model in (abs, nn.Sequential(nn.Identity(), csam.Opaque(abs))):

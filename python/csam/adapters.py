@@ -61,7 +61,11 @@ class Opaque(nn.Module):
             )
         if not isinstance(name, str | None):
             raise TypeError(f"name must be a string or None, got {type(name).__name__}")
-        self.function, self.name, self.device = function, name, torch.device(device)
+        self.function, self.name = function, name
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}") from error
         self._free = threading.BoundedSemaphore(checks.integer("threads", threads, low=1))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Opaque:
