@@ -156,6 +156,11 @@ def test_parse_refuses(text: str, message: str) -> None:
         transforms.parse(text)
 
 
+def test_parse_refuses_what_is_no_string() -> None:
+    with pytest.raises(TypeError, match="text must be a string of kind:value pairs, got float"):
+        transforms.parse(0.1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("kind", "value"),
     [

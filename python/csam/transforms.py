@@ -272,8 +272,11 @@ def parse(text: str) -> Transform:
     """The transform written as `kind:value` pairs joined by commas, as in "rotation:10,brightness:0.2".
 
     Raises:
+        TypeError: `text` is not a string.
         ValueError: an unknown kind, a value that is not a number or out of range, or a kind given twice.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string of kind:value pairs, got {type(text).__name__}")
     transforms = []
     for part in text.split(","):
         kind, _, value = (piece.strip() for piece in part.partition(":"))
