@@ -127,6 +127,11 @@ def test_bound_lies_above_the_true_probability() -> None:
     ("wrong", "message"),
     [
         ({"discrepancy": [0.1, 0.2]}, r"discrepancy must be \[k, n\]"),
+        ({"discrepancy": "0.1"}, r"discrepancy must be \[k, n\]"),
+        ({"discrepancy": [["a"]]}, "discrepancy must be an array of numbers, got list: could not convert"),
+        ({"discrepancy": [[0.1], [0.1, 0.2]]}, "discrepancy must be an array of numbers, got list"),
+        ({"discrepancy": torch.zeros(2, 3, device="meta")}, "discrepancy must be an array of numbers, got Tensor"),
+        ({"t": "dense"}, "t must be an array of numbers, got str"),
         ({"discrepancy": np.zeros((2, 0))}, r"discrepancy must be \[k, n\]"),
         ({"discrepancy": [[math.nan]]}, "discrepancy must be finite"),
         ({"discrepancy": [[-0.1]]}, "discrepancy must be finite and >= 0"),

@@ -64,7 +64,7 @@ def cc_cert_bound(
         ValueError: not [k, n] with k, n >= 1, a negative or non-finite entry, delta outside (0, 1), t empty,
             not one dimension or not > 0.
     """
-    y = _array(discrepancy)
+    y = _array("discrepancy", discrepancy)
     if y.ndim != 2 or y.size == 0:
         raise ValueError(f"discrepancy must be [k, n] with k, n >= 1, got shape {y.shape}")
     if not (np.isfinite(y).all() and (y >= 0).all()):
@@ -270,10 +270,13 @@ def _in_range(name: str, low: Tensor, high: Tensor) -> None:
         raise ValueError(f"{name} must have pixels in [0, 1], got {float(low):g} .. {float(high):g}")
 
 
-def _array(values: Tensor | ArrayLike) -> NDArray[np.float64]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
+def _array(name: str, values: Tensor | ArrayLike) -> NDArray[np.float64]:
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().double().numpy()
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}: {error}") from error
 
 
 def _delta(delta: float) -> float:
@@ -284,7 +287,7 @@ def _delta(delta: float) -> float:
 
 
 def _grid(t: Tensor | ArrayLike | None) -> NDArray[np.float64]:
-    grid = default_t() if t is None else _array(t)
+    grid = default_t() if t is None else _array("t", t)
     if grid.ndim != 1 or grid.size == 0 or not (np.isfinite(grid).all() and (grid > 0).all()):
         raise ValueError(f"t must be a non-empty list of numbers > 0, got {t!r}")
     return grid
