@@ -569,6 +569,7 @@ def test_wrong_settings(wrong: dict[str, object], message: str) -> None:
         ({"x": torch.full(SHAPE, math.inf)}, "finite pixels"),
         ({"x": torch.rand(4, 4)}, r"x must be one image \[C, H, W\]"),
         ({"x": torch.rand(2, *SHAPE)}, r"x must be one image \[C, H, W\]"),
+        ({"x": torch.rand(SHAPE, device="meta")}, "x must hold values, got a tensor on the meta device"),
         ({"x": torch.rand(3, 4, 4)}, r"model does not take images x of shape \(3, 4, 4\)"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,

@@ -448,7 +448,13 @@ def nchw(images: Tensor, layout: str) -> Tensor:
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the way to a GPU leads through pinned memory and is not waited for."""
+    """The tensor on the device; the way to a GPU leads through pinned memory and is not waited for.
+
+    Raises:
+        ValueError: a tensor without values.
+    """
+    if t.is_meta:
+        raise ValueError("x must hold values, got a tensor on the meta device")
     if t.device.type == "cpu" and device.type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
