@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csam.adapters import Classifier
+from csam_kernels import checks
 
 
 class Normalization(NamedTuple):
@@ -114,7 +115,8 @@ class CifarResNet(nn.Module):
         mean, std: one value a channel; 0 and 1 by default, std > 0.
 
     Raises:
-        ValueError: an argument out of range, or (from `forward`) x that is not [B, in_channels, H, W].
+        TypeError, ValueError: an argument of the wrong kind or range, or (from `forward`) x that is not [B,
+            in_channels, H, W].
     """
 
     mean: Tensor
@@ -130,10 +132,8 @@ class CifarResNet(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"{argument} must be >= 1, got {value}")
-        self.num_classes, self.in_channels = num_classes, in_channels
+        self.num_classes = num_classes = checks.integer("num_classes", num_classes, low=1)
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, low=1)
         self.register_buffer("mean", _per_channel("mean", mean, 0.0, in_channels), persistent=False)
         self.register_buffer("std", _per_channel("std", std, 1.0, in_channels), persistent=False)
         if not bool((self.std > 0).all()):
@@ -196,7 +196,7 @@ def build(
             generator is drawn from, as any torch module does.
 
     Raises:
-        ValueError: an unknown name or an argument out of range.
+        TypeError, ValueError: an unknown name, or an argument of the wrong kind or range.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"name must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
