@@ -143,7 +143,7 @@ TRAIN_OPTIONS = (
     ("--task", "search.task", float, "Weight of the cross-entropy."),
 )
 CERTIFY_OPTIONS = (
-    ("--images", "certify.images", int, "Certify this many test images, evenly spaced (all)."),
+    ("--images", "certify.images", int, "Certify this many test images, evenly spaced."),
     ("--n0", "certify.n0", int, "Noise samples that choose the class."),
     ("--n", "certify.n", int, "Noise samples that certify it."),
     ("--alpha", "certify.alpha", float, "Probability that a certificate is wrong."),
@@ -378,7 +378,11 @@ def show_demo(folder: Path, summary: dict[str, Any]) -> None:
 
 @cli.command()
 @common_options
-@click.option("--method", type=click.Choice(list(pipeline.METHODS)), help="[dense, or the one of --config]")
+@click.option(
+    "--method",
+    type=click.Choice(list(pipeline.METHODS)),
+    help="How the weights to remove are chosen; dense removes none.  [dense, or the one of --config]",
+)
 @click.option("--sparsity", type=float, help="Fraction of the weights to remove.  [0.7, or the one of --config]")
 @setting_options(DATA_OPTIONS, TRAIN_OPTIONS)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
