@@ -400,6 +400,17 @@ def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor,
     assert kept(tmp_path / "r.tsv") == kept(tmp_path / "whole.tsv"), f"seed {seed}"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool], ids=str)
+def test_pixels_of_other_integers_are_refused(
+    tmp_path: Path, images: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    """uint8 are divided by 255, and whether these should be is not said."""
+    x, y = images
+    with pytest.raises(TypeError, match=r"x must have dtype uint8, float32, .*, got (int|bool)"):
+        certify_dataset(modules(), (x * 255).to(dtype), y, tmp_path / "r.tsv")
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_samples_than_bounds_were_checked_for_are_refused(tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
     for name in ("n0", "n"):
         with pytest.raises(ValueError, match=rf"{name} must be in \[1, 10000000000\], got 1000000000000"):

@@ -94,7 +94,7 @@ def certify_dataset(
 
     Raises:
         OSError: a file cannot be read or written.
-        TypeError: a label or an index that is not an integer.
+        TypeError: a label or an index that is not an integer, images that are neither uint8 nor floating point.
         ValueError: x and y of different length, a label or an index out of range, an image to certify that is not
             finite or, with `sound_float`, off the grid, by its index; a record that is malformed or holds another
             label for an image (it is of another data set); processes whose networks, settings or images differ.
@@ -109,6 +109,7 @@ def certify_dataset(
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != len(labels):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
+    checks.tensor("x", x, dtypes=(torch.uint8, *checks.FLOATS))
     asked = range(len(labels)) if indices is None else indices
     wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
     if not wanted:
