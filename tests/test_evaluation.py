@@ -400,6 +400,23 @@ def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor,
     assert kept(tmp_path / "r.tsv") == kept(tmp_path / "whole.tsv"), f"seed {seed}"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be in"),
+        ({"batch_size": "400"}, "batch_size must be an integer, got '400'"),
+        ({"indices": 3}, "indices must be a sequence of integers or None, got int"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_leave_no_files(
+    tmp_path: Path, images: tuple[Tensor, Tensor], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        certify_dataset(lanes(), *images, tmp_path / "r.tsv", n0=5, n=5, **change)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool], ids=str)
 def test_pixels_of_other_integers_are_refused(
     tmp_path: Path, images: tuple[Tensor, Tensor], dtype: torch.dtype

@@ -110,7 +110,10 @@ def certify_dataset(
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [N, C, H, W] with one label each, got {got} and {len(labels)} labels")
     checks.tensor("x", x, dtypes=(torch.uint8, *checks.FLOATS))
+    batch_size = checks.integer("batch_size", batch_size, low=1)
     asked = range(len(labels)) if indices is None else indices
+    if not isinstance(asked, Iterable):
+        raise TypeError(f"indices must be a sequence of integers or None, got {type(asked).__name__}")
     wanted = [checks.integer("indices", i, low=0, high=len(labels) - 1) for i in asked]
     if not wanted:
         return []
