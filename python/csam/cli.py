@@ -220,7 +220,11 @@ def common_options(command: Command) -> Command:
             type=PLACE,
             help="Where the data is (cifar10: a folder or a tar, any usual form; cifar10c: its unpacked folder).",
         ),
-        click.option("--data", type=click.Choice(list(PRESETS)), help="Data set.  [digits]"),
+        click.option(
+            "--data",
+            type=click.Choice(list(PRESETS)),
+            help="Data set; cifar10c has test images only and is for certify.  [digits]",
+        ),
     ):
         command = option(command)
     return command
