@@ -499,7 +499,7 @@ def test_looks_elsewhere_are_refused(
             begun.setattr(evaluation, "_digest", lambda t: digest(t) if t[0].is_floating_point() else len(t[0]))
         run(path, images, modules, indices=[0])
     if not old:
-        monkeypatch.setattr(sequential, "rule", sequential.rule.__wrapped__)  # made anew, and not kept
+        monkeypatch.setattr(sequential, "_made", sequential._made.__wrapped__)  # made anew, and not kept
         monkeypatch.setattr(sequential, "geometric_looks", lambda *args: (looks(*args)[0] + 8, *looks(*args)[1:]))
     with pytest.raises(runs.RunError, match=r"\(looks: .* there, '\w{16}' now\); .* version that began it"):
         run(path, images, modules)
