@@ -511,6 +511,17 @@ def test_only_the_next_step_reads_what_is_being_made(monkeypatch: pytest.MonkeyP
         assert Program(x, head.out, [*body, head]).streams() == taken
 
 
+def test_what_is_also_added_is_made_as_a_whole(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x + depthwise(x): its window of x is not all that the step reads of it."""
+    monkeypatch.setattr(sample_network, "STREAMED", 1)
+    wide = convolution(Value(4, 12, 12), 6)
+    alone = replace(depthwise(wide.out), other=wide.out)
+    head = convolution(flattened(alone.out), 5)
+    program, x = Program(wide.input, head.out, [wide, alone, head]), torch.rand(37, 4, 12, 12)
+    assert program.streams() == {}
+    agrees(ck.sample_network(program, torch.float32), program, x)
+
+
 def test_a_long_chain_takes_the_memory_of_two_values() -> None:
     steps = [convolution(Value(4, 3, 3), 4)]
     for _ in range(9):

@@ -136,7 +136,7 @@ class Program:
         alone = [depthwise(step) for step in self.steps]
         readers: dict[Value, int] = {self.logits.root: 2}
         for step in self.steps:
-            for value in {v.root for v in (step.input, step.other) if v is not None}:
+            for value in (v.root for v in (step.input, step.other) if v is not None):
                 readers[value] = readers.get(value, 0) + 1
         found = {}
         for i, (step, after) in enumerate(itertools.pairwise(self.steps)):
