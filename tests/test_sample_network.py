@@ -728,6 +728,18 @@ REFUSED: list[tuple[str, Callable[[Program], Any], type[Exception], str]] = [
         "step sum:",
     ),
     (
+        "given-twice",
+        lambda p: p.steps.insert(2, padded(p.image, 5, out=p.steps[0].out.root, name="again")),
+        ValueError,
+        "step again: out must not be given by steps before it",
+    ),
+    (
+        "given-twice-in-part",
+        lambda p: setattr(p.steps[1].out, "part", (p.steps[0].out.root, 1)),
+        ValueError,
+        "step right: out must not be given by steps before it",
+    ),
+    (
         "part-outside",
         within(1, "out", Value(4, 6, 6), 2),
         ValueError,

@@ -356,7 +356,7 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
             raise ValueError(f"program.{name} must hold {image.channels} values, got {tuple(scaling.shape)}")
     integers = dtype is torch.int8
     given: dict[Value, Tensor] = {}  # root -> which of its numbers are
-    _give(given, image)
+    _given(given, image).fill_(True)
     for step in program.steps:
         name = f"step {step.name or '(unnamed)'}"
         _check(name, step)
@@ -365,6 +365,8 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
                 raise ValueError(f"{name}: {what} must be given by the image or steps before it")
         if step.out.root is image.root:
             raise ValueError(f"{name}: out must not lie in program.image")
+        if bool(_given(given, step.out).any()):
+            raise ValueError(f"{name}: out must not be given by steps before it")
         if (step.integers is not None) != (integers and step.weight is not None):
             raise ValueError(f"{name}: integers must be given for a convolution in torch.int8 and for no other step")
         checks.choice(f"{name}: engine", step.engine, ENGINES)
@@ -375,7 +377,7 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
             raise ValueError(f"{name}: out must be real where it is program.logits, which is no part, and there alone")
         if integers and any(v is not None and v.root is logits.root for v in (step.input, step.other)):
             raise ValueError(f"{name}: program.logits must not be read in torch.int8, where they alone are float32")
-        _give(given, step.out)
+        _given(given, step.out).fill_(True)
     if logits.root is image.root or not _is_given(given, logits):
         raise ValueError("program.logits must be given by the steps")
 
@@ -480,13 +482,14 @@ def _on_cpu(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return value
 
 
-def _give(given: dict[Value, Tensor], value: Value) -> None:
+def _given(given: dict[Value, Tensor], value: Value) -> Tensor:
+    """Which of a value's numbers are, to be changed."""
     whole = given.setdefault(value.root, torch.zeros(value.root.size, dtype=torch.bool, device="cpu"))
-    whole[value.offset : value.offset + value.size] = True
+    return whole[value.offset : value.offset + value.size]
 
 
 def _is_given(given: dict[Value, Tensor], value: Value) -> bool:
-    return value.root in given and bool(given[value.root][value.offset : value.offset + value.size].all())
+    return bool(_given(given, value).all())
 
 
 def _shape(value: Value) -> tuple[int, int, int]:
