@@ -36,6 +36,12 @@ def test_matches_reference(isa: str, threads: int, shape: tuple[int, int, int]) 
     assert torch.equal(out, ck.semantic_batch(x, params))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 0), (3, 0, 5), (0, 5, 5)], ids=str)
+def test_images_without_a_pixel(isa: str, shape: tuple[int, int, int]) -> None:
+    out = ck.semantic_batch(torch.zeros(shape), torch.cat([row(), row(blur=2.0)]))
+    assert out.shape == (2, *shape)
+
+
 def test_copies_moved_out_of_the_image_are_dark() -> None:
     x, params = torch.ones(3, 6, 7), torch.cat([row(translate_x=1e30), row(translate_y=-2.0), row(scale=1e-30)])
     out = ck.semantic_batch(x, params)

@@ -163,6 +163,7 @@ static void photometric(float* values, int64_t count, float contrast, float brig
 
 void semantic_batch(const SemanticArgs& a, int threads) {
   const int64_t pixels = a.height * a.width, elements = a.channels * pixels;
+  if (!elements) return;  // a line has no edge to replicate
   const Bordered image = bordered(a);
 #pragma omp parallel num_threads(threads)
   {
