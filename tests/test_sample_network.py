@@ -842,6 +842,27 @@ def test_refuses_what_would_read_or_write_elsewhere(
         ck.sample_network(program, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(3, low=-math.inf), r"step body: low and high must be in \[0, 255\]"),
+        (put(3, high=255.5), r"step body: low and high must be in \[0, 255\]"),
+        (lambda p: put(3, integers=replace(p.steps[3].integers, zero=256))(p), "step body: zero must be in"),
+        (weight(3, values=lambda v: v + 0.5), "step body: values must be whole numbers below 128"),
+        (weight(3, values=lambda v: 128 * v.sign()), "step body: values must be whole numbers below 128"),
+        (put(3, bias=torch.full((4,), 2.0**31)), "step body: bias must be whole numbers below"),
+        (put(3, bias=torch.full((4,), math.nan)), "step body: bias must be whole numbers below"),
+    ],
+)
+def test_refuses_what_is_no_byte(change: Callable[[Program], Any], message: str) -> None:
+    """Instruction sets would cut it off each in its own way."""
+    program = quantize(good(), torch.rand(8, 3, 6, 6))
+    assert ck.sample_network(program, torch.int8).logits(torch.rand(2, 3, 6, 6)).shape == (2, 7)
+    change(program)
+    with pytest.raises(ValueError, match=message):
+        ck.sample_network(program, torch.int8)
+
+
 def test_bad_arguments() -> None:
     program = good()
     for dtype in (torch.int32, torch.float16, torch.float64):

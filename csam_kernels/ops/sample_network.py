@@ -448,6 +448,12 @@ def _check(name: str, step: Step) -> None:
         scales = _on_cpu(f"{name}: scales", step.integers.scales, torch.float32)
         if scales.shape != want[:1]:
             refuse(f"scales must have shape {want[:1]}, got {tuple(scales.shape)}")
+        checks.integer(f"{name}: zero", step.integers.zero, low=0, high=255)
+        if not (step.integers.real or 0 <= step.low <= step.high <= 255):
+            refuse(f"low and high must be in [0, 255] in torch.int8, got {step.low} and {step.high}")
+        for what, tensor, bound in (("values", values, 2**7), ("bias", step.bias, 2**31)):
+            if tensor is not None and not bool(((tensor == tensor.round()) & (tensor.abs() < bound)).all()):
+                refuse(f"{what} must be whole numbers below {bound} in torch.int8")
 
 
 def _placed(name: str, value: Value | None) -> None:
