@@ -11,7 +11,7 @@ namespace CSAM_ISA {
 
 constexpr int64_t kLanes = 8;  // on every instruction set: their sums are added in the same order
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
-typedef int64_t Bits __attribute__((vector_size(8 * kLanes)));
+typedef uint64_t Bits __attribute__((vector_size(8 * kLanes)));
 
 CSAM_INLINE Lanes product_sum(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512F__)
