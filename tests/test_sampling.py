@@ -524,9 +524,10 @@ def test_votes_of_a_network_trained_under_noise_are_the_same_on_995_samples_of_1
 
 @pytest.mark.parametrize("choices", ["dense", "winograd"])
 def test_bfloat16_is_nearer_to_a_trained_network_than_torchs(noisy_photographs: Any, choices: str) -> None:
-    """Where training saw no noise more samples lie near a tie: of these 1,000 the engines label 0.7 and 1.0 % otherwise,
+    """Where training saw no noise more samples lie near a tie: of these 1,000 the engines label .7 and 1 % otherwise,
     torch's own bfloat16 1.5 %, and float64 0.55 % of 2,000 like them if the noisy pixels alone are rounded to bfloat16.
-    The logits move by 0.62 and 0.68 of what torch's do; with each weight rounded to the nearest by 0.65 and 0.74."""
+    The logits move by 0.62 and 0.68 of what torch's do; with each weight rounded to the nearest by 0.65 and 0.74.
+    """
     model, noisy, wanted = noisy_photographs
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     with torch.no_grad():

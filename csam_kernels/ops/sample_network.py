@@ -451,8 +451,8 @@ def _check(name: str, step: Step) -> None:
         checks.integer(f"{name}: zero", step.integers.zero, low=0, high=255)
         if not (step.integers.real or 0 <= step.low <= step.high <= 255):
             refuse(f"low and high must be in [0, 255] in torch.int8, got {step.low} and {step.high}")
-        for what, tensor, bound in (("values", values, 2**7), ("bias", step.bias, 2**31)):
-            if tensor is not None and not bool(((tensor == tensor.round()) & (tensor.abs() < bound)).all()):
+        for what, numbers, bound in (("values", values, 2**7), ("bias", step.bias, 2**31)):
+            if numbers is not None and not bool(((numbers == numbers.round()) & (numbers.abs() < bound)).all()):
                 refuse(f"{what} must be whole numbers below {bound} in torch.int8")
 
 

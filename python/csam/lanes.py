@@ -473,7 +473,7 @@ def _has_value(argument: Any) -> bool:
     return isinstance(argument, Value | _Last) or (isinstance(argument, dict) and _has_value(list(argument.values())))
 
 
-_MIDDLE = 0.75  # of the way to the other bfloat16: who is further from it stays with the nearest
+_MIDDLE = 0.75  # of the way to the other bfloat16; a weight that is further from that stays with the nearest
 _BATCH = -1  # size of the batch, which no step knows
 
 
