@@ -63,6 +63,11 @@ def identity(channels: int, area: int = 1, scale: float | Tensor = 1.0) -> Rows:
     return values.contiguous(), taps, torch.arange(channels + 1, dtype=torch.int32, device="cpu") * area
 
 
+def filters(rows: Tensor) -> Tensor:
+    """The filter of each entry of a compressed weight, int64 [nnz]."""
+    return torch.arange(len(rows) - 1, device="cpu").repeat_interleave(rows.diff())
+
+
 class _Lowering:
     def __init__(self, traced: fx.GraphModule, image: torch.Size) -> None:
         self.traced = traced
@@ -714,7 +719,7 @@ def balance(program: Program) -> None:
 def _balanced(values: Tensor, rows: Tensor) -> Tensor:
     near = values.bfloat16().float()
     error = near - values  # exact
-    row = torch.arange(len(rows) - 1, device="cpu").repeat_interleave(rows.diff())
+    row = filters(rows)
     total = _zeros(len(rows) - 1, torch.float64).index_add_(0, row, error.double())
     asked = (((error > 0) == (total > 0)[row]) & (error != 0) & (near != 0)).nonzero().flatten()
     here, row, error = near[asked], row[asked], error[asked]
@@ -751,16 +756,16 @@ def _reading(step: Step, kept: Tensor, constant: Tensor | None, fixed: Tensor) -
     assert step.weight is not None
     values, taps, rows = step.weight
     area = step.kernel[0] * step.kernel[1]
-    filters = torch.arange(len(rows) - 1, device="cpu").repeat_interleave(rows.diff())
+    of = filters(rows)
     channel, tap = taps.long() // area, taps.long() % area
     width = (len(kept) + (constant is not None)) * area
     place = kept.new_full((len(fixed),), -1)
     place[kept] = torch.arange(len(kept), device="cpu")
     there = place[channel] >= 0
-    flat = filters[there] * width + place[channel[there]] * area + tap[there]
+    flat = of[there] * width + place[channel[there]] * area + tap[there]
     if constant is not None:
         gone = ~there & fixed[channel] & (constant[channel] != 0)
-        target = filters[gone] * width + len(kept) * area + tap[gone]
+        target = of[gone] * width + len(kept) * area + tap[gone]
         merged, index = target.unique(return_inverse=True)
         sums = _zeros(len(merged), torch.float64)
         sums.index_add_(0, index, values[gone].double() * constant[channel[gone]].double())

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csam.lanes import filters
 from csam_kernels import checks, reference
 from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 
@@ -134,9 +135,7 @@ def _range(seen: Tensor) -> tuple[float, int]:
 def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value) -> Step:
     assert step.weight is not None
     values, taps, rows = step.weight
-    filters = len(rows) - 1
-    of = torch.arange(filters, device="cpu").repeat_interleave(rows.diff())
-    zeros = values.new_zeros(filters)
+    of, zeros = filters(rows), values.new_zeros(len(rows) - 1)
     bias = zeros if step.bias is None else step.bias
     scale_in, zero_in = ranges[step.input.root]
     largest = zeros.scatter_reduce(0, of, values.abs(), "amax")

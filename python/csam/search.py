@@ -377,11 +377,11 @@ class MaskSearch:
     def _logits(self, leaves: list[Tensor], x: Tensor) -> Tensor:
         """Logits [B, K] of the model with the leaves as its effective weights, float32 at least."""
         amp = torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-        seeded = _seeded(_mix(self.seed, self.steps), x.device)
+        drawn = seeded(_mix(self.seed, self.steps), x.device)
         masks = {f"{name}.mask" for name in self._layers}
         buffers = {name: b.clone() for name, b in self.model.named_buffers() if name not in masks}
         before = x._version
-        with _installed(self._layer_list(), leaves), seeded, amp:
+        with _installed(self._layer_list(), leaves), drawn, amp:
             logits = functional_call(self.model, buffers, (x,))
         if x._version != before:  # the next pass would have another x
             raise ValueError("model must leave its input as it is, got one that changes it in place")
@@ -639,7 +639,7 @@ def _run_once(layers: Sequence[MaskedLayer]) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """The model's own random draws (dropout) from `seed`; the global generators end as they were."""
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):

@@ -427,7 +427,8 @@ def image(x: Tensor, layout: str = "NCHW", name: str = "x") -> Tensor:
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: another shape, or, in a tensor on the CPU, a pixel that is NaN or inf; `read` looks at others.
+        ValueError: another shape, no values (the meta device), or, in a tensor on the CPU, a pixel that is NaN or inf;
+            `read` looks at others.
     """
     x = checks.tensor(name, x).detach()
     if x.dim() == 4 and x.shape[0] == 1:
@@ -435,6 +436,8 @@ def image(x: Tensor, layout: str = "NCHW", name: str = "x") -> Tensor:
     if x.dim() != 3 or x.numel() == 0:
         axes = ", ".join(layout[1:])
         raise ValueError(f"{name} must be one image [{axes}] or [1, {axes}], got shape {tuple(x.shape)}")
+    if x.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     x = nchw(x[None], layout)[0].to(torch.float32).contiguous()
     if x.device.type == "cpu" and not math.isfinite(x.sum()):  # or finite pixels with a sum that is not
         read(x, [], name)
@@ -448,13 +451,7 @@ def nchw(images: Tensor, layout: str) -> Tensor:
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the way to a GPU leads through pinned memory and is not waited for.
-
-    Raises:
-        ValueError: a tensor without values.
-    """
-    if t.is_meta:
-        raise ValueError("x must hold values, got a tensor on the meta device")
+    """The tensor on the device; the way to a GPU leads through pinned memory and is not waited for."""
     if t.device.type == "cpu" and device.type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)

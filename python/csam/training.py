@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from csam.nn import masked_layers
 from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
+from csam.search import seeded
 from csam.transforms import Transform
 from csam_kernels import smoothing_noise
 from csam_kernels.laws import checked_law
@@ -308,8 +309,7 @@ def _run_epoch(
 ) -> dict[str, float]:
     """One epoch; returns the mean of each value the steps report. What the model draws (dropout) is the epoch's own."""
     sums: dict[str, float] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(feed.seed, "model", epoch, team.rank))
+    with seeded(derive_seed(feed.seed, "model", epoch, team.rank), images.device):
         for x, y in batches(images, labels, feed, epoch, rank=team.rank, size=team.size):
             for key, value in stepper.step(x, y).items():
                 sums[key] = sums.get(key, 0.0) + value
