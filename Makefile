@@ -24,8 +24,9 @@ $(VENV)/.nvcc: $(VENV)/.dependencies requirements-nvcc.txt
 demo: $(VENV)/.built
 	$(BIN)/csam demo
 
+# In two processes, each of whole files; `python -m pytest tests/...` runs some in one.
 test: $(VENV)/.built $(VENV)/.nvcc
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -53,6 +53,12 @@ def cpu_build() -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def instruction_set() -> str:
+    """The one whose CPU kernels run, or why there are none."""
+    module, reason = _load("cpu")
+    return f"none: {reason}" if module is None else str(module._C.isa())
+
+
 def _why_not(op: str, provider: str, where: device) -> str:
     module, reason = _load(provider)
     if module is None:

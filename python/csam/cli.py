@@ -37,6 +37,7 @@ from csam import microbench, models, pipeline, processes, records, report, runs,
 from csam.adapters import ModelError
 from csam.laws import LAWS
 from csam.settings import PRESETS, PRETRAINED, Settings, override
+from csam_kernels import backend
 
 T = TypeVar("T")
 Command = Callable[..., Any]
@@ -635,20 +636,11 @@ def info() -> None:
     found = runs.environment()
     for key, value in {**found, "commit": found["commit"] or "unknown"}.items():
         table.add_row(key, str(value))
-    table.add_row("instruction set", instruction_set())
+    table.add_row("instruction set", backend.instruction_set())
     table.add_row("torch's", torch.backends.cpu.get_cpu_capability())
     for name, state in csam_kernels.backends().items():
         table.add_row(f"backend {name}", state)
     show(table)
-
-
-def instruction_set() -> str:
-    """The one the compiled kernels use, or why there are none."""
-    try:
-        from csam_kernels import _C
-    except ImportError as error:
-        return f"none ({error})"
-    return str(_C.isa())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
