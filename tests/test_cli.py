@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
-from csam import cli, microbench, models, pipeline, records, report, runs, training
+from csam import cli, microbench, models, pipeline, processes, records, report, runs, training
 from csam.settings import PRESETS, Settings
 
 TINY = [
@@ -301,6 +302,19 @@ def test_cc_cert_alone_and_its_report(csam: Command, trained: Path, tmp_path: Pa
     assert (code, "cc-cert.tsv, line 1: header must be idx label predict radius" in err) == (2, True), err
     code, _, err = csam("report", run, "--no-plot", "--eps", "0")
     assert (code, "eps must be in (0, 1], got 0" in err) == (2, True), err
+
+
+def test_a_process_that_is_not_the_first_reads_no_files(
+    csam: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be on another machine."""
+    made = [records.Row(0, 1, 1, 0.1, True, 0.1)], [{"idx": 0, "bound": 0.1, "correct": True}]
+    monkeypatch.setattr(pipeline, "certify", lambda *_, **__: made)
+    monkeypatch.setattr(processes, "joined", lambda: nullcontext(1))
+    for console in (cli.messages, cli.results):
+        monkeypatch.setattr(console, "quiet", False)
+    model = trained / "models" / "dense.safetensors"
+    assert csam("certify", model, *CERTIFY, "--cc-cert", "--out", tmp_path / "run") == (0, "", "")
 
 
 def test_cc_cert_alone_needs_no_sigma(csam: Command, trained: Path, tmp_path: Path) -> None:

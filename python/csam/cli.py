@@ -485,6 +485,8 @@ def certify(
     settings = settings_from(data, data_dir, config, threads, given)
     with resumable(out):
         rows, bounds = pipeline.certify(settings, model, out, bar, certificate=certificate)
+    if results.quiet:
+        return  # the first process has the files, and tells
     folder, title = out / "certificates", model if isinstance(model, str) else model.stem
     if rows:
         show(report.certificates_table([curve_of(folder / "smoothing.tsv", title, rows)], settings.certify.radii))
