@@ -463,6 +463,15 @@ def test_report_tells_apart_what_has_the_same_name(csam: Command, trained: Path,
         assert f" {label} " in out
 
 
+def test_names_with_brackets_are_printed_whole(csam: Command, trained: Path, tmp_path: Path) -> None:
+    record = tmp_path / "a[bold].tsv"
+    record.write_text((trained / "certificates" / "dense.tsv").read_text())
+    code, out, err = csam("report", record, "--plot", tmp_path / "p[red].png")
+    assert code == 0, err
+    assert " a[bold] " in out
+    assert str(tmp_path / "p[red].png") in out
+
+
 def test_report_calls_the_current_folder_by_its_name(
     csam: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

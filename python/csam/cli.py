@@ -41,8 +41,8 @@ from csam_kernels import backend
 
 T = TypeVar("T")
 Command = Callable[..., Any]
-messages = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+messages = Console(stderr=True, highlight=False, markup=False)  # names of files may hold brackets
+results = Console(highlight=False, markup=False)
 
 
 class Interrupted(Exception):
