@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +579,20 @@ def test_model_that_does_not_say_its_sigma(csam: Command, tmp_path: Path) -> Non
     code, _, err = csam("certify", tmp_path / "m.safetensors", "--out", tmp_path / "run")
     assert code == 2
     assert "give --sigma" in err
+
+
+def test_certify_repeats_from_its_config(csam: Command, trained: Path, tmp_path: Path) -> None:
+    record, dense = Path("certificates", "smoothing.tsv"), trained / "models" / "dense.safetensors"
+    runs.save_model(tmp_path / "m.safetensors", models.build("digits"), {})  # which does not say its sigma
+    for model in (dense, tmp_path / "m.safetensors"):
+        a, b = (tmp_path / f"{model.stem}-{name}" for name in "ab")
+        assert csam("certify", model, *CERTIFY, "--sigma", 0.1, "--noise", "laplace", "--out", a)[0] == 0
+        code, _, err = csam("certify", model, "--config", a / "config.json", "--out", b)
+        assert code == 0, err
+        assert [replace(row, time=0) for row in records.read_tsv(b / record)] == [
+            replace(row, time=0) for row in records.read_tsv(a / record)
+        ]
+        assert records.read_votes(b / record)[0] == records.read_votes(a / record)[0]
 
 
 @pytest.mark.parametrize("stored", [None, "cifar10"])

@@ -428,8 +428,8 @@ def _one(stored: tuple[T, ...], given: T | None, default: T) -> tuple[T, ...]:
 @click.option(
     "--architecture", type=click.Choice(list(models.ARCHITECTURES)), help="Network, if the file does not say."
 )
-@click.option("--sigma", type=float, help="Noise, pixels in [0, 1]  [the one the model was trained with]")
-@click.option("--noise", type=click.Choice(list(LAWS)), help="Its law  [the one the model was trained with]")
+@click.option("--sigma", type=float, help="Noise, pixels in [0, 1]  [that of --config, or of the model's training]")
+@click.option("--noise", type=click.Choice(list(LAWS)), help="Its law  [that of --config, or of the model's training]")
 @click.option(
     "--certificate",
     type=click.Choice(pipeline.CERTIFICATES),
@@ -478,6 +478,8 @@ def certify(
     given["model"] = architecture or said.get("model")
     if given["normalization"] is None and "normalization" in said:
         given["normalization"] = said["normalization"] or "none"
+    if config and isinstance(stored := _stored_settings(config, given).get("train"), dict):
+        said |= stored  # sigma and noise, if it says them
     given["train__sigma"] = sigma if sigma is not None else said.get("sigma")
     if given["train__sigma"] is None and certificate != "cc-cert":
         raise click.UsageError(f"{model} does not say its sigma; give --sigma")
