@@ -414,8 +414,8 @@ def smooth_images(
 ) -> list[records.Row]:
     """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
     with progress(title, len(chosen)) as advance:
-        with suppress(FileNotFoundError):  # none yet, or of another process
-            advance(len({row.idx for row in records.read_tsv(path)}.intersection(chosen)) if path.stat().st_size else 0)
+        with suppress(FileNotFoundError, ValueError):  # none yet, or of another process; or to be mended or refused
+            advance(len({row.idx for row in records.read_tsv(path)}.intersection(chosen)))
         return evaluation.certify_dataset(
             smooth,
             dataset.test_x,
