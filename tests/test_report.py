@@ -78,6 +78,13 @@ def test_radii_of_different_norms_are_told_apart(tmp_path: Path, monkeypatch: py
         assert axis_and_labels(curves, monkeypatch, tmp_path / "a.png") == (axis, labels)
 
 
+def test_labels_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = [Curve("_a", [0.1], 1), Curve(r"$b_{$", [0.1], 1)]
+    report.plot_curves(curves[:1], tmp_path / "a.png")
+    report.plot_curves(curves, tmp_path / "b.png")
+    assert axis_and_labels(curves, monkeypatch, tmp_path / "c.png")[1] == [" _a", r"\$b_{\$"]
+
+
 def test_table_of_bounds_has_what_they_were_computed_with() -> None:
     recipe = {"transform": "blur:1", "n": 100, "k": 10, "delta": 0.9, "t": [1e-4, 1e4, 500]}
     known = Bounds("a", [0.02, 1e-9, 0.5, 1e-9], [True, True, True, False], recipe)

@@ -217,6 +217,7 @@ def plot_curves(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    curves = [replace(curve, label=_plain(curve.label)) for curve in curves]
     norms = sorted({curve.norm for curve in curves})
     if len(norms) > 1:
         curves = [replace(curve, label=f"{curve.label}, {NORMS[curve.norm]}") for curve in curves]
@@ -265,6 +266,11 @@ def plot_curves(
     figure.savefig(picture, format=path.suffix[1:].lower(), dpi=140)
     pyplot.close(figure)
     runs.write_atomic(path, picture.getvalue())
+
+
+def _plain(label: str) -> str:
+    """What matplotlib shows as this label: two $ begin mathematics there, and a first _ hides it from the legend."""
+    return " " * label.startswith("_") + label.replace("$", r"\$")
 
 
 def standard_error(images: int) -> float:
