@@ -276,6 +276,15 @@ def test_every_path_ends_for_any_n(method: str, n: int) -> None:
             assert (decision.radius is None) == (decision.p_lower < 0.5)
 
 
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_no_tolerance_stops_what_has_none(method: str) -> None:
+    made = rule(231, 0.01, SIGMA, method=method, target_radius=0.05)
+    shares = [k / 20 for k in range(21)]
+    for first, then in itertools.product(shares, shares):  # a pilot may promise what is missed
+        counts = [math.floor(first * made.looks[0] + then * (look - made.looks[0])) for look in made.looks]
+        assert certify(made, counts).reason in ("target", "below target", "n")
+
+
 def test_a_wanted_radius_is_certified_by_a_bound_that_gives_it() -> None:
     made = rule(100_000, 0.001, SIGMA, target_radius=0.5)
     for k, look in enumerate(made.looks[:-1]):

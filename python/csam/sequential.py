@@ -137,7 +137,7 @@ class Rule(ABC):
         last = k == len(self.looks) - 1
         p_lower = self.bound(counts)
         radius = None if not p_lower >= 0.5 else self.sigma * float(self.law.radius(p_lower))
-        reason = "n" if last else "rtol"
+        reason = "n" if last else "rtol" if self.rtol is not None else "below target"  # a pilot's plan may miss it
         if radius is not None and self.target_radius is not None and p_lower >= self._p_wanted:
             radius, reason = max(radius, self.target_radius), "target"
         elif not last and counts[-1] <= self._hopeless[k] and (radius is None or self.target_radius is not None):
