@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from csam import data, evaluation, models, pipeline, records, runs, training
+from csam.adapters import Opaque
 from csam.records import read_tsv, read_votes
 from csam.settings import PRESETS, Settings, override
 
@@ -319,6 +320,24 @@ def test_bounds_of_two_plans_are_not_mixed_and_older_journals_go_on(tmp_path: Pa
     foreign.append({"idx": 0})
     with pytest.raises(runs.RunError, match="does not hold bounds of CC-Cert: bound, correct"):
         pipeline.bound_images(cert, dataset, [0], foreign.path)
+
+
+def test_bounds_of_a_callable_that_changed_are_not_mixed(tmp_path: Path) -> None:
+    dataset = pipeline.load_data(TINY)
+    factor, journal = 1.0, tmp_path / "a.jsonl"
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return factor * x.flatten(1)[:, :10]
+
+    def bounds(chosen: list[int]) -> list[dict[str, Any]]:
+        cert = pipeline.make_cc_cert(Opaque(network, name="a"), dataset, TINY)
+        return pipeline.bound_images(cert, dataset, chosen, journal)
+
+    first = bounds([0])
+    assert bounds([0, 1])[0] == first[0]
+    factor = 2.0
+    with pytest.raises(runs.RunError, match=r"made with other settings \(logits: "):
+        bounds([0, 1, 2])
 
 
 def test_nan_probabilities_bound_one_image_alone(tmp_path: Path) -> None:

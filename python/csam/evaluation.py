@@ -141,13 +141,14 @@ def certify_dataset(
     }
     prepared = smooth.prepare(pixels(wanted[0]))
     if recipe["fingerprint"] is None:
-        recipe["logits"] = _logits(prepared, x)
+        recipe["logits"] = logits_digest(prepared, x)
     vote = _voter(smooth, prepared, batch_size)
     threads = min(torch.get_num_threads(), prepared.threads or math.inf) if prepared.device.type == "cpu" else 1
     with Team() as team:
         if team.size > 1:
             shown = _digest(t for i in wanted for t in (torch.tensor([i, labels[i]]), pixels(i)))
-            agree(team, "network, settings and images", {**recipe, "logits": _logits(prepared, x), "images": shown})
+            logits = logits_digest(prepared, x)
+            agree(team, "network, settings and images", {**recipe, "logits": logits, "images": shown})
         hands = team.gathered(int(threads))
         if team.rank:
             team.serve(
@@ -518,7 +519,7 @@ def _voter(smooth: Smooth, prepared: Prepared, batch_size: int) -> Callable[[Seq
     return vote
 
 
-def _logits(prepared: Prepared, x: Tensor) -> str:
+def logits_digest(prepared: Prepared, x: Tensor) -> str:
     """A digest of the network's logits of a tile of images like those in x: weights and arithmetic, to the last bit."""
     found: list[Tensor] = []
     generator = torch.Generator("cpu").manual_seed(0)
