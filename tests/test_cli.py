@@ -456,6 +456,7 @@ def test_report_tells_apart_what_has_the_same_name(csam: Command, trained: Path,
     for name in ("a", "b"):
         (tmp_path / name / "run" / "certificates").mkdir(parents=True)
         (tmp_path / name / "run" / "certificates" / "dense.tsv").write_text(record)
+        (tmp_path / name / "run" / "certificates" / ".csam-tmp-1-cc-cert.tsv").write_text("")  # of a killed run
         (tmp_path / name / "mine.tsv").write_text(record)
     places = [tmp_path / name / what for what in ("run", "mine.tsv") for name in ("a", "b")]
     code, out, err = csam("report", *places, "--no-plot")

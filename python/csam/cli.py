@@ -570,7 +570,7 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
 
     Raises ValueError if a folder holds certificates of neither.
     """
-    files = sorted((place / "certificates").glob("*.tsv")) if place.is_dir() else [place]
+    files = sorted((place / "certificates").glob("[!.]*.tsv")) if place.is_dir() else [place]
     if place.is_dir():
         files = [file for file in files if not records.holds_bounds(file)]
     if not files and not journals_of(place):
@@ -588,7 +588,7 @@ def journals_of(place: Path) -> list[Path]:
     """The journals of CC-Cert in a run folder; the place itself if it is one."""
     if not place.is_dir():
         return [place] if place.suffix == ".jsonl" else []
-    return sorted(p for p in (place / "certificates").glob("*.jsonl") if not p.name.endswith(".votes.jsonl"))
+    return sorted(p for p in (place / "certificates").glob("[!.]*.jsonl") if not p.name.endswith(".votes.jsonl"))
 
 
 def all_bounds_of(place: Path, title: str) -> list[report.Bounds]:
