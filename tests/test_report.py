@@ -142,6 +142,16 @@ def test_picture_is_written_whole(tmp_path: Path, suffix: str) -> None:
         assert width > height > 400
 
 
+def test_picture_has_room_for_its_legend(tmp_path: Path) -> None:
+    def size(labels: list[str]) -> tuple[int, int]:
+        report.plot_curves([Curve(label, [0.1], 2) for label in labels], tmp_path / "a.png")
+        return Image.open(tmp_path / "a.png").size
+
+    (width, height), long, many = (size(labels) for labels in (["a"], ["a" * 200], [str(i) for i in range(40)]))
+    assert long[0] > 1.5 * width
+    assert many[1] > 1.5 * height
+
+
 def test_picture_needs_a_curve_and_a_known_format(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one curve"):
         report.plot_curves([], tmp_path / "a.png")

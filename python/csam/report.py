@@ -231,7 +231,7 @@ def plot_curves(
     figure, axes = pyplot.subplots(
         1,
         len(panels),
-        figsize=(max(6.4, 4.2 * len(panels)), 4.6),
+        figsize=(max(6.4, 4.2 * len(panels)), max(4.6, 3.6 + 0.2 * len(labels) / (1 + len(panels)))),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -263,7 +263,7 @@ def plot_curves(
     if title:
         figure.suptitle(title, fontsize="medium")
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=140)
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=140, bbox_inches="tight")  # a wide legend is not cut
     pyplot.close(figure)
     runs.write_atomic(path, picture.getvalue())
 
