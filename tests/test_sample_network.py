@@ -19,6 +19,7 @@ from torch import Tensor
 
 import csam_kernels as ck
 from conftest import ISAS, TOLERANCE, assert_close
+from csam.quantization import _values as values
 from csam.quantization import quantize
 from csam_kernels import _C, reference
 from csam_kernels.ops import sample_network
@@ -245,6 +246,17 @@ def test_a_layer_without_weights(isa: str, engine: str, dtype: torch.dtype) -> N
     found = ck.sample_network(program, dtype).logits(images)
     assert_close(found, reference.sample_network(program, images, dtype), dtype)
     assert len(step_costs(program, dtype)) == 2
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_int8_is_calibrated_on_has_the_bits_of_float32(isa: str, name: str) -> None:
+    program, x = built(name, scaled=True), torch.rand(37, 3, 9, 7)
+    found, wanted = values(program, x), reference.sample_values(program, x, torch.float32)
+    assert found.keys() == {value for value in wanted if value.part is None}
+    for value in found:
+        torch.testing.assert_close(found[value], wanted[value])
+    logits = found[program.logits].flatten(0, 2).t()
+    assert torch.equal(logits, ck.sample_network(program, torch.float32).logits(x))
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -5,26 +5,33 @@ weights -127 .. 127 with a scale a filter. The range of a value is the share of 
 to rounding and clipping together. Logits stay float32.
 
 Calibration runs 64 images at a time, or so few that their values take no more than 256 MiB, and keeps some 2^18 numbers
-of each value of the network, those that it would keep if it ran all images at once.
+of each value of the network, those that it would keep if it ran all images at once. It runs on the engine's kernels,
+which give every processor the same bits.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from csam.lanes import filters
-from csam_kernels import checks, reference
+from csam_kernels import checks, sample_conv2d
 from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 
 _LEVELS, _WEIGHTS = 255, 127
 _SHARES = torch.linspace(1.0, 0.3, 15, dtype=torch.float32, device="cpu")  # of the observed range
 _SEEN = 1 << 18  # numbers of a value that the choice among them looks at, evenly spaced; up to twice as many
 _BATCH, _BYTES = 64, 1 << 28  # images that run together at most, and what their values take
+_LANES = 16  # images that the kernels take at once
+_DENSE = 0.4  # share of a layer's weights from which its filters should share what they load
+_BINS = 1 << 12  # to which the numbers of a value are rounded for that choice, of their range
 _EXACT = 2.0**23  # below which a whole number is one as float32
 _NOISY = 64  # images at least that a network is calibrated on
 _APART = 2**62  # first sample of calibration, behind those of all certificates: on these no network may depend
@@ -85,7 +92,8 @@ def _ranges(program: Program, noisy: Tensor) -> dict[Value, tuple[float, int]]:
         if step.weight is None:
             old, new = same[step.out.root], same[step.input.root]
             same = {root: new if group is old else group for root, group in same.items()}
-    kept = _kept(program, noisy, max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in same)))))
+    batch = max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in same))))
+    kept = _kept(program, noisy, batch - batch % _LANES or batch)
     seen: dict[Value, list[Tensor]] = {}
     for root, numbers in kept.items():
         seen.setdefault(same[root], []).append(numbers)
@@ -100,10 +108,8 @@ def _kept(program: Program, noisy: Tensor, batch: int) -> dict[Value, Tensor]:
     n = len(noisy)
     for first in range(0, n, batch):
         images = noisy[first : first + batch]
-        values = reference.sample_values(program, images, torch.float32)
+        values = _values(program, images)
         for value, numbers in values.items():
-            if value.part is not None:
-                continue
             if value.size not in places:
                 total = value.size * n
                 flat = torch.arange(0, total, max(1, total // _SEEN), device="cpu")
@@ -112,21 +118,65 @@ def _kept(program: Program, noisy: Tensor, batch: int) -> dict[Value, Tensor]:
             here = ((which >= first) & (which < first + len(images))).nonzero().flatten()
             into = kept.setdefault(value, numbers.new_empty(len(where)))
             into[here] = numbers.view(value.size, len(images))[where[here], which[here] - first]
-        values.clear()  # its maker refers to itself, so that it would stay until the next collection
     return kept
 
 
+def _values(program: Program, images: Tensor) -> dict[Value, Tensor]:
+    """What every step of a program gives in float32, [C, H, W, n], with the engine's bits: the same everywhere."""
+    roots = dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out))
+    wholes = {root: images.new_zeros(root.size, len(images)) for root in roots}
+
+    def at(value: Value) -> Tensor:
+        numbers = wholes[value.root][value.offset : value.offset + value.size]
+        return numbers.view(value.channels, value.height, value.width, len(images))
+
+    pixels = images.permute(1, 2, 3, 0)
+    pixels = pixels if program.mean is None else pixels - program.mean.view(-1, 1, 1, 1)
+    at(program.image).copy_(pixels if program.std is None else pixels / program.std.view(-1, 1, 1, 1))
+    for step in program.steps:
+        image, out = at(step.input), at(step.out)
+        if step.weight is None:
+            out.copy_(_maximum(image, step))
+            continue
+        dense = len(step.weight[0]) > _DENSE * len(out) * len(image) * math.prod(step.kernel)
+        other = None if step.other is None else at(step.other)
+        window: dict[str, Any] = {"kernel_size": step.kernel, "stride": step.stride, "padding": step.padding}
+        window |= {"dilation": step.dilation, "dense": dense}
+        sums = sample_conv2d(image, *step.weight, step.bias, other, **window)
+        torch.clamp(sums, step.low, step.high, out=out)
+    return {root: at(root) for root in roots}
+
+
+def _maximum(image: Tensor, step: Step) -> Tensor:
+    """Over windows of an image [C, H, W, n], along one axis after the other."""
+    windows = zip(step.kernel, step.stride, step.padding, step.dilation, strict=True)
+    sizes = (step.out.height, step.out.width)
+    for axis, (size, (kernel, stride, padding, dilation)) in enumerate(zip(sizes, windows, strict=True), 1):
+        reach = stride * (size - 1) + 1  # from the first window's place to the last one's
+        behind = max(0, reach + dilation * (kernel - 1) - padding - image.shape[axis])
+        image = F.pad(image, (*(0, 0) * (3 - axis), padding, behind), value=-math.inf)
+        each = [slice(None)] * axis
+        places = (image[*each, dilation * i : dilation * i + reach : stride] for i in range(kernel))
+        image = functools.reduce(torch.maximum, places)
+    return image
+
+
 def _range(seen: Tensor) -> tuple[float, int]:
-    """(scale, what stands for 0) of numbers that include 0."""
+    """(scale, what stands for 0) of numbers that include 0, each rounded to a `_BINS`th of their range."""
     low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
-    best, least = (1.0, 0), float("inf")
+    width = (high - low) / _BINS
+    if not 0 < width < math.inf:
+        return 1.0, 0
+    bins = (seen.double() / width).round().long()
+    first = int(bins.min())
+    counts = torch.bincount(bins - first).double()
+    numbers = torch.arange(first, first + len(counts), dtype=torch.float64, device="cpu") * width
+    best, least = (1.0, 0), math.inf
     for share in _SHARES.tolist():
         scale = (high - low) * share / _LEVELS
-        if scale <= 0:
-            break
         zero = round(-low * share / scale)
-        again = ((seen / scale + zero).round().clamp(0, _LEVELS) - zero) * scale
-        error = float((again - seen).square().mean())
+        again = ((numbers / scale + zero).round().clamp(0, _LEVELS) - zero) * scale
+        error = float((counts * (again - numbers).square()).sum())
         if error < least:
             best, least = (scale, zero), error
     return best

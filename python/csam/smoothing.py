@@ -779,9 +779,7 @@ def _prepare(
         if calibration is not None:
 
             def quantized(program: Program) -> Program:
-                """On one thread: whatever the number of threads, the sums are the same, and so is the network."""
-                with ThreadPoolExecutor(1, "csam-quantize", initializer=one_intra_op_thread) as pool:
-                    return pool.submit(quantization.quantize, program, calibration.images).result()
+                return quantization.quantize(program, calibration.images)
 
         if made.exact is not None:
 
