@@ -557,9 +557,7 @@ def test_the_quantised_network_does_not_depend_on_threads_or_on_noise_that_certi
 
 
 @pytest.mark.parametrize("most", [1, 7, 64])
-def test_calibration_runs_few_images_at_a_time_and_keeps_what_all_at_once_would_give(
-    monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
+def test_calibration_runs_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     net = sampling.plan(models.build("resnet20").eval(), torch.rand(3, 8, 8), dtype=torch.float32, choices="dense")
     assert net.prepared.sampler is not None
     program, noisy = net.prepared.sampler.program, torch.rand(150, 3, 8, 8)
@@ -572,18 +570,29 @@ def test_calibration_runs_few_images_at_a_time_and_keeps_what_all_at_once_would_
         return run(program, x)
 
     monkeypatch.setattr(quantization, "_values", counted)
-    size = 4 * sum(value.size for value in values)
+    size = 4 * sum(map(len, values.values()))
     monkeypatch.setattr(quantization, "_BYTES", most * size + size // 2)
-    small = quantization.quantize(program, noisy)
+    found = quantization._seen(program, noisy)
     assert (max(ran), sum(ran)) == (most, 150)
-    for value, kept in quantization._kept(program, noisy, most).items():
-        flat = values[value].flatten()
-        assert len(kept) < 2 << 14
-        assert torch.equal(kept, flat[:: max(1, len(flat) // (1 << 14))])
-    monkeypatch.undo()
-    monkeypatch.setattr(quantization, "_SEEN", 1 << 14)
-    both = (csam_kernels.sample_network(p, torch.int8) for p in (small, quantization.quantize(program, noisy)))
-    assert len({network.fingerprint for network in both}) == 1
+    for value, seen in found.items():
+        apart = value.size * 150 // (1 << 14) | 1
+        numbers = [part.flatten()[::apart] for part in values[value].split(most, 1)]
+        assert torch.equal(seen.numbers, torch.cat(numbers))
+        assert 150 <= len(seen.numbers) < 2 << 14
+        torch.testing.assert_close(seen.mean, values[value].double().mean(1), rtol=1e-12, atol=1e-12)
+
+
+def test_rounded_weights_leave_the_mean_of_the_logits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(256, 10)).eval()
+    images = torch.rand(256, 3, 8, 8)
+    exact = sampling.plan(model, images[0], dtype=torch.float32, choices="dense").prepared.sampler
+    whole = sampling.plan(model, images, dtype="int8", sigma=SIGMA, choices="dense").prepared.sampler
+    assert exact is not None
+    assert whole is not None
+    noisy = smoothing.noisy("x", images, SIGMA).images
+    moved = whole.logits(noisy) - exact.logits(noisy)
+    assert float(moved.mean(0).norm()) < 0.25 * float(moved.std(0).norm())
 
 
 def test_cc_cert_in_int8_bounds_what_float32_does(digits: Any) -> None:

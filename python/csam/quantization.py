@@ -2,11 +2,10 @@
 
 Values become whole numbers 0 .. 255, one scale and zero point for all that lies together (a concatenation is one),
 weights -127 .. 127 with a scale a filter. The range of a value is the share of what calibration saw that loses least
-to rounding and clipping together. Logits stay float32.
+to rounding and clipping together; what rounded weights add on the average is taken off the biases. Logits stay float32.
 
 Calibration runs 64 images at a time, or so few that their values take no more than 256 MiB, and keeps some 2^18 numbers
-of each value of the network, those that it would keep if it ran all images at once. It runs on the engine's kernels,
-which give every processor the same bits.
+of each value of the network. It runs on the engine's kernels, which give every processor the same bits.
 """
 
 from __future__ import annotations
@@ -46,6 +45,13 @@ class Calibration(NamedTuple):
     words: str
 
 
+class _Statistics(NamedTuple):
+    """What calibration saw of a value: some of its numbers, and the mean of all images, float64 [C * H * W]."""
+
+    numbers: Tensor
+    mean: Tensor
+
+
 def calibration(name: str, images: Tensor, draw: Draw, words: str) -> Calibration:
     """Copies of each image as `draw(x, copies, first_sample, stream)` gives them, at least 64 in all.
 
@@ -79,50 +85,44 @@ def quantize(program: Program, noisy: Tensor) -> Program:
     """
     if not all(step.bias is None or bool(step.bias.isfinite().all()) for step in program.steps):
         raise ValueError("dtype int8 needs finite logits, got a bias of -inf; a large finite one does the same")
-    ranges = _ranges(program, noisy)
+    seen = _seen(program, noisy)
+    ranges = _ranges(program, seen)
     scale, zero = ranges[program.image.root]
-    steps = [step if step.weight is None else _quantized(step, ranges, program.logits) for step in program.steps]
+    steps = [step if step.weight is None else _quantized(step, ranges, seen, program.logits) for step in program.steps]
     return replace(program, steps=steps, scale=1 / scale, shift=float(zero))
 
 
-def _ranges(program: Program, noisy: Tensor) -> dict[Value, tuple[float, int]]:
+def _ranges(program: Program, seen: dict[Value, _Statistics]) -> dict[Value, tuple[float, int]]:
     """(scale, what stands for 0) of every root value; the same before and after a maximum over windows."""
-    same = {value.root: value.root for step in program.steps for value in (step.input, step.out)}
+    same = {root: root for root in seen}
     for step in program.steps:
         if step.weight is None:
             old, new = same[step.out.root], same[step.input.root]
             same = {root: new if group is old else group for root, group in same.items()}
-    batch = max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in same))))
-    kept = _kept(program, noisy, batch - batch % _LANES or batch)
-    seen: dict[Value, list[Tensor]] = {}
-    for root, numbers in kept.items():
-        seen.setdefault(same[root], []).append(numbers)
-    found = {group: _range(torch.cat(numbers)) for group, numbers in seen.items()}
+    together: dict[Value, list[Tensor]] = {}
+    for root, group in same.items():
+        together.setdefault(group, []).append(seen[root].numbers)
+    found = {group: _range(torch.cat(numbers)) for group, numbers in together.items()}
     return {root: found[group] for root, group in same.items()}
 
 
-def _kept(program: Program, noisy: Tensor, batch: int) -> dict[Value, Tensor]:
-    """Every so many of the numbers of each root value on all images, laid out [C, H, W, n], computed in batches."""
-    kept: dict[Value, Tensor] = {}
-    places: dict[int, tuple[Tensor, Tensor]] = {}  # of a value's size: where in an image, and in which image
-    n = len(noisy)
-    for first in range(0, n, batch):
-        images = noisy[first : first + batch]
-        values = _values(program, images)
-        for value, numbers in values.items():
-            if value.size not in places:
-                total = value.size * n
-                flat = torch.arange(0, total, max(1, total // _SEEN), device="cpu")
-                places[value.size] = flat // n, flat % n
-            where, which = places[value.size]
-            here = ((which >= first) & (which < first + len(images))).nonzero().flatten()
-            into = kept.setdefault(value, numbers.new_empty(len(where)))
-            into[here] = numbers.view(value.size, len(images))[where[here], which[here] - first]
-    return kept
+def _seen(program: Program, noisy: Tensor) -> dict[Value, _Statistics]:
+    """What calibration sees of each root value, in batches."""
+    roots = dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out))
+    batch = max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in roots))))
+    batch = batch - batch % _LANES or batch
+    numbers: dict[Value, list[Tensor]] = {root: [] for root in roots}
+    sums = {root: noisy.new_zeros(root.size, dtype=torch.float64) for root in roots}
+    for images in noisy.split(batch):
+        for root, values in _values(program, images).items():
+            apart = root.size * len(noisy) // _SEEN | 1  # odd, or few images would be looked at
+            numbers[root].append(values.flatten()[::apart].clone())
+            sums[root] += values.sum(1, dtype=torch.float64)
+    return {root: _Statistics(torch.cat(numbers[root]), sums[root] / len(noisy)) for root in roots}
 
 
 def _values(program: Program, images: Tensor) -> dict[Value, Tensor]:
-    """What every step of a program gives in float32, [C, H, W, n], with the engine's bits: the same everywhere."""
+    """The root values of a program in float32, [C * H * W, n], with the engine's bits: the same everywhere."""
     roots = dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out))
     wholes = {root: images.new_zeros(root.size, len(images)) for root in roots}
 
@@ -144,7 +144,7 @@ def _values(program: Program, images: Tensor) -> dict[Value, Tensor]:
         window |= {"dilation": step.dilation, "dense": dense}
         sums = sample_conv2d(image, *step.weight, step.bias, other, **window)
         torch.clamp(sums, step.low, step.high, out=out)
-    return {root: at(root) for root in roots}
+    return wholes
 
 
 def _maximum(image: Tensor, step: Step) -> Tensor:
@@ -182,7 +182,9 @@ def _range(seen: Tensor) -> tuple[float, int]:
     return best
 
 
-def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value) -> Step:
+def _quantized(
+    step: Step, ranges: dict[Value, tuple[float, int]], seen: dict[Value, _Statistics], logits: Value
+) -> Step:
     assert step.weight is not None
     values, taps, rows = step.weight
     of, zeros = filters(rows), values.new_zeros(len(rows) - 1)
@@ -191,6 +193,7 @@ def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value
     largest = zeros.scatter_reduce(0, of, values.abs(), "amax")
     unit = torch.maximum(largest / _WEIGHTS, bias.abs() / (scale_in * _EXACT)).clamp(min=1e-30)  # of a filter's weights
     whole = (values / unit[of]).round()
+    bias = bias - _drift(step, whole * unit[of] - values, seen[step.input.root].mean)
     start = (bias / (scale_in * unit)).round() - zero_in * zeros.index_add(0, of, whole)
     real = step.out.root is logits.root
     scale, zero = (1.0, 0) if real else ranges[step.out.root]
@@ -204,3 +207,17 @@ def _quantized(step: Step, ranges: dict[Value, tuple[float, int]], logits: Value
         low, high = max(0.0, low / scale + zero), min(float(_LEVELS), high / scale + zero)
     integers = Integers(scale_in * unit / scale, shift, other_scale, zero_in, real)
     return replace(step, weight=(whole, taps, rows), bias=start, low=low, high=high, integers=integers)
+
+
+def _drift(step: Step, errors: Tensor, mean: Tensor) -> Tensor:
+    """What errors of its weights add to each channel of a step on the average, given the mean of its input's root.
+
+    Taken off the bias, it leaves rounded weights that move samples apart but not all alike: Nagel et al., "Data-Free
+    Quantization Through Weight Equalization and Bias Correction" (ICCV 2019), section 4.2.
+    """
+    assert step.weight is not None
+    x, (_, taps, rows) = step.input, step.weight
+    image = mean[x.offset : x.offset + x.size].view(1, x.channels, x.height, x.width)
+    windows = F.unfold(image, step.kernel, step.dilation, step.padding, step.stride)[0]
+    added = errors.double() * windows.mean(1)[taps.long()]
+    return added.new_zeros(len(rows) - 1).index_add_(0, filters(rows), added).float()
