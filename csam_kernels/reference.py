@@ -325,26 +325,60 @@ def sample_conv2d(
     return (out.relu() if relu else out).to(x.dtype).contiguous()
 
 
-_WINOGRAD_INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
-_WINOGRAD_WEIGHT = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-_WINOGRAD_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+# B^T, G and A^T along one axis: of F(2x2, 3x3), and of F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity.
+_F2 = (
+    ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+    ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    ((1, 1, 1, 0), (0, 1, -1, -1)),
+)
+_F4 = (
+    (
+        (1, 0, -97 / 36, 0, 1, 0),
+        (0, -3 / 2, -9 / 4, 2 / 3, 1, 0),
+        (0, 3 / 2, -9 / 4, -2 / 3, 1, 0),
+        (0, -2 / 3, -4 / 9, 3 / 2, 1, 0),
+        (0, 2 / 3, -4 / 9, -3 / 2, 1, 0),
+        (0, 1, 0, -97 / 36, 0, 1),
+    ),
+    (
+        (1, 0, 0),
+        (-81 / 130, -54 / 130, -36 / 130),
+        (-81 / 130, 54 / 130, -36 / 130),
+        (8 / 65, 12 / 65, 18 / 65),
+        (8 / 65, -12 / 65, 18 / 65),
+        (0, 0, 1),
+    ),
+    (
+        (1, 1, 1, 1, 1, 0),
+        (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2, 0),
+        (0, 4 / 9, 4 / 9, 9 / 4, 9 / 4, 0),
+        (0, 8 / 27, -8 / 27, 27 / 8, -27 / 8, 1),
+    ),
+)
 
 
 def _winograd(images: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dtype: torch.dtype) -> Tensor:
-    """conv2d of a 3x3 weight by F(2x2, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to dtype.
+    """conv2d of a 3x3 weight by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded
+    to dtype.
 
-    At place (1, 1), where windows are summed along both axes, weights are two numbers of dtype each.
+    The latter is for float32, where an image has four such tiles and they have at most three quarters of the products.
+    At place (1, 1) of the former, where windows are summed along both axes, weights are two numbers of dtype each.
     """
     size = [n + 2 * p - 2 for n, p in zip(images.shape[2:], padding, strict=True)]
-    images = F.pad(images, (padding[1], padding[1] + size[1] % 2, padding[0], padding[0] + size[0] % 2))
-    tiles = images.unfold(2, 4, 2).unfold(3, 4, 2)  # [n, C, H/2, W/2, 4, 4]
-    for_input, for_output = (images.new_tensor(rows) for rows in (_WINOGRAD_INPUT, _WINOGRAD_OUTPUT))
-    for_weight = weight.new_tensor(_WINOGRAD_WEIGHT, dtype=torch.float64)
+    small, large = (math.prod(-(-n // tile) for n in size) for tile in (2, 4))
+    fours = dtype is torch.float32 and large >= 4 and 3 * large <= small
+    step, matrices = (4, _F4) if fours else (2, _F2)
+    rest = [-n % step for n in size]
+    images = F.pad(images, (padding[1], padding[1] + rest[1], padding[0], padding[0] + rest[0]))
+    tiles = images.unfold(2, step + 2, step).unfold(3, step + 2, step)  # [n, C, H/step, W/step, step + 2, step + 2]
+    for_input, for_weight, for_output = (images.new_tensor(rows, dtype=torch.float64) for rows in matrices)
     exact = (for_weight @ weight.double() @ for_weight.t()).float()
     weights = exact.to(dtype).float()
-    weights[..., 1, 1] += (exact - weights)[..., 1, 1].to(dtype).float()
-    placed = (for_input @ tiles @ for_input.t()).to(dtype).float()
-    sums = for_output @ torch.einsum("nchwyx,ocyx->nohwyx", placed, weights) @ for_output.t()
+    if not fours:
+        weights[..., 1, 1] += (exact - weights)[..., 1, 1].to(dtype).float()
+    placed = (for_input.float() @ tiles @ for_input.float().t()).to(dtype).float()
+    products = torch.einsum("nchwyx,ocyx->nohwyx", placed, weights)
+    sums = for_output.float() @ products @ for_output.float().t()
     out = sums.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]
     return out if bias is None else out + bias.view(-1, 1, 1)
 

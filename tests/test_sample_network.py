@@ -233,6 +233,19 @@ def test_winograd_covers_every_output(
         assert_close(found, reference.sample_network(program, images, dtype), dtype)
 
 
+def test_float32_loses_little_more_by_winograd_than_by_direct_sums() -> None:
+    """By F(4x4, 3x3) 1.9 times the rounding, by F(2x2, 3x3), which the smaller image takes, .7 times."""
+    for size, factor in ((8, 2.5), (4, 1.0)):
+        x, images = Value(256, size, size), torch.randn(32, 256, size, size)
+        weight = torch.randn(16, 256, 3, 3) / 48
+        step = Step(x, Value(16, size, size), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
+        program = Program(x, flattened(step.out), [step])
+        exact = torch.nn.functional.conv2d(images.double(), weight.double(), padding=1).flatten(1)
+        found = [ck.sample_network(of_kind(program, e), torch.float32).logits(images) for e in ("dense", "winograd")]
+        direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
+        assert transformed < factor * direct
+
+
 @DTYPES
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_layer_without_weights(isa: str, engine: str, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, stream
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
-_ARITHMETIC = 6  # goes up when the same plan gives other bits
+_ARITHMETIC = 7  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
 _MOST_TAPS = 2**20  # of a window
 
@@ -85,10 +85,10 @@ class Step:
         kernel, stride, padding, dilation: along height and width.
         engine: how a convolution multiplies. "sparse": each filter its own taps. "dense": filters share what they load,
             with the zeros between channels and filters that are alive at all; faster from a density of about 0.4 on.
-            "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)) and
-            about twice the rounding; for a kernel of 3x3, stride 1, no dilation. In int8 36 in place of 144 (F(4x4,
-            3x3)), with the bits of the others. It runs dense where tiles of AMX are faster, and in int8 where the sum
-            of a filter could pass 2^25.
+            "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)); for a
+            kernel of 3x3, stride 1, no dilation. In float32, where an image has four tiles of 4x4 or more, 36 in place
+            of 144 (F(4x4, 3x3)) and up to twice the rounding; in int8 too, with the bits of the others. It runs dense
+            where tiles of AMX are faster, and in int8 where the sum of a filter could pass 2^25.
         name: for messages.
         integers: in a program of int8 and no other.
     """

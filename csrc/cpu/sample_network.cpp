@@ -20,7 +20,7 @@ class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
   static constexpr bool kTransforms = !kTiled<Format>;  // AMX multiplies faster what is not
-  using Minimal = Winograd<typename Transformed<Format>::Type>;
+  using Transforming = Winograd<typename Transformed<Format>::Type>;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -36,10 +36,11 @@ class Network final : public SampleNetwork {
         continue;
       }
       if constexpr (kTransforms)
-        if (layer.engine == kWinograd && Minimal::serves(layer)) {
-          steps[i].winograd = ready(new Minimal(layer));
-          continue;
-        }
+        if (layer.engine == kWinograd)
+          if ((steps[i].winograd = Transforming::of(layer))) {
+            ready(steps[i].winograd);
+            continue;
+          }
       if constexpr (kTiled<Format>)
         if (layer.engine != kSparse) {
           steps[i].tiled = ready(new TiledConvolution<Format>(layer));
@@ -147,7 +148,7 @@ class Network final : public SampleNetwork {
     SampleStep what;
     Convolution<Format>* convolution;
     Depthwise<Format>* depthwise;
-    Minimal* winograd;
+    Transforming* winograd;
     TiledConvolution<Format>* tiled;
   };
   struct Arena {  // of one thread
@@ -256,7 +257,7 @@ class Network final : public SampleNetwork {
     Element* out = arena.at(step.what.out);
     if (step.what.pools) return pool(step.what.conv, in, out, reinterpret_cast<Keys*>(arena.scratch.packed.data));
     if constexpr (kTransforms)
-      if (const Minimal* w = step.winograd) {
+      if (const Transforming* w = step.winograd) {
         const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
         for (int64_t job = 0; job < w->jobs(); ++job) w->run(job, in, other, out, arena.scratch);
         return;

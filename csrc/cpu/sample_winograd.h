@@ -1,9 +1,10 @@
 // A 3x3 convolution of stride 1 by Winograd's minimal filtering, samples innermost (Lavin and Gray, "Fast Algorithms
 // for Convolutional Neural Networks", CVPR 2016, section 4): windows of the input and each 3x3 of the weight become
-// places, whose products, summed over channels, give a square of outputs. F(2x2, 3x3) for floats: 16 multiplications in
-// place of 36. F(4x4, 3x3) for integers: 36 in place of 144, exactly, where floats would lose digits. A job is a block
-// of such tiles of one vector of samples: its input is transformed once, and at every place the filters add their
-// products by the dense loops of sample_conv2d.h, a tile standing for a pixel.
+// places, whose products, summed over channels, give a square of outputs: F(2x2, 3x3) by 16 multiplications in place of
+// 36, F(4x4, 3x3) by 36 in place of 144. The latter is for integers, of which it is exact, and for float32 where an
+// image has four tiles or more; of bfloat16 it would lose too much. A job is a block of tiles of one vector of samples:
+// its input is transformed once, and at every place the filters add their products by the dense loops of
+// sample_block.h, a tile standing for a pixel.
 //
 // At one place of F(2x2, 3x3) windows are summed along both axes; at the others they are differences, small where an
 // image is smooth. So in bfloat16 most of what rounding weights moves is moved there, all samples alike: its weights
@@ -34,10 +35,42 @@ struct F2 {
   CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
 };
 
+// The polynomials are taken at 0, +-2/3, +-3/2 and infinity: of float32 up to twice the rounding of direct sums (rms),
+// half of what it would be at the 0, +-1, +-2 and infinity that bytes take.
+struct F4 {
+  static constexpr int64_t kOut = 4, kIn = 6;
+  static constexpr double kWeight[kIn][3] = {{1, 0, 0},
+                                             {-81. / 130, -54. / 130, -36. / 130},
+                                             {-81. / 130, 54. / 130, -36. / 130},
+                                             {8. / 65, 12. / 65, 18. / 65},
+                                             {8. / 65, -12. / 65, 18. / 65},
+                                             {0, 0, 1}};
+  static constexpr double kInputCost = 110, kEachInputCost = 230, kOutputCost = 220, kEachOutputCost = 280;
+  static constexpr float kA = 2.f / 3, kB = 1.5f;
+  template <class V>
+  CSAM_INLINE void input(const V* d, V* out) {
+    const V middle = splat(-kA * kA - kB * kB), a = splat(kA), b = splat(kB);
+    const V p = fma(splat(-kB * kB), d[2], d[4]), q = fma(splat(-kB * kB), d[1], d[3]);
+    const V r = fma(splat(-kA * kA), d[2], d[4]), t = fma(splat(-kA * kA), d[1], d[3]);
+    out[0] = fma(middle, d[2], d[0] + d[4]);
+    out[1] = fma(a, q, p), out[2] = fma(-a, q, p), out[3] = fma(b, t, r), out[4] = fma(-b, t, r);
+    out[5] = fma(middle, d[3], d[1] + d[5]);
+  }
+  template <class V>
+  CSAM_INLINE void output(const V* m, V* out) {
+    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], t = m[3] - m[4];
+    out[0] = m[0] + p + r;
+    out[1] = fma(splat(kA), q, splat(kB) * t);
+    out[2] = fma(splat(kA * kA), p, splat(kB * kB) * r);
+    out[3] = fma(splat(kA * kA * kA), q, fma(splat(kB * kB * kB), t, m[5]));
+  }
+  CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
+};
+
 // Of bytes: what windows become is within 16 bits, and so are weights, whose rows are multiplied by 24, 6, 6, 24,
 // 24, 6. Results are multiples of 3 * 2^kShift along each axis, modulo 2^32: the product with the inverse of 9 and a
 // shift give them exactly if they are below 2^25, though sums on the way may pass 2^31.
-struct F4 {
+struct F4Bytes {
   static constexpr int64_t kOut = 4, kIn = 6;
   static constexpr double kWeight[kIn][3] = {{6, 0, 0}, {-1, -1, -1}, {-1, 1, -1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
   static constexpr double kInputCost = 80, kEachInputCost = 165, kOutputCost = 160, kEachOutputCost = 200;
@@ -71,15 +104,30 @@ struct Transformed<Int8Quads> {
 };
 #endif
 
+// A layer for tiles of either size.
 template <class Format>
 struct Winograd : Layer<Format> {
-  using Base = Layer<Format>;
-  using Base::a, Base::bias, Base::border, Base::channel, Base::channels, Base::filter, Base::live, Base::padded;
+  using Element = typename Format::Element;
+  double cost = 0;
+  using Layer<Format>::Layer;
+  virtual ~Winograd() = default;
+  virtual void claim(Sizes& sizes) const = 0;
+  virtual void lay() = 0;
+  virtual int64_t jobs() const = 0;
+  virtual void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const = 0;
+
+  // Null where there is nothing to multiply, or results of integers might not be exact.
+  static Winograd* of(const SampleConvArgs& args);
+};
+
+template <class Format, class F>
+struct Minimal final : Winograd<Format> {
+  using Base = Winograd<Format>;
+  using Base::a, Base::bias, Base::border, Base::channel, Base::channels, Base::cost, Base::filter, Base::live;
+  using Base::padded;
   using typename Base::Element;
   static constexpr int64_t S = Format::kLanes, P = Format::kSums * W;  // samples; floats of a packed or summed tile
-  static constexpr bool kIntegers = sizeof(Element) == 1;
-  using F = std::conditional_t<kIntegers, F4, F2>;
-  using V = std::conditional_t<kIntegers, vu, vf>;
+  using V = std::conditional_t<sizeof(Element) == 1, vu, vf>;
   using Work = typename Format::Work;
   static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
   static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
@@ -96,9 +144,8 @@ struct Winograd : Layer<Format> {
   Array<uint32_t> weights;  // [passes][blocks of units][padded / kFilters][units][kFilters]
   Array<int32_t> offsets;   // of each unit of a block
   Array<float> nothing;
-  double cost = 0;
 
-  explicit Winograd(const SampleConvArgs& args) : Base(args) {
+  explicit Minimal(const SampleConvArgs& args) : Base(args) {
     units = tiles(channels, T);
     choose();
     const int64_t count = rows * columns;
@@ -117,19 +164,8 @@ struct Winograd : Layer<Format> {
     for (int64_t u = 0; u < together; ++u) offsets[u] = int32_t(u * count * P);
   }
 
-  // Whether there is something to multiply, and results of integers are exact, whatever the bytes.
-  static bool serves(const SampleConvArgs& args) {
-    if (!args.rows[args.filters]) return false;
-    for (int64_t o = 0; kIntegers && o < args.filters; ++o) {
-      double most = 0, least = 0;
-      for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
-      if (255 * (most > -least ? most : -least) >= F4::kMost) return false;
-    }
-    return true;
-  }
-
   // G w G^T, in double, for the dense loops.
-  void lay() {
+  void lay() override {
     const Array<float> full = Base::full();
     const int64_t size = padded * units * T;
     Array<float> places(kPasses * size);
@@ -155,17 +191,17 @@ struct Winograd : Layer<Format> {
         to = Base::lay_units(places.data + p * size, 1, u, units - u < together ? units - u : together, to);
   }
 
-  void claim(Sizes& sizes) const {
+  void claim(Sizes& sizes) const override {
     Sizes::raise(sizes.packed, kPlaces * pitch());
     Sizes::raise(sizes.sums, kPlaces * group * rows * columns * P);
   }
 
-  int64_t jobs() const { return down * across; }
+  int64_t jobs() const override { return down * across; }
   // Floats from one place of a block to the next: a line more than are needed, for places whole pages apart would share
   // the same few lines of a first-level cache.
   int64_t pitch() const { return units * rows * columns * P + 16; }
 
-  void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const {
+  void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const override {
     const int64_t top = job / across * kOut * rows, left = job % across * kOut * columns, count = rows * columns;
     for (int64_t u = 0; u < units; ++u)
       for (int64_t r = 0; r < rows; ++r)
@@ -288,6 +324,26 @@ struct Winograd : Layer<Format> {
       }
   }
 };
+
+template <class Format>
+Winograd<Format>* Winograd<Format>::of(const SampleConvArgs& args) {
+  if (!args.rows[args.filters]) return nullptr;
+  if constexpr (sizeof(Element) == 1) {
+    for (int64_t o = 0; o < args.filters; ++o) {
+      double most = 0, least = 0;
+      for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
+      if (255 * (most > -least ? most : -least) >= F4Bytes::kMost) return nullptr;
+    }
+    return new Minimal<Format, F4Bytes>(args);
+  } else {
+    if constexpr (sizeof(Element) == 4) {
+      const int64_t small = tiles(args.out_height, 2) * tiles(args.out_width, 2);
+      const int64_t large = tiles(args.out_height, 4) * tiles(args.out_width, 4);
+      if (large >= 4 && 3 * large <= small) return new Minimal<Format, F4>(args);
+    }
+    return new Minimal<Format, F2>(args);
+  }
+}
 
 }  // namespace CSAM_ISA
 }  // namespace csam

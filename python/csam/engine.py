@@ -2,7 +2,7 @@
 
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
 cost model (`csam.costs`) says is fastest: sparse, in time proportional to the surviving weights; dense, filters sharing
-what they load; or dense after Winograd's transform, with 16 multiplications in place of 36. Where torch's own
+what they load; or dense after Winograd's transform, with 16 multiplications in place of 36 or 64. Where torch's own
 convolutions are predicted to be faster still, the network is left to them. Where torch.fx cannot trace a network, or
 traces what has no steps, torch.export is asked.
 """
