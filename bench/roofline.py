@@ -9,8 +9,8 @@ bench/results/layers-<processor>.csv, a row a layer and a row a network ("total"
 - default: what `csam.sampling.plan` runs unasked; where that is torch, the layers are those that the engine would run;
 - weight, image, engine, density: as `csam.sampling.Layer`; gflop: operations a sample on surviving weights, a
   multiplication and an addition each one, / 1e9; executed: on what is multiplied: dense the zeros too, winograd 16
-  places a tile of 2x2 outputs, in int8 36 a tile of 4x4, of 16 bits, which count twice (its transforms are not
-  counted). Zeros around an image count as pixels;
+  places a tile of 2x2 outputs, in bfloat16 17, in float32 mostly and in int8 36 a tile of 4x4, in int8 of 16 bits,
+  which count twice (its transforms are not counted). Zeros around an image count as pixels;
 - ms: processor time a sample, the least of --rounds tiles;
 - of_loop, executed_of_loop: gflop and executed over ms, against what one core makes of independent multiply-adds in
   registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over
@@ -49,7 +49,7 @@ from conftest import _commit, results_path
 from csam import engine, models, sampling
 from csam.runs import processor
 from csam_kernels import _C
-from csam_kernels.ops.sample_network import Step
+from csam_kernels.ops.sample_network import Step, winograd_tile
 
 BATCH = 64
 PASSES = 2 * 3  # of a C-SAM step: forward, input gradient, weight gradient, at the clean and at the perturbed mask
@@ -169,15 +169,16 @@ def planned(model: nn.Module, dtype: str) -> tuple[sampling.Plan, str]:
     return sampling.plan(model, x, dtype=kind, choices=choices), "torch"
 
 
-def executed(layer: sampling.Layer, step: Step) -> float:
+def executed(layer: sampling.Layer, step: Step, dtype: torch.dtype) -> float:
     """GFLOP a sample that are multiplied, surviving or not."""
     filters, channels, *kernel = layer.weight
     height, width = step.out.height, step.out.width
     if layer.engine == "sparse":
         return layer.gflop
     if layer.engine == "winograd":
-        out, products = (2, 16) if step.integers is None else (4, 2 * 36)
-        return 2e-9 * filters * channels * products * -(-height // out) * -(-width // out)
+        side = winograd_tile(step, dtype)
+        products = (side + 2) ** 2 * {torch.float32: 1, torch.bfloat16: 17 / 16, torch.int8: 2}[dtype]
+        return 2e-9 * filters * channels * products * -(-height // side) * -(-width // side)
     return 2e-9 * filters * channels * kernel[0] * kernel[1] * height * width
 
 
@@ -212,7 +213,7 @@ def measure(
     convolutions = [(step, ms) for step, ms in timed if step.weight is not None]
     rows, made = [], 0.0
     for layer, (step, ms) in zip(plan.layers, convolutions, strict=True):
-        work = executed(layer, step)
+        work = executed(layer, step, sampler.dtype)
         made += work
         what = {"layer": layer.name, "weight": _by(layer.weight), "image": _by(layer.image), "engine": layer.engine}
         rows.append(row(what | {"density": f"{layer.density:.3f}"}, layer.gflop, work, ms))

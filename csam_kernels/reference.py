@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csam_kernels.cells import cells
 from csam_kernels.layout import conv2d_size, expand_mask, reduce_to_mask
-from csam_kernels.ops.sample_network import Program, Value
+from csam_kernels.ops.sample_network import Program, Step, Value, winograd_tile
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -325,13 +325,14 @@ def sample_conv2d(
     return (out.relu() if relu else out).to(x.dtype).contiguous()
 
 
-# B^T, G and A^T along one axis: of F(2x2, 3x3), and of F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity.
-_F2 = (
+# B^T, G and A^T along one axis: of F(2x2, 3x3).
+_F2: tuple[tuple[tuple[float, ...], ...], ...] = (
     ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
     ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
     ((1, 1, 1, 0), (0, 1, -1, -1)),
 )
-_F4 = (
+# The same of F(4x4, 3x3), at the points 0, +-2/3, +-3/2 and infinity.
+_F4: tuple[tuple[tuple[float, ...], ...], ...] = (
     (
         (1, 0, -97 / 36, 0, 1, 0),
         (0, -3 / 2, -9 / 4, 2 / 3, 1, 0),
@@ -355,32 +356,31 @@ _F4 = (
         (0, 8 / 27, -8 / 27, 27 / 8, -27 / 8, 1),
     ),
 )
+_TRANSFORMS = {2: _F2, 4: _F4}
 
 
-def _winograd(images: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dtype: torch.dtype) -> Tensor:
-    """conv2d of a 3x3 weight by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded
-    to dtype.
+def _winograd(step: Step, images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A step's convolution by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to
+    dtype.
 
-    The latter is for float32, where an image has four such tiles and they have at most three quarters of the products.
     At place (1, 1) of the former, where windows are summed along both axes, weights are two numbers of dtype each.
     """
-    size = [n + 2 * p - 2 for n, p in zip(images.shape[2:], padding, strict=True)]
-    small, large = (math.prod(-(-n // tile) for n in size) for tile in (2, 4))
-    fours = dtype is torch.float32 and large >= 4 and 3 * large <= small
-    step, matrices = (4, _F4) if fours else (2, _F2)
-    rest = [-n % step for n in size]
-    images = F.pad(images, (padding[1], padding[1] + rest[1], padding[0], padding[0] + rest[0]))
-    tiles = images.unfold(2, step + 2, step).unfold(3, step + 2, step)  # [n, C, H/step, W/step, step + 2, step + 2]
-    for_input, for_weight, for_output = (images.new_tensor(rows, dtype=torch.float64) for rows in matrices)
+    tile, (down, across), size = winograd_tile(step, dtype), step.padding, (step.out.height, step.out.width)
+    below, right = (-n % tile for n in size)
+    images = F.pad(images, (across, across + right, down, down + below))
+    windows = images.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)  # [n, C, tiles, tiles, tile + 2, tile + 2]
+    of_input, of_weight, of_output = _TRANSFORMS[tile]
+    for_input, for_output = images.new_tensor(of_input), images.new_tensor(of_output)
+    for_weight = weight.new_tensor(of_weight, dtype=torch.float64)
     exact = (for_weight @ weight.double() @ for_weight.t()).float()
     weights = exact.to(dtype).float()
-    if not fours:
+    if tile == 2:
         weights[..., 1, 1] += (exact - weights)[..., 1, 1].to(dtype).float()
-    placed = (for_input.float() @ tiles @ for_input.float().t()).to(dtype).float()
+    placed = (for_input @ windows @ for_input.t()).to(dtype).float()
     products = torch.einsum("nchwyx,ocyx->nohwyx", placed, weights)
-    sums = for_output.float() @ products @ for_output.float().t()
+    sums = for_output @ products @ for_output.t()
     out = sums.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]
-    return out if bias is None else out + bias.view(-1, 1, 1)
+    return out if step.bias is None else out + step.bias.view(-1, 1, 1)
 
 
 def sample_network(program: Program, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -423,7 +423,7 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
         added: Tensor | float = 0.0 if s.other is None else new(s.other).float()
         if s.engine == "winograd" and s.integers is None:
             weight = _dense_weight(entries, taps, rows, len(image), kernel)
-            result = _winograd(images, weight, s.bias, padding, dtype).permute(1, 2, 3, 0) + added
+            result = _winograd(s, images, weight, dtype).permute(1, 2, 3, 0) + added
         elif s.integers is None:
             weight = _dense_weight(entries.to(dtype).float(), taps, rows, len(image), kernel)
             result = F.conv2d(images, weight, s.bias, stride, padding, dilation).permute(1, 2, 3, 0) + added

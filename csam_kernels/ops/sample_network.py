@@ -387,6 +387,16 @@ def transformable(step: Step) -> bool:
     return step.weight is not None and (step.kernel, step.stride, step.dilation) == ((3, 3), (1, 1), (1, 1))
 
 
+def winograd_tile(step: Step, dtype: torch.dtype) -> int:
+    """Side of the square of outputs that engine "winograd" makes at a time: 2, or 4, by (side + 2)^2 products each.
+
+    float32 has 4 where an image has four such squares and they take at most three quarters of the products.
+    """
+    small, large = (math.prod(-(-n // side) for n in (step.out.height, step.out.width)) for side in (2, 4))
+    fours = dtype is torch.int8 or (dtype is torch.float32 and large >= 4 and 3 * large <= small)
+    return 4 if fours else 2
+
+
 def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Length of a convolution's output along an axis."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -40,7 +40,7 @@ from csam.sequential import ABSTAIN, Certificate, checked_alpha
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
 from csam_kernels.laws import checked_law, checked_sigma
-from csam_kernels.ops.sample_network import Program, SampleNetwork
+from csam_kernels.ops.sample_network import SampleNetwork
 
 TILE = {"cpu": 50, "cuda": 1000}  # on a CPU a tile stays in cache; a GPU must be filled
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -774,13 +774,8 @@ def _prepare(
     if parts:
         made.steps.append(f"run as it is: {', '.join(part.extra_repr() for part in parts)}")
     elif dtype is not None and exact is not None:
-        quantized = None
+        quantized = partial(quantization.quantize, noisy=calibration.images) if calibration is not None else None
         made = inference.ready(network, probe, wanted, exact, tile)
-        if calibration is not None:
-
-            def quantized(program: Program) -> Program:
-                return quantization.quantize(program, calibration.images)
-
         if made.exact is not None:
 
             def rival() -> tuple[Callable[[], object], int]:
