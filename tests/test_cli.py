@@ -720,8 +720,11 @@ def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:
     np.save(folder / "labels.npy", np.arange(20) % 4)
     runs.save_model(model, models.build("resnet20").eval(), {"model": "resnet20", "sigma": 0.25})
     command = ["certify", model, "--data", "cifar10c", "--data-dir", folder, "--images", 2, "--n0", 5, "--n", 20]
-    code, out, _ = csam(*command, "--corruption", "fog", "--severity", 2, "--out", tmp_path / "run")
-    assert code == 0
+    config = tmp_path / "trained.json"
+    config.write_text(json.dumps({"data": "cifar10", "train_subset": 10}))
+    asked = ["--config", config, "--corruption", "fog", "--severity", 2]
+    code, out, err = csam(*command, *asked, "--out", tmp_path / "run")
+    assert code == 0, err
     assert [row.label for row in records.read_tsv(Path(out.split()[-1]))] == [0, 2]
     fog = [*command, "--corruption", "fog", "--severity", 2, "--cc-n", 5, "--cc-k", 2, "--certificate", "cc-cert"]
     transform = "rotation:10,brightness:0.2,gaussian_noise:0.04,jpeg_compression:80"

@@ -538,11 +538,11 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def load_data(settings: Settings) -> data.Dataset:
-    """The data set the settings name."""
+    """The data set the settings name; of CIFAR-10-C test images alone, whatever a network was trained on."""
     return data.load(
         settings.data,
         settings.data_dir,
-        train_subset=settings.train_subset,
+        train_subset=None if settings.data == "cifar10c" else settings.train_subset,
         test_subset=settings.test_subset,
         seed=settings.seed,
         corruption=settings.corruption,
