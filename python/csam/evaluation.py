@@ -147,7 +147,7 @@ def certify_dataset(
     with Team() as team:
         if team.size > 1:
             shown = _digest(t for i in wanted for t in (torch.tensor([i, labels[i]]), pixels(i)))
-            logits = logits_digest(prepared, x)
+            logits = recipe.get("logits") or logits_digest(prepared, x)
             agree(team, "network, settings and images", {**recipe, "logits": logits, "images": shown})
         hands = team.gathered(int(threads))
         if team.rank:

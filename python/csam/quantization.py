@@ -108,7 +108,7 @@ def _ranges(program: Program, seen: dict[Value, _Statistics]) -> dict[Value, tup
 
 def _seen(program: Program, noisy: Tensor) -> dict[Value, _Statistics]:
     """What calibration sees of each root value, in batches."""
-    roots = dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out))
+    roots = _roots(program)
     batch = max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in roots))))
     batch = batch - batch % _LANES or batch
     numbers: dict[Value, list[Tensor]] = {root: [] for root in roots}
@@ -121,10 +121,14 @@ def _seen(program: Program, noisy: Tensor) -> dict[Value, _Statistics]:
     return {root: _Statistics(torch.cat(numbers[root]), sums[root] / len(noisy)) for root in roots}
 
 
+def _roots(program: Program) -> list[Value]:
+    """What the values of a program lie in, each once, in the order of its steps."""
+    return list(dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out)))
+
+
 def _values(program: Program, images: Tensor) -> dict[Value, Tensor]:
     """The root values of a program in float32, [C * H * W, n], with the engine's bits: the same everywhere."""
-    roots = dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out))
-    wholes = {root: images.new_zeros(root.size, len(images)) for root in roots}
+    wholes = {root: images.new_zeros(root.size, len(images)) for root in _roots(program)}
 
     def at(value: Value) -> Tensor:
         numbers = wholes[value.root][value.offset : value.offset + value.size]
