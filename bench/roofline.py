@@ -53,7 +53,8 @@ from csam_kernels.ops.sample_network import Step, winograd_tile
 
 BATCH = 64
 PASSES = 2 * 3  # of a C-SAM step: forward, input gradient, weight gradient, at the clean and at the perturbed mask
-SIZE, PRODUCTS = 2048, 7  # of the large matrices; of their products, the fastest of which counts
+SIZE = 2048  # of the large matrices
+PRODUCTS, SECONDS = 7, 10  # of them, at most, in so much time: the fastest counts
 DTYPES = ("float32", "bfloat16", "int8")
 KEY = ("network", "dtype", "removed")
 SHOWN = ("layer", "weight", "image", "engine", "density", "gflop", "ms", "gflop_s")
@@ -75,15 +76,15 @@ def loops(cores: int) -> dict[str, float]:
     return total
 
 
-def products() -> dict[str, float]:
+def products(dtypes: Iterable[str]) -> dict[str, float]:
     """FLOP/s of one thread in a product of two large matrices, by dtype."""
     found, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)
-    for name in DTYPES:
+    for name in dtypes:
         a, b = torch.randint(-5, 6, (2, SIZE, SIZE)).to(getattr(torch, name))
         multiply = torch._int_mm if name == "int8" else torch.mm
-        seconds = []
-        for _ in range(PRODUCTS):
+        seconds: list[float] = []
+        while len(seconds) < PRODUCTS and sum(seconds) < SECONDS:  # a dtype that torch emulates takes minutes
             start = time.thread_time()
             multiply(a, b)
             seconds.append(time.thread_time() - start)
@@ -266,7 +267,7 @@ def main() -> None:
         together = loops(os.cpu_count() or 1)
         console.print("GFLOP/s in registers, all cores:", told(together))
         console.print(benchmarks(together))
-    loop, product = loops(1), products()
+    loop, product = loops(1), products(args.dtypes)
     console.print(f"GFLOP/s of one core in registers: {told(loop)}; in a product of {SIZE}x{SIZE}: {told(product)}")
     for name, removed, dtype in itertools.product(args.networks, args.removed, args.dtypes):
         rows = measure(build(name, removed), dtype, args.rounds, loop.get(dtype), product.get(dtype))

@@ -13,11 +13,16 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] = FLOATS, ndim: int | None = None) -> Tensor:
+def dense(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call .to_dense()")
+    return value
+
+
+def tensor(name: str, value: Any, *, dtypes: Sequence[torch.dtype] = FLOATS, ndim: int | None = None) -> Tensor:
+    dense(name, value)
     if value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
@@ -89,6 +94,12 @@ def real(name: str, value: Any, *, above: float | None = None, least: float | No
 def _is_truth(value: Any) -> bool:
     """Whether it is True or False, numpy's and torch's too, which Python would take for 1 or 0."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def sparsity(value: Any) -> float:

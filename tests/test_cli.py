@@ -299,8 +299,12 @@ def test_cc_cert_alone_and_its_report(csam: Command, trained: Path, tmp_path: Pa
     assert (run / "certificates" / "cc-cert.tsv").read_bytes() == before
     code, _, err = csam(*alone, "--cc-cert")
     assert (code, "--cc-cert is --certificate both" in err) == (2, True), err
-    code, _, err = csam("report", run / "certificates" / "cc-cert.tsv", "--no-plot")
-    assert (code, "cc-cert.tsv, line 1: header must be idx label predict radius" in err) == (2, True), err
+    table = run / "certificates" / "cc-cert.tsv"
+    assert csam("report", table, "--no-plot", "--eps", "0.3,1")[1] == file
+    other = tmp_path / "alone.tsv"
+    other.write_bytes(table.read_bytes())
+    code, _, err = csam("report", other, "--no-plot")
+    assert (code, "alone.jsonl" in err) == (2, True), err
     code, _, err = csam("report", run, "--no-plot", "--eps", "0")
     assert (code, "eps must be in (0, 1], got 0" in err) == (2, True), err
 

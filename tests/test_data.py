@@ -284,6 +284,8 @@ class TestDigits:
         assert x.tolist() == [0, 51, 255]
         with pytest.raises(TypeError, match=r"x must be uint8 pixels, got torch.float32"):
             data.to_unit(x.float())
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor of uint8 pixels, got int"):
+            data.to_unit(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

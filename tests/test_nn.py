@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -182,13 +183,14 @@ def test_set_mask_broadcasts_and_accepts_numbers() -> None:
     ("mask", "error", "message"),
     [
         ([1, 0], TypeError, "mask must be a torch.Tensor, got list"),
+        (torch.ones(4, 1, 1, 1).to_sparse(), TypeError, "mask must be a dense tensor, got layout torch.sparse_coo"),
         (torch.ones(4), ValueError, r"mask must broadcast to \(4, 1, 1, 1\) \(granularity 'filter'\), got shape"),
         (torch.ones(1, 4, 1, 1, 1), ValueError, "must broadcast"),
         (torch.full((4, 1, 1, 1), 0.5), ValueError, "hold only 0 and 1"),
         (torch.full((4, 1, 1, 1), torch.nan), ValueError, "hold only 0 and 1"),
         (torch.ones(4, 1, 1, 1, device="meta"), ValueError, "on the layer's device cpu, got meta"),
     ],
-    ids=["list", "shape", "rank", "half", "nan", "device"],
+    ids=["list", "sparse", "shape", "rank", "half", "nan", "device"],
 )
 def test_set_mask_refuses(mask: Any, error: type[Exception], message: str) -> None:
     layer = MaskedConv2d(3, 4, 3, granularity="filter")
@@ -200,9 +202,14 @@ def test_set_mask_refuses(mask: Any, error: type[Exception], message: str) -> No
 def test_bad_granularity_and_block_size() -> None:
     with pytest.raises(ValueError, match="granularity must be one of weight, filter, channel, block, got 'row'"):
         MaskedLinear(3, 3, granularity="row")
-    for size in (0, True, 2.0):
-        with pytest.raises(ValueError, match="block_size must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"block_size must be in \[1, .*\], got 0"):
+        convert(nn.Linear(3, 3), "block", 0)
+    for size in (True, 2.0, None):
+        with pytest.raises(TypeError, match="block_size must be an integer, got"):
             convert(nn.Linear(3, 3), "block", size)  # type: ignore[arg-type]
+    of_numpy = convert(nn.Linear(8, 3), "block", np.int64(4))  # type: ignore[arg-type]
+    assert type(of_numpy.block_size) is int
+    assert of_numpy.mask.shape == (3, 2)  # type: ignore[union-attr]
 
 
 def test_signature_is_that_of_the_plain_layer() -> None:
@@ -299,6 +306,8 @@ def test_convert_excludes(exclude: Any, left: list[str]) -> None:
 def test_convert_refuses() -> None:
     with pytest.raises(ValueError, match="exclude must hold names of the model's modules, got 'steam'"):
         convert(Small(), exclude=("steam",))
+    with pytest.raises(TypeError, match=r"exclude must be names of modules or a callable .*, got None"):
+        convert(Small(), exclude=None)  # type: ignore[arg-type]
     lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
     with pytest.raises(ValueError, match="model must have run once before it is converted, got the lazy layer '1'"):
         convert(lazy)

@@ -60,7 +60,7 @@ struct Depthwise : Layer<Format> {
   static constexpr int64_t kRowsOfAJob = 32;  // of results, at least if there are so many
   static constexpr bool kQuads = K == 4;      // four taps are multiplied at once
   static constexpr bool kIntegers = sizeof(Element) == 1;
-  static constexpr bool kPairs = K == 2 && !kIntegers;  // two are, where columns roll
+  static constexpr bool kPairs = K == 2;  // two are, where columns roll
   using V = std::conditional_t<kIntegers, vi, vf>;
 
   Array<uint32_t> weights;  // [filters, words()], as the format multiplies; column by column if they roll
@@ -85,8 +85,8 @@ struct Depthwise : Layer<Format> {
   }
 
   // Three pixels down a column of the input, that serve up to three results. They are multiplied by kWords words of
-  // weights: of bfloat16 the upper two pixels interleaved and the lowest with zeros times zero, which spread no NaN; of
-  // integers all three, and zeros.
+  // weights: in pairs the upper two pixels interleaved and the lowest with zeros times zero, which spread no NaN; in
+  // quads all three, and zeros.
   struct Column {
     static constexpr int kWords = kQuads ? 1 : kPairs ? 2 : 3;
     V v[kWords][K];
@@ -104,6 +104,10 @@ struct Depthwise : Layer<Format> {
           v[0][0] = (V)_mm512_unpacklo_epi16(x, y), v[0][1] = (V)_mm512_unpackhi_epi16(x, y);
           v[1][0] = (V)_mm512_unpacklo_epi16(z, zero), v[1][1] = (V)_mm512_unpackhi_epi16(z, zero);
         }
+#elif defined(__AVX2__)
+        const vi x = Format::widened(top), y = Format::widened(middle), z = Format::widened(bottom);
+        v[0][0] = low_pairs(x, y), v[0][1] = high_pairs(x, y);
+        v[1][0] = low_pairs(z, vi{}), v[1][1] = high_pairs(z, vi{});
 #endif
       } else {
         Format::unpack(top, reinterpret_cast<vs*>(v[0]));
@@ -121,6 +125,8 @@ struct Depthwise : Layer<Format> {
 #if defined(__AVX512F__)
           if constexpr (kQuads) sums[k] = add_four(v[i][k], w[i], sums[k]);
           else sums[k] = add_two(v[i][k], w[i], sums[k]);
+#elif defined(__AVX2__)
+          sums[k] = (V)Format::dot((vf)sums[k], v[i][k], w[i]);
 #endif
         }
     }
@@ -141,6 +147,7 @@ struct Depthwise : Layer<Format> {
         const int64_t word = !rolls() ? tap / (kQuads ? 4 : 1) : tap % 3 * Column::kWords + row / each;
         uint32_t& to = weights[o * words() + word];
         if (kQuads) to |= (bits & 0xFF) << (8 * (rolls() ? row : tap % 4));
+        else if (kPairs && rolls() && kIntegers) to |= row % 2 ? bits << 16 : bits & 0xFFFF;
         else if (kPairs && rolls()) to |= row % 2 ? bits : bits >> 16;
         else to = bits;
       }
@@ -309,17 +316,14 @@ struct Depthwise : Layer<Format> {
     for (int64_t x = 0; x < a.out_width; ++x) {
       if (kStride == 2) m = columns.next_or_border();
       const Column r = columns.next_or_border();
-      V sums[K];
-      for (int k = 0; k < K; ++k) {
-        sums[k] = first;
+      V sum = first;
 #pragma GCC unroll 3
-        for (int i = 0; i < Column::kWords; ++i) {
-          sums[k] = product_sum(w.v[0][i], l.v[i][k], sums[k]);
-          sums[k] = product_sum(w.v[1][i], m.v[i][k], sums[k]);
-          sums[k] = product_sum(w.v[2][i], r.v[i][k], sums[k]);
-        }
+      for (int i = 0; i < 3; ++i) {
+        sum = product_sum(w.v[0][i], l.v[i][0], sum);
+        sum = product_sum(w.v[1][i], m.v[i][0], sum);
+        sum = product_sum(w.v[2][i], r.v[i][0], sum);
       }
-      To::finish(to, x, (const vs*)sums);
+      To::finish(to, x, reinterpret_cast<const vs*>(&sum));
       l = kStride == 1 ? m : r, m = r;
     }
   }

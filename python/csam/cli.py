@@ -536,7 +536,8 @@ def report_command(
 ) -> None:
     """Tabulate and draw certificates: run folders of csam, and TSVs of any tool in the field's format.
 
-    Of CC-Cert (certificates/*.jsonl of a run folder) it prints probabilistically certified accuracy (PCA).
+    Of CC-Cert (certificates/*.jsonl of a run folder, or the table beside one) it prints probabilistically certified
+    accuracy (PCA).
     """
     if not no_plot:
         report.check_picture(plot)
@@ -566,17 +567,16 @@ def titles_of(places: Sequence[Path]) -> list[str]:
 
 
 def curves_of(place: Path, title: str) -> list[report.Curve]:
-    """One curve for a TSV file of smoothing, one for each of a run folder; none for a journal of CC-Cert.
+    """One curve for a TSV file of smoothing, one for each of a run folder; none for files of CC-Cert.
 
     Raises ValueError if a folder holds certificates of neither.
     """
     files = sorted((place / "certificates").glob("[!.]*.tsv")) if place.is_dir() else [place]
-    if place.is_dir():
-        files = [file for file in files if not records.holds_bounds(file)]
+    files = [file for file in files if file.suffix != ".jsonl" and not records.holds_bounds(file)]
     if not files and not journals_of(place):
         raise ValueError(f"{place} holds no certificates (certificates/*.tsv); is it a csam run folder?")
     curves = []
-    for file in (file for file in files if file.suffix != ".jsonl"):
+    for file in files:
         rows = records.read_tsv(file)
         if not rows:
             raise ValueError(f"{file} holds no certificates yet")
@@ -585,9 +585,9 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
 
 
 def journals_of(place: Path) -> list[Path]:
-    """The journals of CC-Cert in a run folder; the place itself if it is one."""
+    """The journals of CC-Cert in a run folder; the place itself if it is one, or the one beside its table."""
     if not place.is_dir():
-        return [place] if place.suffix == ".jsonl" else []
+        return [place.with_suffix(".jsonl")] if place.suffix == ".jsonl" or records.holds_bounds(place) else []
     return sorted(p for p in (place / "certificates").glob("[!.]*.jsonl") if not p.name.endswith(".votes.jsonl"))
 
 

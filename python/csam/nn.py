@@ -27,7 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from csam import lowering
-from csam_kernels import masked_conv2d, masked_linear
+from csam_kernels import checks, masked_conv2d, masked_linear
 from csam_kernels.layout import expand_mask
 
 GRANULARITIES = ("weight", "filter", "channel", "block")
@@ -44,6 +44,7 @@ def mask_shape(weight_shape: Iterable[int], granularity: str, block_size: int = 
     """Shape of the mask of a weight [O, ...] (table above).
 
     Raises:
+        TypeError: block_size is no integer.
         ValueError: unknown granularity, or block_size < 1.
     """
     rows, *rest = weight_shape
@@ -55,9 +56,7 @@ def mask_shape(weight_shape: Iterable[int], granularity: str, block_size: int = 
         return (1, rest[0], *(1 for _ in rest[1:]))
     if granularity != "block":
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size must be an integer >= 1, got {block_size!r}")
-    return (rows, math.ceil(math.prod(rest) / block_size))
+    return (rows, math.ceil(math.prod(rest) / checks.integer("block_size", block_size, low=1)))
 
 
 class _Masked(nn.Module):
@@ -78,7 +77,7 @@ class _Masked(nn.Module):
     def _add_mask(self, granularity: str, block_size: int) -> None:
         shape = mask_shape(self.weight.shape, granularity, block_size)
         self.granularity = granularity
-        self.block_size = block_size if granularity == "block" else None
+        self.block_size = int(block_size) if granularity == "block" else None
         self.soft = False
         self.effective_weight = None
         weight = self.weight.detach()
@@ -95,11 +94,10 @@ class _Masked(nn.Module):
             mask: bool, or numbers that are all 0 or 1; broadcastable to `self.mask.shape`, on its device.
 
         Raises:
-            TypeError: not a tensor.
+            TypeError: not a dense tensor.
             ValueError: another device, a shape that does not broadcast, values besides 0 and 1.
         """
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+        checks.dense("mask", mask)
         if mask.device != self.mask.device:
             raise ValueError(f"mask must be on the layer's device {self.mask.device}, got {mask.device}")
         if not _broadcasts(mask.shape, self.mask.shape):
@@ -302,7 +300,7 @@ def convert(model: nn.Module, granularity: str = "weight", block_size: int = 4, 
             -> bool.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, `exclude` neither names nor callable, block_size no integer.
         ValueError: unknown granularity, block_size < 1, a name in `exclude` that the model does not have, a
             lazy layer that has not seen its first input.
     """
@@ -396,6 +394,8 @@ def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module]:
     roots = [module for _, module in named if isinstance(module, _READS_CHILD_WEIGHTS)]
     if callable(exclude):
         roots += [module for name, module in named if exclude(name, module)]
+    elif not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude must be names of modules or a callable (name, module), got {exclude!r}")
     else:
         known = dict(named)
         for name in [exclude] if isinstance(exclude, str) else exclude:

@@ -51,8 +51,10 @@ def to_unit(x: Tensor) -> Tensor:
     """x / 255: uint8 pixels of any shape -> float32 in [0, 1].
 
     Raises:
-        TypeError: x is not uint8 (it may already be in [0, 1]).
+        TypeError: x is no tensor, or not uint8 (it may already be in [0, 1]).
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor of uint8 pixels, got {type(x).__name__}")
     if x.dtype != torch.uint8:
         raise TypeError(f"x must be uint8 pixels, got {x.dtype}")
     x = x.to(torch.float32)
