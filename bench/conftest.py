@@ -49,9 +49,14 @@ def versus(
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that is measured, "-dirty" with changes other than in results/."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.name}")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def results_path() -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST = 2**63 - 1  # of an int64
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +62,7 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
     return value
 
 
-def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
+def integer(name: str, value: Any, *, low: int, high: int = _MOST) -> int:
     try:
         if _is_truth(value):
             raise TypeError
@@ -69,7 +70,8 @@ def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if not low <= number <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {number}")
+        wanted = f">= {low}" if number < low and high == _MOST else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {wanted}, got {number}")
     return number
 
 

@@ -80,7 +80,7 @@ def expand_mask(mask: Tensor, weight_shape: torch.Size, block_size: int = 0) -> 
     if not block_size:
         return mask.expand(weight_shape)
     cols = math.prod(weight_shape[1:])
-    return mask.repeat_interleave(block_size, dim=1)[:, :cols].reshape(weight_shape)
+    return mask.repeat_interleave(min(block_size, cols), dim=1)[:, :cols].reshape(weight_shape)
 
 
 def reduce_to_mask(full: Tensor, mask_shape: torch.Size, block_size: int = 0) -> Tensor:
@@ -89,5 +89,6 @@ def reduce_to_mask(full: Tensor, mask_shape: torch.Size, block_size: int = 0) ->
         return full.sum_to_size(mask_shape)
     rows, blocks = mask_shape
     flat = full.flatten(1)
+    block_size = min(block_size, flat.shape[1])
     padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.shape[1]))
     return padded.reshape(rows, blocks, block_size).sum(2)

@@ -243,8 +243,8 @@ def test_model_keeps_its_mode() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"n": 0}, "n must be in"),
-        ({"k": 0}, "k must be in"),
+        ({"n": 0}, "n must be >= 1"),
+        ({"k": 0}, "k must be >= 1"),
         ({"delta": 1.0}, "delta must be in"),
         ({"t": [-1.0]}, "t must be"),
         ({"choices": "quick"}, "choices must be one of 'auto', 'module', 'sparse'"),

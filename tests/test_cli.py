@@ -240,6 +240,7 @@ def made():
         ("torch.nn:Flatten", ["--certificate", "cc-cert"], "Flatten on digits: model must give 10 logits, got 64"),
         ("own:Odd", ["--dtype", "int8"], "own:Odd on digits: dtype int8 needs a network whose samples lie innermost"),
         ("own:unlicensed", [], "own:unlicensed must give a model, got RuntimeError: no licence"),
+        ("broken:net", [], "broken must import, got NameError: name 'undefined' is not defined"),
         ("own:Odd", ["--n", 10**23], f"n must be <= {10**10}, got {10**23}"),
         ("own:Odd", ["--n0", 2**60], f"n0 must be <= {10**10}, got {2**60}"),
         ("own:Odd", ["--sigma", 1e300], "sigma must be in float32's range [1.17549e-38, 3.40282e+38], got 1e+300"),
@@ -250,6 +251,7 @@ def test_wrong_input_is_found_before_there_is_a_folder(
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own.py").write_text(ODD)
+    (tmp_path / "broken.py").write_text("net = undefined\n")
     options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3, *more, "--out", tmp_path / "run"]
     code, _, err = csam("certify", model, *options)
     assert code == 2

@@ -638,8 +638,9 @@ def test_cifar10c_gives_the_images_of_a_severity(tmp_path: Path, severity: int) 
     ("spoil", "options", "message"),
     [
         (None, {"corruption": "rain"}, r"corruption must be one of those in .* \(fog\), got 'rain'"),
-        (None, {"severity": 6}, "severity must be 1 to 5, got 6"),
-        (None, {"severity": None}, "severity must be 1 to 5, got None"),
+        (None, {"severity": 6}, r"severity must be in \[1, 5\], got 6"),
+        (None, {"severity": None}, "severity must be given, 1 to 5"),
+        (None, {"severity": 2.5}, "severity must be an integer, got 2.5"),
         (None, {"train_subset": 5}, "train_subset"),
         (lambda f: np.save(f / "fog.npy", np.zeros((14, 32, 32, 3), np.uint8)), {}, "with as many labels, got uint8"),
         (lambda f: np.save(f / "fog.npy", np.zeros((15, 32, 32, 3))), {}, "must be uint8"),
@@ -656,7 +657,7 @@ def test_bad_cifar10c_is_refused(tmp_path: Path, spoil: Any, options: dict[str, 
     corrupted(tmp_path)
     if spoil:
         spoil(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         data.load("cifar10c", tmp_path, **{"corruption": "fog", "severity": 2} | options)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 import csam
 from csam import costs, engine, lanes
 from csam.costs import Rates
-from csam_kernels import _C
+from csam_kernels import _C, compress, sample_network
+from csam_kernels.ops.sample_network import Program, Step, Value
 
 LEVEL = Rates(sparse=1.0, dense=1.0, module=1.0, narrow=0.0)
 
@@ -308,11 +309,30 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance(
         raise PermissionError
 
     kept = again()
-    monkeypatch.setattr(costs.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr("csam.runs.os.replace", refuse)
     assert again() == kept
     next(cache.glob("*.json")).unlink()
     assert again() != kept
-    assert not list(cache.glob("*.json"))
+    assert all(file.suffix == ".lock" for file in cache.iterdir())
+
+    def nobody(*_: Any) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("CSAM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert again() != kept
+
+
+def test_a_race_is_of_one_tile_and_layout(cache: Path) -> None:
+    x, out = Value(2, 3, 3), Value(4, 1, 1)
+    step = Step(x, out, weight=compress(torch.randn(4, 2, 3, 3)), kernel=(3, 3))
+    network, raced = sample_network(Program(x, out, [step]), torch.float32), []
+    for rival in ((8, torch.contiguous_format), (8, torch.contiguous_format), (1, torch.contiguous_format)):
+        engine._raced(network, torch.rand(2, 3, 3), engine.Rival(lambda: raced.append(0), *rival))
+    engine._raced(network, torch.rand(2, 3, 3), engine.Rival(lambda: raced.append(0), 1, torch.channels_last))
+    assert len(raced) == 3 * engine._ROUNDS
 
 
 def test_two_processes_at_once_agree(cache: Path) -> None:

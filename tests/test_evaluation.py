@@ -403,7 +403,7 @@ def test_kill_9_loses_no_image_and_no_vote(tmp_path: Path, images: tuple[Tensor,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be in"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"batch_size": "400"}, "batch_size must be an integer, got '400'"),
         ({"indices": 3}, "indices must be a sequence of integers or None, got int"),
     ],

@@ -379,7 +379,7 @@ def test_every_operation_is_opchecked() -> None:
         (lambda x, w, m: ck.masked_conv2d(x, w, m[0]), "mask must broadcast"),
         (lambda x, w, m: ck.masked_conv2d(x, w, m, torch.zeros(5)), "bias must have shape"),
         (lambda x, w, m: ck.masked_conv2d(x.long(), w, m), "x must have dtype"),
-        (lambda x, w, m: ck.masked_conv2d(x, w, m, stride=0), "stride must be in"),
+        (lambda x, w, m: ck.masked_conv2d(x, w, m, stride=0), "stride must be >= 1"),
         (lambda x, w, m: ck.masked_conv2d(x, w, m, padding="full"), "padding must be"),
         (lambda x, w, m: ck.masked_conv2d(x, w, m, padding="same", stride=2), "needs stride 1"),
         (lambda x, w, m: ck.masked_conv2d(x, w, m.to("meta")), "one device"),

@@ -199,10 +199,17 @@ def test_set_mask_refuses(mask: Any, error: type[Exception], message: str) -> No
     assert layer.sparsity == 0
 
 
+def test_a_block_wider_than_a_filter_is_the_filter() -> None:
+    layer = convert(nn.Linear(8, 6), "block", 2**40)
+    csam.masks.global_magnitude(layer, 0.5)
+    assert (layer.kept(), layer.mask.shape) == (24, (6, 1))  # type: ignore[operator, union-attr]
+    assert (csam.fold(layer).weight != 0).any(1).tolist() == layer.mask.flatten().tolist()  # type: ignore[union-attr, operator]
+
+
 def test_bad_granularity_and_block_size() -> None:
     with pytest.raises(ValueError, match="granularity must be one of weight, filter, channel, block, got 'row'"):
         MaskedLinear(3, 3, granularity="row")
-    with pytest.raises(ValueError, match=r"block_size must be in \[1, .*\], got 0"):
+    with pytest.raises(ValueError, match="block_size must be >= 1, got 0"):
         convert(nn.Linear(3, 3), "block", 0)
     for size in (True, 2.0, None):
         with pytest.raises(TypeError, match="block_size must be an integer, got"):

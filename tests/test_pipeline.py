@@ -435,7 +435,7 @@ def test_cifar10_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"train": {"epochs": "many"}}, r"train\.epochs must be int, got 'many'"),
         ({"train": {"speed": 1}}, "TrainSettings has no setting 'speed'"),
         ({"train": {"epochs": -1}}, "epochs must be >= 0, got -1"),
-        ({"train": {"threads": 0}}, "threads must be >= 1 or None, got 0"),
+        ({"train": {"threads": 0}}, "threads must be >= 1, got 0"),
         ({"train": {"momentum": math.nan}}, r"train\.momentum must be finite, got nan"),
         ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
         ({"train": {"lr": 0.0}}, "lr must be > 0, got 0.0"),

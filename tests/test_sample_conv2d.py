@@ -105,6 +105,16 @@ def test_depthwise(isa: str, samples: int, kernel: Any, stride: Any, dilation: i
 
 
 @DTYPES
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_dead_depthwise_filter_reads_nothing(isa: str, stride: int, dtype: torch.dtype) -> None:
+    weight, x = torch.zeros(2, 1, 3, 3), torch.ones(2, 4, 4, 40, dtype=dtype)
+    weight[1], x[0] = 1, torch.inf
+    out = ck.sample_conv2d(x, *ck.compress(weight, 2), torch.ones(2), kernel_size=3, padding=1, stride=stride)
+    assert bool((out[0] == 1).all())
+    assert bool(out[1].isfinite().all())
+
+
+@DTYPES
 def test_dead_filters_and_channels(isa: str, dtype: torch.dtype) -> None:
     """Neither their number nor their place matters; a dead filter is its bias, plus the residual."""
     weight = sparse(13, 11, 3, 0.6)
@@ -242,8 +252,9 @@ def ints(*values: int) -> Tensor:
         ({"other": torch.zeros(3, 5, 5, 8)}, ValueError, r"other must have the result's shape \(3, 3, 3, 8\)"),
         ({"other": torch.zeros(3, 3, 3, 8).bfloat16()}, TypeError, "other must have dtype float32"),
         ({"other": torch.zeros(3, 3, 3, 8, device="meta")}, ValueError, "one device"),
-        ({"stride": 0}, ValueError, "stride must be in"),
-        ({"padding": -1}, ValueError, "padding must be in"),
+        ({"stride": 0}, ValueError, "stride must be >= 1"),
+        ({"padding": -1}, ValueError, "padding must be >= 0"),
+        ({"kernel_size": 65536, "padding": 32768}, ValueError, "kernel_size must hold at most 1048576 taps"),
         ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be an integer or a pair"),
     ],
 )

@@ -849,7 +849,20 @@ def test_bad_arguments() -> None:
     plan = sampling.plan(model, x, choices="dense")
     with pytest.raises(ValueError, match="sigma must be > 0"):
         plan.votes(x, 0.0, 10)
-    with pytest.raises(ValueError, match="n must be in"):
+    with pytest.raises(ValueError, match="n must be >= 1"):
         plan.votes(x, SIGMA, 0)
     with pytest.raises(ValueError, match="x must have finite pixels"):
         plan.votes(torch.full_like(x, torch.nan), SIGMA, 10)
+
+
+def test_a_model_that_changes_while_it_is_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = models.build("digits", seed=1).eval(), sampling._layers
+
+    def changing(prepared: csam.smoothing.Prepared) -> list[sampling.Layer]:
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        return layers(prepared)
+
+    monkeypatch.setattr(sampling, "_layers", changing)
+    with pytest.raises(ValueError, match="model must not change while it is planned"):
+        csam.sampling.plan(model, torch.rand(1, 8, 8))

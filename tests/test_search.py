@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_close
+from csam import search as of_search
 from csam import transforms
 from csam.masks import group_norms, sparsity
 from csam.nn import GRANULARITIES, convert, expand_mask, masked_layers
@@ -507,6 +508,37 @@ def test_resuming_equals_an_uninterrupted_run_bit_for_bit(
     assert all(torch.equal(second.masks()[n], m) for n, m in whole.masks().items())
 
 
+def test_the_rate_of_theta_is_kept() -> None:
+    search = MaskSearch(masked_model(), joint=True)
+    search.weight_lr = 1e-3
+    again = MaskSearch(masked_model(), joint=True)
+    again.load_state_dict(search.state_dict())
+    assert (again.weight_lr, again.lr) == (1e-3, search.lr)
+    with pytest.raises(ValueError, match="weight_lr must be > 0, got 0"):
+        again.load_state_dict(search.state_dict() | {"weight_lr": torch.zeros((), dtype=torch.float64)})
+
+
+def test_state_lies_where_its_parameter_does() -> None:
+    scores = torch.empty(3, 2, 2, 2, device="meta").to(memory_format=torch.channels_last)
+    moment = of_search._laid_out_as(scores, torch.ones(3, 2, 2, 2))
+    assert (moment.device, moment.stride()) == (scores.device, scores.stride())
+    assert of_search._laid_out_as(scores, torch.ones(())).is_meta
+
+
+def test_a_model_may_change_its_memory_format_between_steps() -> None:
+    start = masked_model()
+    x, y = batch()
+    models = [copy.deepcopy(start) for _ in range(2)]
+    plain, moved = (MaskSearch(m, perturbation=None, optimizer="sgd", lr=1.0, joint=True) for m in models)
+    for search in (plain, moved):
+        search.step(x, y)
+    models[1].to(memory_format=torch.channels_last)
+    for search in (plain, moved):
+        search.step(x, y)
+    for name, value in plain.state_dict().items():
+        assert_close(moved.state_dict()[name].double(), value.double(), torch.float32)
+
+
 def test_the_seed_decides_the_noise() -> None:
     start = masked_model()
     logs = [run(MaskSearch(copy.deepcopy(start), perturbation="uniform", seed=s), 0, 2) for s in (0, 0, 1)]
@@ -600,7 +632,7 @@ def test_the_search_finds_the_weights_that_matter(perturbation: str | None) -> N
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd', got 'lion'"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"dtype": torch.float16}, r"dtype must be one of None, torch\.bfloat16"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "seed must be >= 0"),
         ({"joint": True, "weight_lr": -1.0}, "weight_lr must be > 0"),
         ({"joint": "no"}, "joint must be one of False, True, got 'no'"),
         ({"transform": "rotation:10"}, "transform must be a callable or None, got str"),

@@ -307,7 +307,7 @@ def test_a_wanted_radius_is_certified_by_a_bound_that_gives_it() -> None:
         ({"target_radius": 0.0}, "target_radius must be > 0"),
         ({"rtol": 1.0}, r"rtol must be in \(0, 1\)"),
         ({"method": "peek"}, "method must be one of 'fixed', 'mixture'"),
-        ({"tile": 0}, "tile must be in"),
+        ({"tile": 0}, "tile must be >= 1"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:

@@ -210,6 +210,23 @@ def test_reestimation_leaves_other_models_and_modes_alone() -> None:
     assert not any(m.training for m in mixed.modules())
 
 
+def test_a_failure_leaves_statistics_and_modes_as_they_were() -> None:
+    x, y = images()
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4, 3)).train()
+    model[1].eval()  # frozen
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for use in (lambda: training.reestimate_batchnorm(model, x, y, FEED), lambda: training.accuracy(model, x, y)):
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            use()
+        assert [module.training for module in model] == [True, False, True, True, True]
+        assert model[1].momentum == 0.1
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="images must be uint8"):
+        training.reestimate_batchnorm(model, x.float() / 255, y, FEED)
+    with pytest.raises(ValueError, match="max_batches must be >= 1, got 0"):
+        training.reestimate_batchnorm(model, x, y, FEED, max_batches=0)
+
+
 def test_divergence_is_reported() -> None:
     x, y = images()
     with pytest.raises(training.TrainingDiverged, match="loss is nan in epoch"):
@@ -229,7 +246,7 @@ def test_bfloat16_trains() -> None:
     [
         (lambda: Feed(epochs=-1), "epochs must be >= 0, got -1"),
         (lambda: Feed(epochs=1, batch_size=0), "batch_size must be >= 1, got 0"),
-        (lambda: Feed(epochs=1, sigma=float("nan")), "sigma must be >= 0, got nan"),
+        (lambda: Feed(epochs=1, sigma=float("nan")), "sigma must be finite, got nan"),
         (lambda: Optimizer(lr=0), "lr must be > 0, got 0"),
         (lambda: Optimizer(precision="half"), "precision must be one of float32, bfloat16, got 'half'"),
         (lambda: Optimizer(label_smoothing=1), r"label_smoothing must be in \[0, 1\), got 1"),
@@ -239,6 +256,19 @@ def test_bfloat16_trains() -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_settings_of_another_kind() -> None:
+    for name, value in (("epochs", 2.0), ("batch_size", 16.0), ("padding", True), ("sigma", "1")):
+        with pytest.raises(TypeError, match=f"{name} must be an? (integer|number), got {value!r}"):
+            Feed(**{"epochs": 1, name: value})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"transform must be callable, .*, got 'rotation:10'"):
+        Feed(epochs=1, transform="rotation:10")  # type: ignore[arg-type]
+    x, y = images()
+    with pytest.raises(ValueError, match="precision must be one of 'float32', 'bfloat16', got 'bf16'"):
+        training.accuracy(network(), x, y, precision="bf16")
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        training.accuracy(network(), x, y, batch_size=0)
 
 
 def test_bad_images() -> None:

@@ -10,6 +10,7 @@ from csam_kernels.layout import conv2d_size
 from csam_kernels.ops.masked_conv2d import Pair, pair
 
 DTYPES = (torch.float32, torch.bfloat16)
+MOST_TAPS = 2**20  # of a window
 
 
 def sample_conv2d(
@@ -36,7 +37,10 @@ def sample_conv2d(
 
     Summed in float32 (the bias, the taps in ascending order, other) and rounded once to x's dtype. The bits do not
     depend on the number of threads or on S, and in float32 not on the instruction set either; in bfloat16 AVX512-BF16
-    adds two products an instruction (dense: of two channels) and takes subnormals for 0.
+    adds two products an instruction (dense: of two channels) and takes subnormals for 0. With AMX sparse products of
+    bfloat16 are float16's, 64 of a sum at a time: inputs beyond 8188 may give inf, and those below 6e-8 count as 0.
+    Weights that are absent multiply nothing, but where filters read one channel each: there they are zeros, so that
+    the NaN and inf of that channel spread.
 
     Callers that have checked a packed weight once call `torch.ops.csam.sample_conv2d`, which checks nothing and reads
     wherever taps and rows point.
@@ -70,6 +74,8 @@ def sample_conv2d(
     checks.same_device(x=x, values=values, taps=taps, rows=rows, bias=bias, other=other)
     kernel, stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     padding, dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
+    if kernel[0] * kernel[1] > MOST_TAPS:
+        raise ValueError(f"kernel_size must hold at most {MOST_TAPS} taps, got {kernel}")
     compressed_rows(values, taps, rows, x.shape[0] * kernel[0] * kernel[1])
     for axis, size, pad, taps_along, step in zip("HW", x.shape[1:3], padding, kernel, dilation, strict=True):
         if size + 2 * pad < step * (taps_along - 1) + 1:

@@ -16,7 +16,7 @@ from csam_kernels import backend, checks
 from csam_kernels.cells import cells, steps
 from csam_kernels.laws import checked_law, checked_sigma, scaled
 from csam_kernels.ops.grid_noise import checked_grid
-from csam_kernels.ops.sample_conv2d import DTYPES, compressed_rows
+from csam_kernels.ops.sample_conv2d import DTYPES, MOST_TAPS, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_range
 
 ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
@@ -25,7 +25,6 @@ Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, strea
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
 _ARITHMETIC = 7  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
-_MOST_TAPS = 2**20  # of a window
 
 
 @dataclass(eq=False)
@@ -232,6 +231,7 @@ class SampleNetwork:
         if tuple(x.shape[1:]) != self.shape or x.device.type != "cpu":
             want = f"[n, {', '.join(map(str, self.shape))}]"
             raise ValueError(f"x must be {want} on the CPU, got {list(x.shape)} on {x.device}")
+        self._finite(x)
         x = x.detach().to(torch.float32 if self.dtype is torch.int8 else self.dtype).contiguous()
         out = torch.empty(len(x), self.classes, dtype=torch.float32, device="cpu")
         self._native.logits(x.data_ptr(), len(x), out.data_ptr())
@@ -279,7 +279,12 @@ class SampleNetwork:
         checks.tensor("x", x, dtypes=(torch.float32,), ndim=3)
         if x.shape != self.shape or x.device.type != "cpu":
             raise ValueError(f"x must be {list(self.shape)} on the CPU, got {list(x.shape)} on {x.device}")
+        self._finite(x)
         return (x.detach() if grid is None else steps(x.detach(), grid)).contiguous()
+
+    def _finite(self, x: Tensor) -> None:
+        if self.dtype is torch.int8 and not bool(x.isfinite().all()):  # integers have no NaN to show for it
+            raise ValueError("x must be finite in torch.int8, got NaN or infinite values")
 
     def times(self, rounds: int = 5) -> list[float]:
         """The least milliseconds of processor time a sample that each step took in so many rounds, on one thread."""
@@ -421,8 +426,8 @@ def _check(name: str, step: Step) -> None:
             refuse(f"{what} must be a pair, got {pair!r}")
         for n in pair:
             checks.integer(f"{name}: {what}", n, low=0 if pair is padding else 1, high=_MOST)
-    if kernel[0] * kernel[1] > _MOST_TAPS:
-        refuse(f"kernel must hold at most {_MOST_TAPS} taps, got {kernel}")
+    if kernel[0] * kernel[1] > MOST_TAPS:
+        refuse(f"kernel must hold at most {MOST_TAPS} taps, got {kernel}")
     if not step.low <= step.high:
         refuse(f"low must be <= high, got {step.low} and {step.high}")
     size = tuple(map(outputs, (step.input.height, step.input.width), *windows))
@@ -464,6 +469,11 @@ def _check(name: str, step: Step) -> None:
         for what, numbers, bound in (("values", values, 2**7), ("bias", step.bias, 2**31)):
             if numbers is not None and not bool(((numbers == numbers.round()) & (numbers.abs() < bound)).all()):
                 refuse(f"{what} must be whole numbers below {bound} in torch.int8")
+        most = 255 * torch.zeros(want[0], dtype=torch.float64, device="cpu").index_add_(
+            0, torch.arange(want[0], device="cpu").repeat_interleave(rows.diff()), values.abs().double()
+        )
+        if bool((most + (0 if step.bias is None else step.bias.abs()) >= 2**31).any()):
+            refuse("values must keep every sum of a filter below 2**31 in torch.int8")
 
 
 def _placed(name: str, value: Value | None) -> None:

@@ -178,5 +178,6 @@ void percentile_init(const void* weight, int64_t n, int dtype, double tau, void*
 double squared_norm(const void* g, int64_t n, int dtype, int threads);
 void* take_block(int64_t bytes);  // from the pool of memory for large results
 void give_block(void* block, int64_t bytes);
+int64_t block_size(int64_t bytes);  // of the block that is taken for so many
 
 }  // namespace csam

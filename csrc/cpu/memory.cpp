@@ -59,9 +59,9 @@ Pool& pool() {
   return *p;
 }
 
-int64_t block_size(int64_t bytes) { return (bytes + kHuge - 1) / kHuge * kHuge; }
-
 }  // namespace
+
+int64_t block_size(int64_t bytes) { return (bytes + kHuge - 1) / kHuge * kHuge; }
 
 void* take_block(int64_t bytes) {
   const int64_t size = block_size(bytes);

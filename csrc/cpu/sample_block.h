@@ -24,15 +24,19 @@ struct Array {  // zeroed memory, aligned to a vector; much of it lies on huge p
   int64_t block = 0;  // bytes, of one that goes back to `give_block`
   Array() = default;
   explicit Array(int64_t n) {
-    const int64_t bytes = int64_t(sizeof(T)) * (n > 0 ? n : 1);
+    const int64_t bytes = taken(n);
     if (bytes >= kPooledBytes) {
       data = static_cast<T*>(take_block(bytes));
       block = bytes;
     } else {
-      data = static_cast<T*>(aligned_alloc(64, tiles(bytes, 64) * 64));
+      data = static_cast<T*>(aligned_alloc(64, bytes));
       if (!data) throw std::bad_alloc();
     }
-    memset(static_cast<void*>(data), 0, bytes);
+    memset(static_cast<void*>(data), 0, int64_t(sizeof(T)) * (n > 0 ? n : 1));
+  }
+  static int64_t taken(int64_t n) {  // bytes
+    const int64_t bytes = tiles(int64_t(sizeof(T)) * (n > 0 ? n : 1), 64) * 64;
+    return bytes >= kPooledBytes ? block_size(bytes) : bytes;
   }
   Array(const Array&) = delete;
   Array& operator=(Array&& from) {

@@ -224,7 +224,9 @@ struct Scratch {  // of one thread; serves every layer that it was made large en
 struct Sizes {
   int64_t packed = 0, sums = 0, offsets = 0;
   static void raise(int64_t& size, int64_t to) { size = size < to ? to : size; }
-  int64_t bytes() const { return 4 * (packed + sums) + 8 * offsets; }
+  int64_t bytes() const {
+    return Array<float>::taken(packed) + Array<float>::taken(sums) + Array<int64_t>::taken(offsets);
+  }
   Scratch make() const { return {Array<float>(packed), Array<float>(sums), Array<int64_t>(offsets)}; }
 };
 

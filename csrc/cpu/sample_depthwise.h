@@ -80,7 +80,7 @@ struct Depthwise : Layer<Format> {
     for (int64_t o = 0; o < a.filters; ++o)
       if (a.rows[o] < a.rows[o + 1]) reads[o] = int32_t(a.taps[a.rows[o]] / area);
     const double columns = rolls() ? 3 : double(area);  // that are unpacked for a result
-    const double taps = kQuads ? words() : area;
+    const double taps = kQuads || kPairs ? words() : area;
     cost = double(a.filters * a.out_height * a.out_width) * K * (taps + 0.5 * columns + kEndCost);
   }
 
@@ -197,11 +197,18 @@ struct Depthwise : Layer<Format> {
 
   // A row of results of whole vectors, of filters first .. last - 1.
   void make(int64_t first, int64_t last, const From* lines, const To& to) const {
-    for (int64_t o = first; o < last; ++o)
-      if (!rolls()) any(o, lines, to);
-      else if (a.stride[1] == 2) roll<2, true>(o, lines, to);
-      else if (to.other) roll<1, true>(o, lines, to);
-      else roll<1, false>(o, lines, to);
+    for (int64_t o = first; o < last; ++o) {
+      From nothing[kMostRows];  // for a filter without a weight, which multiplies zeros
+      const bool dead = a.rows[o] == a.rows[o + 1];
+      for (int64_t i = 0; dead && i < a.kernel[0]; ++i) nothing[i] = {border.data, 0, 0};
+      make_one(o, dead ? nothing : lines, to);
+    }
+  }
+  void make_one(int64_t o, const From* lines, const To& to) const {
+    if (!rolls()) any(o, lines, to);
+    else if (a.stride[1] == 2) roll<2, true>(o, lines, to);
+    else if (to.other) roll<1, true>(o, lines, to);
+    else roll<1, false>(o, lines, to);
   }
 
   // Of the first n samples: from copies that are filled up with zeros, and through one of what comes of them.

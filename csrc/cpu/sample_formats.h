@@ -46,7 +46,6 @@ struct Float32 : Floats<Float32> {
     store(out, finished(other ? sums[0] + load<vf>(other) : sums[0], e.low, e.high));
   }
   static float widen(Element v) { return v; }
-  static Element narrow(float v) { return v; }
   static vf rounded(vf v) { return v; }
   static vf start(float bias) { return splat(bias); }
   static void put(vf v, Element* out) { store(out, v); }
@@ -266,9 +265,7 @@ struct Integers {  // unsigned values times signed weights, summed in 32 bits: t
   using Logit = float;
   static constexpr const char* kName = "int8";
   static uint32_t weight(float w) { return uint32_t(int32_t(w)); }
-  static float widen(uint8_t v) { return v; }
   static float widen(float v) { return v; }
-  static uint8_t narrow(float v) { return uint8_t(v); }
   static vf rounded(vf v) { return v; }
   static vf start(float bias) { return (vf)csam::CSAM_ISA::start(vi{}, bias); }
   static void put(vf v, uint8_t* out) { store_bytes(nearest(finished(v, 0, 255)), out); }

@@ -64,7 +64,9 @@ class Network final : public SampleNetwork {
 
   const char* format() const override { return Format::kName; }
   int64_t lanes() const override { return S; }
-  int64_t memory() const override { return a.arena * S * int64_t(sizeof(Element)) + sizes.bytes(); }
+  int64_t memory() const override {
+    return Array<Element>::taken(a.arena * S) + sizes.bytes() + Array<int64_t>::taken(a.count);
+  }
 
   void votes(const float* x, Law law, float scale, const Cells* cells, uint64_t seed, uint32_t stream, uint64_t first,
              int64_t n, int64_t* out) const override {
@@ -152,17 +154,11 @@ class Network final : public SampleNetwork {
     TiledConvolution<Format>* tiled;
   };
   struct Arena {  // of one thread
-    Element* memory;
-    int64_t bytes;
+    Array<Element> memory;
     Scratch scratch;
     Array<int64_t> made;  // rows of each step that runs together with others
-    explicit Arena(const Network& n)
-        : memory(nullptr), bytes(n.a.arena * S * sizeof(Element)), scratch(n.sizes.make()), made(n.a.count) {
-      memory = static_cast<Element*>(take_block(bytes));
-    }
-    Arena(const Arena&) = delete;
-    ~Arena() { give_block(memory, bytes); }
-    Element* at(int64_t place) const { return memory + place * S; }
+    explicit Arena(const Network& n) : memory(n.a.arena * S), scratch(n.sizes.make()), made(n.a.count) {}
+    Element* at(int64_t place) const { return memory.data + place * S; }
   };
 
   SampleNetworkArgs a;
@@ -324,7 +320,7 @@ SampleNetwork* sample_network(const SampleNetworkArgs& a) {
   if (a.dtype == kF32) return new Network<Float32>(a);
 #if defined(__AVX512F__)
   if (a.dtype == kInt8 && __builtin_cpu_supports("avx512vnni")) return new Network<Int8Quads>(a);
-  if (__builtin_cpu_supports("avx512bf16")) return new Network<Bfloat16Pairs>(a);
+  if (a.dtype == kBF16 && __builtin_cpu_supports("avx512bf16")) return new Network<Bfloat16Pairs>(a);
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if (a.dtype == kInt8) return new Network<Int8Pairs>(a);

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +20,7 @@ from torch import nn
 from csam.data import cache as folders
 from csam.inference import FusedConv2d, onednn
 from csam.quantization import quantize
-from csam.runs import processor
+from csam.runs import processor, write_atomic
 from csam_kernels import backend, compress, sample_network
 from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
@@ -72,24 +71,21 @@ def kept(
         valid: whether what a file holds is what `measure` would give.
     """
     key = repr((processor(), torch.__version__, backend.cpu_build(), about))
-    file = folders.folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    found = _read(file, valid)
-    if found is not None:
-        return found
     try:
+        file = folders.folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        found = _read(file, valid)
+        if found is not None:
+            return found
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_suffix(".lock").open("w")
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home is known
         return measure()
     with lock:
         with suppress(OSError):  # a file system without locks: the last one to measure wins
             fcntl.flock(lock, fcntl.LOCK_EX)
         found = _read(file, valid) or measure()
         with suppress(OSError):
-            handle, draft = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
-            with os.fdopen(handle, "w") as stream:
-                json.dump(found, stream)
-            os.replace(draft, file)
+            write_atomic(file, json.dumps(found))
     return found
 
 

@@ -10,7 +10,7 @@ traces what has no steps, torch.export is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,13 +27,21 @@ Choices = Mapping[str, str] | str
 _ROUNDS = 3
 
 
+class Rival(NamedTuple):
+    """A call by which torch labels a tile of noise: so many images, in a memory format."""
+
+    label: Callable[[], object]
+    tile: int
+    layout: torch.memory_format
+
+
 def ready(
     network: nn.Module,
     probe: Tensor,
     wanted: Tensor,
     dtype: torch.dtype,
     choices: Choices = "auto",
-    rival: Callable[[], tuple[Callable[[], object], int]] | None = None,
+    rival: Rival | None = None,
     quantized: Callable[[Program], Program] | None = None,
 ) -> tuple[SampleNetwork | None, str]:
     """The network on samples that lie innermost, or None; and in words what was decided and why.
@@ -43,8 +51,8 @@ def ready(
         probe: images [B, C, H, W]; wanted: the network's logits on them.
         choices: "auto", by predicted times; "module" for torch's own; "sparse", "dense", "winograd" (dense where that
             is not offered), or layer -> one of these.
-        rival: makes a call by which torch labels a tile of noise, and says how many images that are. Where torch is
-            predicted to be faster, both are measured, once a machine and architecture.
+        rival: how torch would run it. Where that is predicted to be faster, both are measured, once a machine and
+            architecture.
         quantized: gives the program in int8; for dtype torch.int8, which torch is not asked for.
 
     Raises:
@@ -101,20 +109,17 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     return network if isinstance(network, fx.GraphModule) else trace(network)
 
 
-def _raced(
-    network: SampleNetwork, x: Tensor, rival: Callable[[], tuple[Callable[[], object], int]]
-) -> tuple[float, float]:
+def _raced(network: SampleNetwork, x: Tensor, rival: Rival) -> tuple[float, float]:
     """Measured milliseconds a noisy sample of x by the network and by torch, on one thread."""
 
     def measure() -> dict[str, float]:
-        call, images = rival()
         tile, pixels = network.lanes, x.float()
         ours = least_ms(lambda: network.votes(pixels, 1.0, tile, seed=0), _ROUNDS) / tile
-        return {"ours": ours, "torch": least_ms(call, _ROUNDS) / images}
+        return {"ours": ours, "torch": least_ms(rival.label, _ROUNDS) / rival.tile}
 
     steps = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride, s.engine) for s in network.program.steps]
     costs = [round(cost) for cost in step_costs(network.program, network.dtype)]
-    about = (str(network.dtype), network.shape, steps, costs)
+    about = (str(network.dtype), network.shape, steps, costs, rival.tile, str(rival.layout))
     found = kept("race", about, measure, lambda times: times.keys() == {"ours", "torch"})
     return found["ours"], found["torch"]
 

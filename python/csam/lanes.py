@@ -729,7 +729,7 @@ def _balanced(values: Tensor, rows: Tensor) -> Tensor:
     gain = other - here
     distance = 1 + error / gain  # to the other, of the way there from the nearest
     close = (distance < _MIDDLE).nonzero().flatten()
-    close = close[(row[close] + distance[close].double()).argsort()]
+    close = close[(row[close] + distance[close].double()).argsort(stable=True)]  # weights of a mean are all alike
     row, gain = row[close], gain[close].double()
     run = gain.cumsum(0)
     counts = torch.bincount(row, minlength=len(total))

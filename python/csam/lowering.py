@@ -68,7 +68,8 @@ class _Scratch(threading.local):
     def get(self, numel: int, dtype: torch.dtype) -> Tensor:
         held = self.buffers.get(dtype)
         if held is None or held.numel() < numel:
-            held = self.buffers[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
+            with torch.inference_mode(False):  # it serves calls outside of that mode too
+                held = self.buffers[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
         return held[:numel]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csam.adapters import Classifier
+from csam.search import seeded
 from csam_kernels import checks
 
 
@@ -166,6 +168,8 @@ class CifarResNet(nn.Module):
 
 
 def _per_channel(argument: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:
+    if values is not None and not isinstance(values, Sequence):
+        raise TypeError(f"{argument} must hold one value for each of {channels} channels, got {values!r}")
     values = [default] * channels if values is None else list(values)
     if len(values) != channels:
         raise ValueError(f"{argument} must hold one value for each of {channels} channels, got {len(values)}")
@@ -202,9 +206,7 @@ def build(
         raise ValueError(f"name must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
     architecture = ARCHITECTURES[name]
     channels = architecture.in_channels if in_channels is None else in_channels
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with nullcontext() if seed is None else seeded(seed, torch.get_default_device()):
         return CifarResNet(architecture, num_classes=num_classes, in_channels=channels, mean=mean, std=std)
 
 
@@ -224,6 +226,8 @@ def imported(reference: str) -> Classifier:
             f"model must be a file or package.module:factory, got {reference!r} ({error}); PYTHONPATH=. finds "
             "modules in this folder"
         ) from error
+    except Exception as error:  # of other code
+        raise ValueError(f"{place} must import, got {type(error).__name__}: {error}") from error
     try:
         model = factory() if callable(factory) else None
     except Exception as error:  # of other code

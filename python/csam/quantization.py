@@ -31,6 +31,7 @@ _BATCH, _BYTES = 64, 1 << 28  # images that run together at most, and what their
 _LANES = 16  # images that the kernels take at once
 _DENSE = 0.4  # share of a layer's weights from which its filters should share what they load
 _BINS = 1 << 12  # to which the numbers of a value are rounded for that choice, of their range
+_SUM = 2.0**30  # of integers in 32 bits, rounding apart
 _EXACT = 2.0**23  # below which a whole number is one as float32
 _NOISY = 64  # images at least that a network is calibrated on
 _APART = 2**62  # first sample of calibration, behind those of all certificates: on these no network may depend
@@ -195,7 +196,9 @@ def _quantized(
     bias = zeros if step.bias is None else step.bias
     scale_in, zero_in = ranges[step.input.root]
     largest = zeros.scatter_reduce(0, of, values.abs(), "amax")
-    unit = torch.maximum(largest / _WEIGHTS, bias.abs() / (scale_in * _EXACT)).clamp(min=1e-30)  # of a filter's weights
+    most = (_LEVELS + zero_in) * zeros.index_add(0, of, values.abs()) + bias.abs() / scale_in  # that a sum may come to
+    unit = torch.maximum(largest / _WEIGHTS, bias.abs() / (scale_in * _EXACT))  # of a filter's weights
+    unit = torch.maximum(unit, most / _SUM).clamp(min=1e-30)
     whole = (values / unit[of]).round()
     bias = bias - _drift(step, whole * unit[of] - values, seen[step.input.root].mean)
     start = (bias / (scale_in * unit)).round() - zero_in * zeros.index_add(0, of, whole)

@@ -200,6 +200,7 @@ def plan(
     examples = examples[None] if examples.dim() == 3 else examples
     image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples, name="example")
     _check(model)
+    before = smoothing.versions(model)
     noise = checked_law("noise", noise)
     shown = None if sigma is None else smoothing.noisy("example", examples, checks.real("sigma", sigma, above=0), noise)
     prepared = smoothing.TiledClassifier(model, dtype, None, choices, shown).prepare(image)
@@ -208,7 +209,10 @@ def plan(
         raise ValueError(f"{asked} needs a network whose samples lie innermost: {prepared.steps[-1]}")
     if memory is not None:
         prepared = _bounded(prepared, checks.integer("memory", memory, low=1))
-    return Plan(prepared, tuple(_layers(prepared)), model)
+    made = Plan(prepared, tuple(_layers(prepared)), model)
+    if not smoothing.unchanged(before, made.made_of):
+        raise ValueError("model must not change while it is planned (a weight or a mask did): plan it again")
+    return made
 
 
 def _check(model: nn.Module) -> None:

@@ -110,7 +110,8 @@ class MaskSearch:
     step. Step t of a seed is reproducible: its noise, transforms and dropout depend on (seed, t) only.
 
     Where torch.distributed is initialised, gradients and logged values are averaged over its processes, as
-    DistributedDataParallel does: with the same model, settings and seed in each, all keep the same masks.
+    DistributedDataParallel does: with the same model, settings and seed in each, all keep the same masks. Transforms
+    and dropout draw alike in all of them; `csam.training.shared` gives each its own rows of a transform's draws.
 
     rho is the L2 length of the ascent step over all N mask values together (over each layer's with
     norm="layer"), so a value moves by rho/sqrt(N) in the root mean square; for scale, uniform noise has
@@ -240,6 +241,15 @@ class MaskSearch:
     def lr(self, value: float) -> None:
         self.optimizer.param_groups[0]["lr"] = checks.real("lr", value, above=0)
 
+    @property
+    def weight_lr(self) -> float:
+        """Learning rate of theta in a joint search, likewise."""
+        return float(self.weight_optimizer.param_groups[0]["lr"])
+
+    @weight_lr.setter
+    def weight_lr(self, value: float) -> None:
+        self.weight_optimizer.param_groups[0]["lr"] = checks.real("weight_lr", value, above=0)
+
     @torch.enable_grad()
     def step(self, x: Tensor, y: Tensor) -> dict[str, float]:
         """One whole step: perturb, forward and backward passes, update of the scores (and of theta if joint).
@@ -305,10 +315,11 @@ class MaskSearch:
         """Everything a resumed search needs, as a flat dict of contiguous tensors (fit for safetensors).
 
         Scores, their optimizer's state, step count and learning rate; with joint=True also the trained
-        parameters and their optimizer's state. A frozen theta, and the model's buffers, are the caller's to
-        restore.
+        parameters, their optimizer's state and learning rate. A frozen theta, and the model's buffers, are the
+        caller's to restore.
         """
-        state = {"step": torch.tensor(self.steps), "lr": torch.tensor(self.lr, dtype=torch.float64)}
+        rates = {name: getattr(self, name) for name in self._rates()}
+        state = {"step": torch.tensor(self.steps)} | {k: torch.tensor(v, dtype=torch.float64) for k, v in rates.items()}
         for prefix, group in self._groups.items():
             for name, parameter in group.parameters.items():
                 state[f"{prefix}.{name}"] = parameter
@@ -323,7 +334,9 @@ class MaskSearch:
             TypeError, ValueError: a missing, unknown or wrongly shaped entry, by name; nothing has been changed then.
         """
         self._check_state(state)
-        self.lr, self.steps = float(state["lr"]), int(state["step"])
+        self.steps = int(state["step"])
+        for rate in self._rates():
+            setattr(self, rate, float(state[rate]))
         for prefix, group in self._groups.items():
             group.optimizer.state.clear()
             for name, parameter in group.parameters.items():
@@ -464,6 +477,8 @@ class MaskSearch:
             for name, parameter in group.parameters.items():
                 grad = grads[prefix].get(name)
                 parameter.grad = None if grad is None else _laid_out_as(parameter, grad)
+                held = group.optimizer.state.get(parameter, {})  # of before the model moved, perhaps
+                held.update({key: _laid_out_as(parameter, v) for key, v in held.items() if isinstance(v, Tensor)})
             group.optimizer.step()
             group.optimizer.zero_grad()
         with torch.no_grad():
@@ -483,7 +498,7 @@ class MaskSearch:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         scalar = torch.Size()
-        known = {"step": scalar, "lr": scalar}
+        known = dict.fromkeys(("step", *self._rates()), scalar)
         for prefix, group in self._groups.items():
             for name, parameter in group.parameters.items():
                 known[f"{prefix}.{name}"] = parameter.shape
@@ -502,6 +517,11 @@ class MaskSearch:
         for key in known:
             if key not in state:
                 raise ValueError(f"state must come from a search like this one, the key {key!r} is missing")
+        for rate in self._rates():
+            checks.real(rate, float(state[rate]), above=0)
+
+    def _rates(self) -> tuple[str, ...]:
+        return ("lr", "weight_lr") if "weight" in self._groups else ("lr",)
 
     def _layer_list(self) -> list[MaskedLayer]:
         return list(self._layers.values())
@@ -589,15 +609,18 @@ def _averaged(values: list[Tensor]) -> list[Tensor]:
     if not (dist.is_available() and dist.is_initialized()):
         return values
     means = [value.clone() for value in values]  # autograd may give two parameters one gradient tensor
-    for dtype in {m.dtype for m in means}:
+    for dtype in dict.fromkeys(m.dtype for m in means):  # in the same order on all
         average([m for m in means if m.dtype == dtype])
     return means
 
 
 def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
-    """The value in the strides and dtype of `like`: fused optimizers walk both in storage order."""
-    same = value.shape != like.shape or (value.stride() == like.stride() and value.dtype == like.dtype)
-    return value if same else torch.empty_like(like).copy_(value)
+    """The value where `like` lies, and of one shape in its dtype and strides: fused optimizers walk both in storage
+    order."""
+    if value.shape != like.shape:
+        return value.to(like.device)
+    alike = value.device == like.device and value.dtype == like.dtype and value.stride() == like.stride()
+    return value if alike else torch.empty_like(like).copy_(value)
 
 
 def _mix(seed: int, step: int) -> int:
@@ -645,5 +668,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.default_generator.manual_seed(seed)
         if on_cuda:
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

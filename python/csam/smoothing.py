@@ -777,19 +777,14 @@ def _prepare(
         quantized = partial(quantization.quantize, noisy=calibration.images) if calibration is not None else None
         made = inference.ready(network, probe, wanted, exact, tile)
         if made.exact is not None:
+            pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
 
-            def rival() -> tuple[Callable[[], object], int]:
-                pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
+            def label() -> Tensor:
+                noisy = csam_kernels.smoothing_noise(pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout)
+                logits: Tensor = made.network(noisy)
+                return logits
 
-                def label() -> Tensor:
-                    noisy = csam_kernels.smoothing_noise(
-                        pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout
-                    )
-                    logits: Tensor = made.network(noisy)
-                    return logits
-
-                return label, tile
-
+            rival = engine.Rival(label, tile, made.layout)
             sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival, quantized)
             made.steps.append(step)
         if calibration is not None:

@@ -78,7 +78,10 @@ def _mine(made: Callable[..., Any], before: Callable[..., Any]) -> Callable[...,
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While this thread prints no warnings, logs below critical or messages to stderr."""
+    """While this thread prints no warnings, logs below critical or messages to stderr.
+
+    Python's filters of warnings are the process's: those of other threads are not shown either meanwhile.
+    """
     heard, me = sys.stderr, threading.get_ident()
     muted: Any = _Muted(heard)
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]

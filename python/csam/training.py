@@ -31,7 +31,7 @@ from csam.processes import Team, average
 from csam.runs import RunError, Stage, agree
 from csam.search import seeded
 from csam.transforms import Transform
-from csam_kernels import smoothing_noise
+from csam_kernels import checks, smoothing_noise
 from csam_kernels.laws import checked_law
 
 PRECISIONS = ("float32", "bfloat16")
@@ -92,13 +92,14 @@ class Feed:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1), ("start", 0), ("sigma", 0), ("padding", 0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+        for name, low in (("epochs", 0), ("batch_size", 1), ("start", 0), ("padding", 0)):
+            checks.integer(name, getattr(self, name), low=low)
+        checks.real("sigma", self.sigma, least=0)
         checked_law("noise", self.noise)
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be >= 1 or None, got {self.threads}")
+        if self.transform is not None and not callable(self.transform):
+            raise TypeError(f"transform must be callable, of csam.transforms for example, got {self.transform!r}")
+        if self.threads is not None:
+            checks.integer("threads", self.threads, low=1)
 
     def steps_per_epoch(self, images: int) -> int:
         return max(1, images // self.batch_size)
@@ -203,6 +204,7 @@ class Optimizer:
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 on the CPU, or nothing for float32."""
+    checks.choice("precision", precision, PRECISIONS)
     return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
@@ -346,7 +348,7 @@ class _Normalized(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         axes, dtype = [d for d in range(x.dim()) if d != 1], torch.promote_types(x.dtype, torch.float32)
         var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
-        moments = torch.stack([mean, var + mean * mean]).double()
+        moments = torch.stack([mean.double(), var.double() + mean.double() ** 2])
         average([moments])
         mean, var = moments[0].to(dtype), (moments[1] - moments[0] ** 2).clamp_(min=0).to(dtype)
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
@@ -375,9 +377,11 @@ def _normalize(norm: Any, x: Tensor) -> Tensor:
     if not norm.training:
         out = type(norm).forward(norm, x)
         return out
-    ones = torch.ones_like(norm.running_mean)
+    ones = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     weight, bias = (ones, 0 * ones) if norm.weight is None else (norm.weight, norm.bias)
     out, mean, var = _Normalized.apply(x, weight, bias, norm.eps)
+    if not norm.track_running_stats:
+        return out
     with torch.no_grad():
         n = dist.get_world_size() * x.numel() // x.shape[1]
         norm.num_batches_tracked.add_(1)
@@ -402,7 +406,7 @@ def _shared_statistics(stepper: Stepper, team: Team) -> Iterator[None]:
 
 def _batch_norms(model: nn.Module) -> list[Any]:
     """Those that track running statistics."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _restore(stepper: Stepper, stage: Stage, state: Any) -> tuple[int, float]:
@@ -443,15 +447,13 @@ def accuracy(
 ) -> float:
     """Fraction of uint8 images [N, C, H, W] that `model`, in eval mode, puts in the class `labels` int64 [N] name."""
     _check_images(images, labels)
-    was_training = model.training
-    model.eval()
-    correct = 0
-    with autocast(precision):
+    batch_size, correct = checks.integer("batch_size", batch_size, low=1), 0
+    with autocast(precision), _modes_kept(model):
+        model.eval()
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             logits = model(x.float().div_(255))
             _check_logits(logits, y)
             correct += int((logits.argmax(1) == y).sum())
-    model.train(was_training)
     return correct / len(images)
 
 
@@ -463,25 +465,45 @@ def reestimate_batchnorm(
 
     The batches are those of an epoch numbered -1, which no training epoch uses, with the stage's noise and
     augmentation. Averages are cumulative (momentum=None), so each batch weighs the same. A model without batch norm
-    is left alone.
+    is left alone, and so is one whose forward pass fails.
+
+    Raises:
+        TypeError, ValueError: images or labels not as `fit` takes them, max_batches < 1.
     """
-    norms = _batch_norms(model)
+    _check_images(images, labels)
+    checks.integer("max_batches", max_batches, low=1)
+    norms = [norm for norm in _batch_norms(model) if norm.track_running_stats]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with threads(feed.threads):
-        for x, _ in islice(batches(images, labels, feed, -1), max_batches):
-            model(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes:
-        module.training = mode
+    before = [(norm, norm.momentum, {name: b.clone() for name, b in norm.named_buffers()}) for norm in norms]
+    with threads(feed.threads), _modes_kept(model):
+        model.eval()
+        try:
+            for norm, _, _ in before:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for x, _ in islice(batches(images, labels, feed, -1), max_batches):
+                model(x)
+        except BaseException:
+            for norm, _, buffers in before:
+                for name, buffer in buffers.items():
+                    norm.get_buffer(name).copy_(buffer)
+            raise
+        finally:
+            for norm, momentum, _ in before:
+                norm.momentum = momentum
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module ends in the mode, training or eval, that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_images(images: Tensor, labels: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from csam.data.cifar10 import CLASSES
 from csam.data.dataset import Dataset
+from csam_kernels import checks
 
 SEVERITIES = 5  # of each corruption, one after the other in a file
 
@@ -24,6 +25,7 @@ def load(folder: Path, corruption: str | None, severity: int | None) -> Dataset:
 
     Raises:
         FileNotFoundError: no such folder or file.
+        TypeError: severity is no integer.
         ValueError: a file of another form, or a severity out of range.
     """
     if not folder.is_dir():
@@ -32,8 +34,9 @@ def load(folder: Path, corruption: str | None, severity: int | None) -> Dataset:
     if corruption not in there:
         shown = ", ".join(there) or "no .npy file"
         raise FileNotFoundError(f"corruption must be one of those in {folder} ({shown}), got {corruption!r}")
-    if severity is None or not 1 <= severity <= SEVERITIES:
-        raise ValueError(f"severity must be 1 to {SEVERITIES}, got {severity!r}")
+    if severity is None:
+        raise ValueError(f"severity must be given, 1 to {SEVERITIES}")
+    severity = checks.integer("severity", severity, low=1, high=SEVERITIES)
     images, labels = _array(folder / f"{corruption}.npy"), _array(folder / "labels.npy")
     if labels.ndim != 1:
         raise ValueError(f"{folder / 'labels.npy'} must be labels [5 N], got {labels.dtype} {list(labels.shape)}")
