@@ -435,6 +435,11 @@ def test_sums_of_many_integers_stay_in_32_bits() -> None:
     images = 1 + 0.1 * torch.rand(4, 1, 300, 300)
     logits = ck.sample_network(quantize(Program(x, out, [mean]), images), torch.int8).logits(images)
     torch.testing.assert_close(logits, images.mean((2, 3)), rtol=0, atol=0.005)
+    program = quantize(Program(x, out, [mean]), images)
+    values, taps, rows = program.steps[0].weight  # type: ignore[misc]
+    program.steps[0].weight = (torch.full_like(values, 127), taps, rows)
+    with pytest.raises(ValueError, match=r"values must keep every sum of a filter below 2\*\*31 in torch\.int8"):
+        ck.sample_network(program, torch.int8)
 
 
 def test_ties_go_to_the_lowest_class() -> None:

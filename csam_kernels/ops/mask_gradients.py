@@ -45,7 +45,8 @@ def mask_gradients(
     for i, (g, w) in enumerate(zip(grad_weights, weights, strict=True)):
         if g.shape != w.shape:
             raise ValueError(f"grad_weights[{i}] must have shape {tuple(w.shape)}, got {tuple(g.shape)}")
-    checks.flag("need_weight", need_weight), checks.flag("need_mask", need_mask)
+    checks.flag("need_weight", need_weight)
+    checks.flag("need_mask", need_mask)
     checks.same_device(grad_weights=grad_weights, weights=weights, masks=masks)
     dtheta, dmask, norm = _op(grad_weights, weights, masks, block, need_weight, need_mask)
     return (dtheta if need_weight else None), (dmask if need_mask else None), norm

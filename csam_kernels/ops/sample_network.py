@@ -469,10 +469,9 @@ def _check(name: str, step: Step) -> None:
         for what, numbers, bound in (("values", values, 2**7), ("bias", step.bias, 2**31)):
             if numbers is not None and not bool(((numbers == numbers.round()) & (numbers.abs() < bound)).all()):
                 refuse(f"{what} must be whole numbers below {bound} in torch.int8")
-        most = 255 * torch.zeros(want[0], dtype=torch.float64, device="cpu").index_add_(
-            0, torch.arange(want[0], device="cpu").repeat_interleave(rows.diff()), values.abs().double()
-        )
-        if bool((most + (0 if step.bias is None else step.bias.abs()) >= 2**31).any()):
+        run = torch.nn.functional.pad(values.abs().cumsum(0, dtype=torch.float64), (1, 0))  # exact: of whole numbers
+        most = 255 * run[rows.long()].diff() + (0 if step.bias is None else step.bias.abs())
+        if bool((most >= 2**31).any()):
             refuse("values must keep every sum of a filter below 2**31 in torch.int8")
 
 

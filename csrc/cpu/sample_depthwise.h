@@ -147,8 +147,7 @@ struct Depthwise : Layer<Format> {
         const int64_t word = !rolls() ? tap / (kQuads ? 4 : 1) : tap % 3 * Column::kWords + row / each;
         uint32_t& to = weights[o * words() + word];
         if (kQuads) to |= (bits & 0xFF) << (8 * (rolls() ? row : tap % 4));
-        else if (kPairs && rolls() && kIntegers) to |= row % 2 ? bits << 16 : bits & 0xFFFF;
-        else if (kPairs && rolls()) to |= row % 2 ? bits : bits >> 16;
+        else if (kPairs && rolls()) to |= (kIntegers ? bits & 0xFFFF : bits >> 16) << (16 * (row % 2));
         else to = bits;
       }
   }
