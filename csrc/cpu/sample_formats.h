@@ -446,15 +446,24 @@ struct Int8Quads : Integers {  // for AVX512-VNNI; interleaving gives the sums' 
   }
   static void finish(const vs* sums, const uint8_t* other, const Ending& e, uint8_t* out) {
     const __m512i zero = _mm512_setzero_si512();
-    const Quad o = other ? interleaved(_mm512_loadu_si512(other), zero, zero, zero) : Quad{{zero, zero, zero, zero}};
+    const vf scale = splat(e.scale), shift = splat(e.shift), high = splat(e.high);
     vf y[4];
-    for (int i = 0; i < 4; ++i) y[i] = ended((vi)sums[i], to_float((vi)o.v[i]), e);
+    for (int i = 0; i < 4; ++i) y[i] = to_float((vi)sums[i]);
+    if (other) {
+      const Quad o = interleaved(_mm512_loadu_si512(other), zero, zero, zero);
+      for (int i = 0; i < 4; ++i) y[i] = fma(y[i], scale, fma(to_float((vi)o.v[i]), splat(e.other_scale), shift));
+    } else {
+      for (int i = 0; i < 4; ++i) y[i] = fma(y[i], scale, shift);
+    }
     if (e.real) {
+      for (int i = 0; i < 4; ++i) y[i] = finished(y[i], e.low, e.high);
       for (int s = 0; s < kLanes; ++s) store(out + 4 * s, y[s % 16 / 4][s / 16 * 4 + s % 4]);
       return;
     }
-    __m512i n[4];
-    for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32((__m512)nearest(y[i]));
+    if (e.low > 0)
+      for (int i = 0; i < 4; ++i) y[i] = (vf)_mm512_max_ps((__m512)y[i], (__m512)splat(e.low));
+    __m512i n[4];  // what is below 0 packing makes 0
+    for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32(_mm512_min_ps((__m512)y[i], (__m512)high));
     _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
   }
 };

@@ -40,8 +40,9 @@ constexpr bool kShortSums<Bfloat16Tiles> = true;
 template <>
 constexpr bool kTiled<Int8Tiles> = true;
 
+template <class Format>
+constexpr int64_t kPixels = 16 / Format::kSums;     // whose sums are kept, 32 KB
 constexpr int64_t kTile = 256;                      // floats, 16 rows of 16
-constexpr int64_t kPixels = 8;                      // whose sums are kept
 constexpr int64_t kPackedBytes = 1280 << 10;        // of a second-level cache of 2 MiB
 constexpr int64_t kMostDown = 4, kMostAcross = 32;  // pixels of a tile
 // Cycles: four products, as Intel's manual says; measured on a Xeon (family 6, model 207): putting down their sums,
@@ -69,43 +70,59 @@ struct SumTiles {      // four: two strips of filters at two vectors, or one at 
   int64_t in_second;   // floats from the input of the first two to that of the last two, where one strip has four
 };
 
+template <int T>
+using TileNumber = std::integral_constant<int, T>;
+
+// Sums left in tiles 0 .. 3. They are put down between the first products of the next, which else would wait for them.
+struct Held {
+  float* sums = nullptr;  // where they go, as in SumTiles; null: nothing is left
+  int64_t second = 0;
+  bool four = false;
+  template <int T>
+  inline __attribute__((always_inline)) void put_down() const {
+    if (sums && (T < 2 || four)) tile_store<T>(sums + T / 2 * second + T % 2 * kTile, 64);
+  }
+  void put_down_all() {
+    put_down<0>(), put_down<1>(), put_down<2>(), put_down<3>();
+    sums = nullptr;
+  }
+};
+
 template <class Format, int Strips, int Vectors>
 static void add_products(const Read* read, const Read* end, const uint32_t* weights, int64_t deep, const float* packed,
-                         const SumTiles& t) {
+                         const SumTiles& t, Held& held) {
   constexpr int64_t kRow = 64, kUnit = 64 * Format::kSums;
   constexpr bool kFour = Strips * Vectors == 4;
-  tile_load<0>(t.start, kRow);
-  tile_load<1>(t.start, kRow);
-  if (kFour) {
-    tile_load<2>(t.start + t.strip, kRow);
-    tile_load<3>(t.start + t.strip, kRow);
-  }
+  const auto begin = [&](auto tile) __attribute__((always_inline)) {
+    constexpr int T = decltype(tile)::value;
+    held.template put_down<T>();
+    if (T < 2 || kFour) tile_load<T>(t.start + T / 2 * t.strip, kRow);
+  };
+  bool fresh = kFour && read < end;
+  if (!fresh) begin(TileNumber<0>{}), begin(TileNumber<1>{}), begin(TileNumber<2>{}), begin(TileNumber<3>{});
   // Loads first: in between, a neighbour on the same core would have the products wait for them.
-  for (; read < end; ++read) {
+  for (; read < end; ++read, fresh = false) {
     const uint32_t* w = weights + read->index * Strips * 16 * deep;
     const float* in = packed + read->in;
     tile_load_once<4>(w, 4 * deep);
     if (Strips == 2) tile_load_once<5>(w + 16 * deep, 4 * deep);
     tile_load_once<6>(in, kUnit);
     tile_load_once<7>(in + W, kUnit);
+    if (fresh) begin(TileNumber<0>{});
     Format::template product<0, 4, 6>();
+    if (fresh) begin(TileNumber<1>{});
     Format::template product<1, 4, 7>();
-    if (Strips == 2) {
-      Format::template product<2, 5, 6>();
-      Format::template product<3, 5, 7>();
-    } else if (kFour) {
+    if (kFour && Strips == 1) {
       tile_load_once<6>(in + t.in_second, kUnit);
       tile_load_once<7>(in + t.in_second + W, kUnit);
-      Format::template product<2, 4, 6>();
-      Format::template product<3, 4, 7>();
+    }
+    if (fresh) begin(TileNumber<2>{}), begin(TileNumber<3>{});
+    if (kFour) {
+      Format::template product<2, Strips == 2 ? 5 : 4, 6>();
+      Format::template product<3, Strips == 2 ? 5 : 4, 7>();
     }
   }
-  tile_store<0>(t.sums, kRow);
-  tile_store<1>(t.sums + kTile, kRow);
-  if (kFour) {
-    tile_store<2>(t.sums + t.second, kRow);
-    tile_store<3>(t.sums + t.second + kTile, kRow);
-  }
+  held = {t.sums, t.second, kFour};
 }
 
 // Kinds of the outputs along an axis: those alike have the same taps inside the image.
@@ -168,7 +185,7 @@ struct TiledConvolution : Layer<Format> {
 
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, chunks * lines * units * kUnit);
-    Sizes::raise(sizes.sums, kPixels * 2 * kSums * kTile);
+    Sizes::raise(sizes.sums, kPixels<Format> * 2 * kSums * kTile);
   }
 
   void lay() {
@@ -315,25 +332,27 @@ struct TiledConvolution : Layer<Format> {
     const uint32_t* w = weights.data + pair * chunks * products * 32 * deep;
     const float *packed = s.packed.data + (y - top) * across_lines * step, *start = starts.data + pair * 2 * kTile;
     const int32_t* kinds = cuts.data + down_kinds.of[y] * across_kinds.count;
-    for (int64_t begin = left; begin < right; begin += kPixels) {
-      const int64_t end = begin + kPixels < right ? begin + kPixels : right;
+    for (int64_t begin = left; begin < right; begin += kPixels<Format>) {
+      const int64_t end = begin + kPixels<Format> < right ? begin + kPixels<Format> : right;
       float* sums = s.sums.data;
+      Held held;
       for (int64_t x = begin; x < end; ++x, packed += step, sums += pitch) {
         const int32_t kind = across_kinds.of[x];
         const Read *from = reads.data + kinds[kind], *last = reads.data + kinds[kind + 1];
         if (strips == 2) {
           for (int64_t v = 0; v < kSums; v += 2)
             add_products<Format, 2, 2>(from, last, w, deep, packed + v * W,
-                                       {start, kTile, sums + v * kTile, kSums * kTile, 0});
+                                       {start, kTile, sums + v * kTile, kSums * kTile, 0}, held);
         } else if (kSums == 4) {
-          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, 2 * W});
+          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, 2 * W}, held);
         } else if (x + 1 < end && across_kinds.of[x + 1] == kind) {
-          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, step});
+          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, step}, held);
           ++x, packed += step, sums += pitch;
         } else {
-          add_products<Format, 1, 2>(from, last, w, deep, packed, {start, 0, sums, 0, 0});
+          add_products<Format, 1, 2>(from, last, w, deep, packed, {start, 0, sums, 0, 0}, held);
         }
       }
+      held.put_down_all();
       for (int64_t f = 0; f < strips * 16 && first + f < live; ++f)
         Base::write(first + f, y, begin, 1, end - begin, to.sample, to.n,
                     s.sums.data + f / 16 * kSums * kTile + f % 16 * 16, pitch, to.other, to.out, to.samples, kTile);
