@@ -1,4 +1,8 @@
 // sample_conv2d: one convolution, its jobs shared among threads.
+#include <omp.h>
+
+#include <memory>
+
 #include "sample_depthwise.h"
 #include "sample_tiles.h"
 
@@ -13,12 +17,11 @@ static void run(Kind& c, const SampleConvArgs& a, int threads) {
   Element* out = static_cast<Element*>(a.out);
   Sizes sizes;
   c.claim(sizes);
-#pragma omp parallel num_threads(threads)
-  {
-    const auto scratch = sizes.make();
-#pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < c.jobs(a.samples); ++job) c.run(job, in, other, out, a.samples, scratch);
-  }
+  const std::unique_ptr<Scratch[]> scratch(new Scratch[threads]);  // here, where memory may run out
+  for (int t = 0; t < threads; ++t) scratch[t] = sizes.make();
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t job = 0; job < c.jobs(a.samples); ++job)
+    c.run(job, in, other, out, a.samples, scratch[omp_get_thread_num()]);
 }
 
 template <class Format>

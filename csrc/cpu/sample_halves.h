@@ -19,12 +19,23 @@ CSAM_INLINE __m512i add_product(__m512i sum, __m512i weight, const float* x) {
   return sum;
 }
 #else
+CSAM_INLINE __m512d eight(const void* halves) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(halves))));
+}
 static __m512i add_product(__m512i sum, __m512i weight, const float* x) {
-  _Float16 s[32], w[32], v[32];
-  memcpy(s, &sum, 64), memcpy(w, &weight, 64), memcpy(v, x, 64);
-  // A float64 holds the product; where it does not hold the sum, that is too far from halfway between two halves, or
-  // beyond them all, for the first rounding to matter.
-  for (int i = 0; i < 32; ++i) s[i] = _Float16(double(w[i]) * double(v[i]) + double(s[i]));
+  uint16_t s[32], w[32];
+  memcpy(s, &sum, 64), memcpy(w, &weight, 64);
+  for (int i = 0; i < 32; i += 8) {
+    // A float64 holds the product; where it does not hold the sum, that is too far from halfway between two halves, or
+    // beyond them all, for the first rounding to matter. To odd in float32, so that the second is the only one.
+    const __m512d exact = _mm512_fmadd_pd(eight(w + i), eight(reinterpret_cast<const uint16_t*>(x) + i), eight(s + i));
+    const __m256 down = _mm512_cvt_roundpd_ps(exact, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    const __mmask8 cut = _mm512_cmp_pd_mask(_mm512_cvtps_pd(down), exact, _CMP_NEQ_OQ);
+    const __m256i bits = _mm256_castps_si256(down);
+    const __m256i odd = _mm256_mask_or_epi32(bits, cut, bits, _mm256_set1_epi32(1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(s + i),
+                     _mm256_cvtps_ph(_mm256_castsi256_ps(odd), _MM_FROUND_TO_NEAREST_INT));
+  }
   memcpy(&sum, s, 64);
   return sum;
 }

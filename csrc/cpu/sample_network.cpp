@@ -28,39 +28,17 @@ class Network final : public SampleNetwork {
       mean[c] = a.mean ? a.mean[c] : 0;
       spread[c] = a.std ? a.std[c] : 1;
     }
-    for (int64_t i = 0; i < a.count; ++i) {
-      steps[i] = {a.steps[i], nullptr, nullptr, nullptr, nullptr};
-      const SampleConvArgs& layer = a.steps[i].conv;
-      if (a.steps[i].pools) {
-        Sizes::raise(sizes.packed, (layer.kernel[0] + 1) * layer.width * S * int64_t(sizeof(Element)) / 4);
-        continue;
+    try {
+      for (int64_t i = 0; i < a.count; ++i) {
+        steps[i].what = a.steps[i];
+        make_ready(steps[i]);
       }
-      if constexpr (kTransforms)
-        if (layer.engine == kWinograd)
-          if ((steps[i].winograd = Transforming::of(layer))) {
-            ready(steps[i].winograd);
-            continue;
-          }
-      if constexpr (kTiled<Format>)
-        if (layer.engine != kSparse) {
-          steps[i].tiled = ready(new TiledConvolution<Format>(layer));
-          continue;
-        }
-      if (Depthwise<Format>::serves(layer)) {
-        steps[i].depthwise = ready(new Depthwise<Format>(layer));
-        continue;
-      }
-      steps[i].convolution = ready(new Convolution<Format>(layer));
+    } catch (...) {  // no memory
+      release();
+      throw;
     }
   }
-  ~Network() override {
-    for (int64_t i = 0; i < a.count; ++i) {
-      delete steps[i].convolution;
-      delete steps[i].depthwise;
-      if constexpr (kTiled<Format>) delete steps[i].tiled;
-      if constexpr (kTransforms) delete steps[i].winograd;
-    }
-  }
+  ~Network() override { release(); }
 
   const char* format() const override { return Format::kName; }
   int64_t lanes() const override { return S; }
@@ -133,26 +111,43 @@ class Network final : public SampleNetwork {
   }
 
  private:
-  template <class Kind>
-  Kind* ready(Kind* layer) {
-    layer->claim(sizes);
-    if (!a.draft) layer->lay();
-    return layer;
-  }
-
   static double now() {
     timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
   }
 
-  struct Step {
+  struct Step {  // one of the layers, or a maximum
     SampleStep what;
     Convolution<Format>* convolution;
     Depthwise<Format>* depthwise;
     Transforming* winograd;
     TiledConvolution<Format>* tiled;
   };
+  void make_ready(Step& step) {
+    const SampleConvArgs& layer = step.what.conv;
+    const auto ready = [&](auto* made) {
+      made->claim(sizes);
+      if (!a.draft) made->lay();
+    };
+    if (step.what.pools)
+      return Sizes::raise(sizes.packed, (layer.kernel[0] + 1) * layer.width * S * int64_t(sizeof(Element)) / 4);
+    if constexpr (kTransforms)
+      if (layer.engine == kWinograd)
+        if ((step.winograd = Transforming::of(layer))) return ready(step.winograd);
+    if constexpr (kTiled<Format>)
+      if (layer.engine != kSparse) return ready(step.tiled = new TiledConvolution<Format>(layer));
+    if (Depthwise<Format>::serves(layer)) return ready(step.depthwise = new Depthwise<Format>(layer));
+    ready(step.convolution = new Convolution<Format>(layer));
+  }
+  void release() {
+    for (int64_t i = 0; i < a.count; ++i) {
+      delete steps[i].convolution;
+      delete steps[i].depthwise;
+      if constexpr (kTiled<Format>) delete steps[i].tiled;
+      if constexpr (kTransforms) delete steps[i].winograd;
+    }
+  }
   struct Arena {  // of one thread
     Array<Element> memory;
     Scratch scratch;
