@@ -24,9 +24,9 @@ $(VENV)/.nvcc: $(VENV)/.dependencies requirements-nvcc.txt
 demo: $(VENV)/.built
 	$(BIN)/csam demo
 
-# In two processes, each of whole files, whose idle threads do not spin; `python -m pytest tests/...` runs some in one.
+# In two processes, whose idle threads do not spin; `python -m pytest tests/...` runs some in one.
 test: $(VENV)/.built $(VENV)/.nvcc
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,20 @@ def test_a_race_is_of_one_tile_and_layout(cache: Path) -> None:
         engine._raced(network, torch.rand(2, 3, 3), engine.Rival(lambda: raced.append(0), *rival))
     engine._raced(network, torch.rand(2, 3, 3), engine.Rival(lambda: raced.append(0), 1, torch.channels_last))
     assert len(raced) == 3 * engine._ROUNDS
+
+
+def test_what_is_timed_has_one_thread_and_others_keep_theirs() -> None:
+    seen = []
+
+    def run() -> None:
+        seen.append(torch.get_num_threads())
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(torch.get_num_threads).result())
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(torch.get_num_threads).result()
+    assert costs.least_ms(run, 2) > 0
+    assert seen == [1, others] * 2
 
 
 def test_two_processes_at_once_agree(cache: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -21,6 +22,7 @@ from csam.data import cache as folders
 from csam.inference import FusedConv2d, onednn
 from csam.quantization import quantize
 from csam.runs import processor, write_atomic
+from csam.threads import one_intra_op_thread
 from csam_kernels import backend, compress, sample_network
 from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
@@ -139,18 +141,19 @@ def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
 
 
 def least_ms(run: Callable[[], object], rounds: int) -> float:
-    """The least milliseconds of processor time that a call took, on one thread."""
-    threads, least = torch.get_num_threads(), math.inf
-    torch.set_num_threads(1)
-    try:
+    """The least milliseconds of processor time that a call took, on a thread of its own and without others."""
+
+    def measured() -> float:
+        least = math.inf
         with torch.inference_mode():
             for _ in range(rounds):
                 start = time.thread_time()
                 run()
                 least = min(least, time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return 1e3 * least
+        return 1e3 * least
+
+    with ThreadPoolExecutor(1, "csam-costs", initializer=one_intra_op_thread) as pool:
+        return pool.submit(measured).result()
 
 
 __all__ = ["Rates", "kept", "least_ms", "rates"]

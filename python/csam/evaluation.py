@@ -36,7 +36,8 @@ from csam.processes import Team
 from csam.records import Row, TsvWriter, open_votes, votes_path
 from csam.runs import RunError, agree
 from csam.sequential import Certification, Rule, checked_alpha
-from csam.smoothing import Prepared, Smooth, nchw, one_intra_op_thread
+from csam.smoothing import Prepared, Smooth, nchw
+from csam.threads import one_intra_op_thread
 from csam_kernels import checks
 from csam_kernels.ops.sample_network import Range
 

@@ -37,6 +37,7 @@ from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits,
 from csam.laws import LAWS
 from csam.nn import copied, masked_layers, settle_weights
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
+from csam.threads import one_intra_op_thread
 from csam_kernels import checks
 from csam_kernels.cells import cells, steps
 from csam_kernels.laws import checked_law, checked_sigma
@@ -49,7 +50,6 @@ Version = tuple[Tensor, int, int]  # a tensor, its version, its address
 _SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
 _TRIED = 8  # rows of a module's logits on which it is tried whether it is a function of each
 _LANES = 32  # a multiple of the tile of every sampler
-_setting_threads = threading.Lock()
 
 
 def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
@@ -707,20 +707,6 @@ def run_tiles(evaluate: Callable[[int], None], tiles: Sequence[int], workers: in
             over.set()
 
 
-def one_intra_op_thread() -> None:
-    """Give the calling thread, a new one, one intra-op thread, and threads to come what they had.
-
-    torch.set_num_threads sets the number of the calling thread and of all threads to come. So a thread of its
-    own puts the latter back, one caller at a time.
-    """
-    with _setting_threads:
-        default = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-        restore.start()
-        restore.join()
-
-
 def _prepare(
     model: nn.Module,
     shape: torch.Size,
@@ -861,7 +847,6 @@ __all__ = [
     "image",
     "lower_confidence_bound",
     "nchw",
-    "one_intra_op_thread",
     "read",
     "refuse_meta",
     "run_tiles",
