@@ -38,9 +38,9 @@ def sample_conv2d(
     Summed in float32 (the bias, the taps in ascending order, other) and rounded once to x's dtype. The bits do not
     depend on the number of threads or on S, and in float32 not on the instruction set either; in bfloat16 AVX512-BF16
     adds two products an instruction (dense: of two channels) and takes subnormals for 0. With AMX sparse products of
-    bfloat16 are float16's, 64 of a sum at a time: inputs beyond 8188 may give inf, and those below 6e-8 count as 0.
-    Weights that are absent multiply nothing, but where filters read one channel each: there they are zeros, so that
-    the NaN and inf of that channel spread.
+    bfloat16 are float16's, 64 of a sum at a time: inputs beyond 8188 may give inf, and those below 6e-8 count as 0;
+    where filters read one channel each they are float32's. Weights that are absent multiply nothing, but where filters
+    read one channel each: there they are zeros, so that the NaN and inf of that channel spread.
 
     Callers that have checked a packed weight once call `torch.ops.csam.sample_conv2d`, which checks nothing and reads
     wherever taps and rows point.

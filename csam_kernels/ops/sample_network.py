@@ -23,7 +23,7 @@ ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, stream
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
-_ARITHMETIC = 7  # goes up when the same plan gives other bits
+_ARITHMETIC = 8  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
 
 
@@ -202,7 +202,7 @@ class SampleNetwork:
         shape: (C, H, W) of an image.
         classes: K.
         dtype: of all values; sums are float32, in int8 32-bit integers. On processors with AMX those of sparse steps in
-            bfloat16 are float16 for 64 products at a time, which then enter float32 ones.
+            bfloat16, but for depthwise ones, are float16 for 64 products at a time, which then enter float32 ones.
         lanes: samples of a tile, which one thread takes through all steps.
         memory: bytes that a thread takes while it runs.
     """

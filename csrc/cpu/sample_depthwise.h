@@ -60,7 +60,8 @@ struct Depthwise : Layer<Format> {
   static constexpr int64_t kRowsOfAJob = 32;  // of results, at least if there are so many
   static constexpr bool kQuads = K == 4;      // four taps are multiplied at once
   static constexpr bool kIntegers = sizeof(Element) == 1;
-  static constexpr bool kPairs = K == 2;  // two are, where columns roll
+  // Two are, where columns roll; not where short sums are worth it, for there VDPBF16PS takes longer than two FMAs.
+  static constexpr bool kPairs = K == 2 && !kShortSums<Format>;
   using V = std::conditional_t<kIntegers, vi, vf>;
 
   Array<uint32_t> weights;  // [filters, words()], as the format multiplies; column by column if they roll
@@ -113,8 +114,9 @@ struct Depthwise : Layer<Format> {
         Format::unpack(top, reinterpret_cast<vs*>(v[0]));
         Format::unpack(middle, reinterpret_cast<vs*>(v[1]));
         Format::unpack(bottom, reinterpret_cast<vs*>(v[2]));
+        if constexpr (K == 1)
 #pragma GCC unroll 3
-        for (int i = 0; i < kWords; ++i) v[i][0] = once(v[i][0]);
+          for (int i = 0; i < kWords; ++i) v[i][0] = once(v[i][0]);
       }
     }
     __attribute__((always_inline)) void add(const V* w, V* sums) const {  // of pairs and quads
@@ -322,14 +324,18 @@ struct Depthwise : Layer<Format> {
     for (int64_t x = 0; x < a.out_width; ++x) {
       if (kStride == 2) m = columns.next_or_border();
       const Column r = columns.next_or_border();
-      V sum = first;
+      V sums[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        sums[k] = first;
 #pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
-        sum = product_sum(w.v[0][i], l.v[i][0], sum);
-        sum = product_sum(w.v[1][i], m.v[i][0], sum);
-        sum = product_sum(w.v[2][i], r.v[i][0], sum);
+        for (int i = 0; i < 3; ++i) {
+          sums[k] = product_sum(w.v[0][i], l.v[i][k], sums[k]);
+          sums[k] = product_sum(w.v[1][i], m.v[i][k], sums[k]);
+          sums[k] = product_sum(w.v[2][i], r.v[i][k], sums[k]);
+        }
       }
-      To::finish(to, x, reinterpret_cast<const vs*>(&sum));
+      To::finish(to, x, (const vs*)sums);
       l = kStride == 1 ? m : r, m = r;
     }
   }
