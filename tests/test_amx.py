@@ -185,7 +185,10 @@ def wide(filters: int, channels: int, kernel: int) -> Program:
     return of_kind(network(body, image=(3, 4, 3)), "dense")
 
 
-@pytest.mark.parametrize(("filters", "channels", "kernel"), [(1, 70, 3), (33, 31, 1), (70, 130, 3), (16, 64, 5)])
+WIDE = [(1, 70, 3), (33, 31, 1), (33, 96, 3), (70, 130, 3), (16, 64, 5)]
+
+
+@pytest.mark.parametrize(("filters", "channels", "kernel"), WIDE)
 def test_int8_bits_are_those_without_tiles(
     amx: None, loaded: ModuleType, filters: int, channels: int, kernel: int
 ) -> None:

@@ -23,7 +23,7 @@ ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, stream
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
-_ARITHMETIC = 8  # goes up when the same plan gives other bits
+_ARITHMETIC = 9  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
 
 

@@ -456,8 +456,9 @@ struct Int8Quads : Integers {  // for AVX512-VNNI; interleaving gives the sums' 
       for (int i = 0; i < 4; ++i) y[i] = fma(y[i], scale, shift);
     }
     if (e.real) {
-      for (int i = 0; i < 4; ++i) y[i] = finished(y[i], e.low, e.high);
-      for (int s = 0; s < kLanes; ++s) store(out + 4 * s, y[s % 16 / 4][s / 16 * 4 + s % 4]);
+      float real[4][W];  // y stays in registers where there is nothing to store of it
+      for (int i = 0; i < 4; ++i) store(real[i], finished(y[i], e.low, e.high));
+      for (int s = 0; s < kLanes; ++s) store(out + 4 * s, real[s % 16 / 4][s / 16 * 4 + s % 4]);
       return;
     }
     if (e.low > 0)

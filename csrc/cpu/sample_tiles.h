@@ -1,7 +1,7 @@
 // Dense convolution on AMX tiles, samples innermost. A job is a tile of output pixels of one vector of samples. The
 // input under it is packed so that what a product reads follows itself in memory: [chunk of channels][line][unit]; a
 // unit, a row of B, is the channels that one instruction multiplies at once, of all samples. The units of lines side by
-// side are a run, which products divide evenly: with few channels one reaches over several taps. 32 filters, two tiles
+// side are a run, which products divide: with few channels one reaches over several taps. 32 filters, two tiles
 // of A, and two vectors of samples share four tiles of sums, which stay in registers over all products of a pixel.
 // Weights and inputs come from a second-level cache and pass by the first, where the sums of some pixels wait to be
 // stored: one plane's side by side. Taps outside the image are left out where that shows in no bit.
@@ -45,10 +45,9 @@ constexpr int64_t kPixels = 16 / Format::kSums;     // whose sums are kept, 32 K
 constexpr int64_t kTile = 256;                      // floats, 16 rows of 16
 constexpr int64_t kPackedBytes = 1280 << 10;        // of a second-level cache of 2 MiB
 constexpr int64_t kMostDown = 4, kMostAcross = 32;  // pixels of a tile
-// Cycles: four products, as Intel's manual says; measured on a Xeon (family 6, model 207): putting down their sums,
-// packing a unit, a vector of results, a byte of weights from a second-level cache, and about a job.
-constexpr double kQuadCost = 64, kSumsCost = 200, kUnitCost = 24, kResultCost = 8, kStreamCost = 1. / 16,
-                 kTilesCost = 500;
+// Cycles on a Xeon (family 6, model 207), fitted to 110 layers a dtype: four products and their operands, which come
+// from a second-level cache, a vector of results, packing a unit; a byte of weights from that cache, and about a job.
+constexpr double kQuadCost = 114, kResultCost = 5, kUnitCost = 21, kStreamCost = 1. / 16, kTilesCost = 500;
 
 struct Read {     // one product of a pixel
   int32_t in;     // what it reads, from the pixel's first line on, in floats
@@ -62,12 +61,10 @@ struct Results {  // where they go, and what is added
   int64_t samples, sample, n;
 };
 
-struct SumTiles {      // four: two strips of filters at two vectors, or one at four
-  const float* start;  // what the first strip's start from
-  int64_t strip;       // floats to the second's
-  float* sums;         // where they are put, the second right behind the first
-  int64_t second;      // floats from the first to the third
-  int64_t in_second;   // floats from the input of the first two to that of the last two, where one strip has four
+struct SumTiles {     // four: two strips of filters at two vectors, or one at four
+  float* sums;        // where they are put, the second right behind the first
+  int64_t second;     // floats from the first to the third
+  int64_t in_second;  // floats from the input of the first two to that of the last two, where one strip has four
 };
 
 template <int T>
@@ -89,23 +86,23 @@ struct Held {
 };
 
 template <class Format, int Strips, int Vectors>
-static void add_products(const Read* read, const Read* end, const uint32_t* weights, int64_t deep, const float* packed,
+static void add_products(const Read* read, const Read* end, const uint32_t* weights, int64_t pitch, const float* packed,
                          const SumTiles& t, Held& held) {
-  constexpr int64_t kRow = 64, kUnit = 64 * Format::kSums;
+  constexpr int64_t kUnit = 64 * Format::kSums;
   constexpr bool kFour = Strips * Vectors == 4;
   const auto begin = [&](auto tile) __attribute__((always_inline)) {
     constexpr int T = decltype(tile)::value;
     held.template put_down<T>();
-    if (T < 2 || kFour) tile_load<T>(t.start + T / 2 * t.strip, kRow);
+    if (T < 2 || kFour) tile_zero<T>();
   };
   bool fresh = kFour && read < end;
   if (!fresh) begin(TileNumber<0>{}), begin(TileNumber<1>{}), begin(TileNumber<2>{}), begin(TileNumber<3>{});
   // Loads first: in between, a neighbour on the same core would have the products wait for them.
   for (; read < end; ++read, fresh = false) {
-    const uint32_t* w = weights + read->index * Strips * 16 * deep;
+    const uint32_t* w = weights + read->index * Strips * 16 * pitch;
     const float* in = packed + read->in;
-    tile_load_once<4>(w, 4 * deep);
-    if (Strips == 2) tile_load_once<5>(w + 16 * deep, 4 * deep);
+    tile_load_once<4>(w, 4 * pitch);
+    if (Strips == 2) tile_load_once<5>(w + 16 * pitch, 4 * pitch);
     tile_load_once<6>(in, kUnit);
     tile_load_once<7>(in + W, kUnit);
     if (fresh) begin(TileNumber<0>{});
@@ -154,10 +151,12 @@ struct TiledConvolution : Layer<Format> {
   using Base::live;
   using typename Base::Element;
   static constexpr int64_t T = Format::kTogether, kSums = Format::kSums, kUnit = kSums * W;  // floats of a unit
+  static constexpr bool kPads = std::is_same_v<Element, uint8_t>;  // whatever is read times zero is zero
 
   int64_t rows, columns;        // of a tile
   int64_t lines, across_lines;  // under it, and under a row of it
   int64_t chunks, units, deep;  // units of a line of a chunk, and of a product
+  int64_t row_pitch;            // of a product's weights, in units: a power of two, so none lies in two cache lines
   int64_t products;             // of a chunk
   int64_t hop;                  // from a tap to the one whose line is next to its line
   int64_t pairs, part;          // of strips of 16 filters; of a job
@@ -168,8 +167,7 @@ struct TiledConvolution : Layer<Format> {
   Kinds down_kinds, across_kinds;
   Array<Read> reads;        // for each kind of row and of column
   Array<int32_t> cuts;      // where they begin
-  Array<uint32_t> weights;  // [pairs][chunks][products][strips][16][deep]
-  Array<float> starts;      // [strips][16][16]
+  Array<uint32_t> weights;  // [pairs][chunks][products][strips][16][row_pitch]
 
   explicit TiledConvolution(const SampleConvArgs& args, int64_t shares = 1)
       : Base(args), pairs(tiles(live, 32)), all(a.zero != 0) {
@@ -184,15 +182,13 @@ struct TiledConvolution : Layer<Format> {
   }
 
   void claim(Sizes& sizes) const {
-    Sizes::raise(sizes.packed, chunks * lines * units * kUnit);
+    Sizes::raise(sizes.packed, (chunks * lines * units + deep) * kUnit);
     Sizes::raise(sizes.sums, kPixels<Format> * 2 * kSums * kTile);
   }
 
   void lay() {
     const Axis y(a.kernel[0], a.stride[0], a.dilation[0], rows), x(a.kernel[1], a.stride[1], a.dilation[1], columns);
     lay_reads(x, y);
-    starts = Array<float>(pairs * 2 * kTile);
-    for (int64_t o = 0; o < live; ++o) store(starts.data + o * W, Format::start(bias[o]));
     lay_weights();
   }
 
@@ -228,38 +224,40 @@ struct TiledConvolution : Layer<Format> {
   }
 
  private:
-  // How many units a line and a product have: as few products as possible, then as little memory.
+  // How many units a line and a product have: as few products as possible, then as little memory. The last product of
+  // a run may reach past its end.
   void divide() {
-    const int64_t all_units = channels ? tiles(channels, T) : 1;
-    chunks = tiles(all_units, 16);
+    const int64_t all_units = channels ? tiles(channels, T) : 1, least = tiles(all_units, tiles(all_units, 16));
     hop = a.stride[1] % a.dilation[1] ? a.kernel[1] : a.stride[1] / a.dilation[1];
-    products = 0;
-    for (int64_t u = tiles(all_units, chunks); u <= 16; ++u)
-      for (int64_t d = 16; d > 0; --d) {
+    int64_t fewest = 0;
+    for (int64_t u = least; u <= all_units || u <= 16; ++u)
+      for (int64_t d = 1; d <= 16; ++d) {
         int64_t found = 0;
         bool even = true;
         for (int64_t first = 0; first < hop && first < a.kernel[1]; ++first) {
-          const int64_t run = tiles(a.kernel[1] - first, hop) * u;
-          even &= run % d == 0;
-          found += run / d;
+          even &= run_units(first, u) % d == 0;
+          found += tiles(run_units(first, u), d);
         }
-        if (even && (!products || found * a.kernel[0] < products)) products = found * a.kernel[0], units = u, deep = d;
+        const int64_t c = tiles(all_units, u), total = c * found;
+        if ((even || kPads) && (!fewest || total < fewest || (total == fewest && c * u < chunks * units)))
+          fewest = total, chunks = c, units = u, deep = d, products = found * a.kernel[0];
       }
     merged = deep > units || units % deep;
+    for (row_pitch = 1; row_pitch < deep;) row_pitch *= 2;
   }
 
   // The tile that leaves the least to do.
   void choose() {
     const double pixels = double(a.out_height * a.out_width), strips = double(tiles(live, 16));
     const double quads = pixels * strips * kSums / 4, depth = double(chunks * products);
-    const double fixed = quads * (depth * kQuadCost + kSumsCost) + pixels * live * kSums * kResultCost;
+    const double fixed = quads * depth * kQuadCost + pixels * live * kSums * kResultCost;
     for (int64_t r = 1; r <= kMostDown && r <= Base::most_rows(); r *= 2)
       for (int64_t c = 1; c <= kMostAcross; c *= 2) {
         const Axis y(a.kernel[0], a.stride[0], a.dilation[0], r), x(a.kernel[1], a.stride[1], a.dilation[1], c);
         const int64_t packed = chunks * y.lines * x.lines * units;
         if (r * c > 1 && 4 * packed * kUnit > kPackedBytes) continue;
         const double work =
-            double(packed) * kSums / 2 * kUnitCost + strips * depth * 64 * deep * kStreamCost + kTilesCost;
+            double(packed) * kSums / 2 * kUnitCost + strips * depth * 64 * row_pitch * kStreamCost + kTilesCost;
         const double total = fixed + work * double(tiles(a.out_height, r) * tiles(a.out_width, c));
         if (!cost || total < cost) rows = r, columns = c, cost = total;
       }
@@ -273,10 +271,11 @@ struct TiledConvolution : Layer<Format> {
   Place place(int64_t p) const {
     const int64_t across = products / a.kernel[0];
     int64_t first = 0, at = p % across;
-    for (; at >= tiles(a.kernel[1] - first, hop) * units / deep; ++first)
-      at -= tiles(a.kernel[1] - first, hop) * units / deep;
+    for (; at >= tiles(run_units(first, units), deep); ++first) at -= tiles(run_units(first, units), deep);
     return {p / across, first, at * deep};
   }
+  // Of the run from a tap on, of lines of so many units.
+  int64_t run_units(int64_t first, int64_t u) const { return tiles(a.kernel[1] - first, hop) * u; }
 
   void lay_reads(const Axis& x, const Axis& y) {
     down_kinds = Kinds(a, 0, a.height, a.out_height, all);
@@ -306,20 +305,21 @@ struct TiledConvolution : Layer<Format> {
   void lay_weights() {
     const Array<float> full = Base::full();
     const int64_t there = tiles(channels, T) * T;
-    weights = Array<uint32_t>(tiles(live, 16) * chunks * products * 16 * deep);
+    weights = Array<uint32_t>(tiles(live, 16) * chunks * products * 16 * row_pitch);
     uint32_t* to = weights.data;
     for (int64_t pair = 0; pair < pairs; ++pair)
       for (int64_t p = 0; p < chunks * products; ++p) {
         const Place at = place(p % products);
-        for (int64_t o = pair * 32, end = o + (live - o > 16 ? 32 : 16); o < end; ++o)
+        for (int64_t o = pair * 32, end = o + (live - o > 16 ? 32 : 16); o < end; ++o, to += row_pitch)
           for (int64_t d = 0; d < deep; ++d) {
-            const int64_t unit = at.unit + d, tap = at.row * a.kernel[1] + at.first + unit / units * hop;
+            const int64_t unit = at.unit + d, across = at.first + unit / units * hop;
+            const int64_t tap = at.row * a.kernel[1] + across;
             float w[T];
             for (int64_t i = 0; i < T; ++i) {
               const int64_t c = (p / products * units + unit % units) * T + i;
-              w[i] = o < live && c < there ? full[(o * there + c) * area + tap] : 0;
+              w[i] = o < live && c < there && across < a.kernel[1] ? full[(o * there + c) * area + tap] : 0;
             }
-            *to++ = Format::unit_weight(w);
+            to[d] = Format::unit_weight(w);
           }
       }
   }
@@ -329,9 +329,10 @@ struct TiledConvolution : Layer<Format> {
                const Results<Element>& to) const {
     const int64_t first = pair * 32, strips = live - first > 16 ? 2 : 1, pitch = strips * kSums * kTile;  // of a pixel
     const int64_t step = units * kUnit;  // from a pixel's lines to the next's
-    const uint32_t* w = weights.data + pair * chunks * products * 32 * deep;
-    const float *packed = s.packed.data + (y - top) * across_lines * step, *start = starts.data + pair * 2 * kTile;
+    const uint32_t* w = weights.data + pair * chunks * products * 32 * row_pitch;
+    const float* packed = s.packed.data + (y - top) * across_lines * step;
     const int32_t* kinds = cuts.data + down_kinds.of[y] * across_kinds.count;
+    const int64_t at = Base::place_of(y, 0, to.samples) + to.sample;
     for (int64_t begin = left; begin < right; begin += kPixels<Format>) {
       const int64_t end = begin + kPixels<Format> < right ? begin + kPixels<Format> : right;
       float* sums = s.sums.data;
@@ -341,21 +342,24 @@ struct TiledConvolution : Layer<Format> {
         const Read *from = reads.data + kinds[kind], *last = reads.data + kinds[kind + 1];
         if (strips == 2) {
           for (int64_t v = 0; v < kSums; v += 2)
-            add_products<Format, 2, 2>(from, last, w, deep, packed + v * W,
-                                       {start, kTile, sums + v * kTile, kSums * kTile, 0}, held);
+            add_products<Format, 2, 2>(from, last, w, row_pitch, packed + v * W, {sums + v * kTile, kSums * kTile, 0},
+                                       held);
         } else if (kSums == 4) {
-          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, 2 * W}, held);
+          add_products<Format, 1, 4>(from, last, w, row_pitch, packed, {sums, 2 * kTile, 2 * W}, held);
         } else if (x + 1 < end && across_kinds.of[x + 1] == kind) {
-          add_products<Format, 1, 4>(from, last, w, deep, packed, {start, 0, sums, 2 * kTile, step}, held);
+          add_products<Format, 1, 4>(from, last, w, row_pitch, packed, {sums, 2 * kTile, step}, held);
           ++x, packed += step, sums += pitch;
         } else {
-          add_products<Format, 1, 2>(from, last, w, deep, packed, {start, 0, sums, 0, 0}, held);
+          add_products<Format, 1, 2>(from, last, w, row_pitch, packed, {sums, 0, 0}, held);
         }
       }
       held.put_down_all();
-      for (int64_t f = 0; f < strips * 16 && first + f < live; ++f)
-        Base::write(first + f, y, begin, 1, end - begin, to.sample, to.n,
-                    s.sums.data + f / 16 * kSums * kTile + f % 16 * 16, pitch, to.other, to.out, to.samples, kTile);
+      for (int64_t f = 0; f < strips * 16 && first + f < live; ++f) {
+        if (f % 8 == 4) tiles_stay_awake();
+        const float* sum = s.sums.data + f / 16 * kSums * kTile + f % 16 * 16;
+        Base::template write_row<true>(first + f, at + begin * to.samples, end - begin, to.n, sum, pitch, kTile,
+                                       to.other, to.out, to.samples);
+      }
     }
   }
 
