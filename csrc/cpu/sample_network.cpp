@@ -7,13 +7,12 @@
 
 #include "random.h"
 #include "sample_depthwise.h"
+#include "sample_pool.h"
 #include "sample_tiles.h"
 #include "sample_winograd.h"
 
 namespace csam {
 namespace CSAM_ISA {
-
-constexpr double kComparisonCost = 4;  // of a maximum of two vectors, in multiply-adds
 
 template <class Format>
 class Network final : public SampleNetwork {
@@ -86,9 +85,8 @@ class Network final : public SampleNetwork {
 
   void costs(double* vectors) const override {
     for (int64_t i = 0; i < a.count; ++i) {
-      const SampleConvArgs& p = steps[i].what.conv;
-      const double compared = double(p.channels * p.out_height * (p.width * p.kernel[0] + p.out_width * p.kernel[1]));
-      vectors[i] = steps[i].convolution ? steps[i].convolution->cost / S : compared * kComparisonCost / S;
+      if (steps[i].convolution) vectors[i] = steps[i].convolution->cost / S;
+      if (steps[i].pooling) vectors[i] = steps[i].pooling->cost / S;
       if (steps[i].depthwise) vectors[i] = steps[i].depthwise->cost / S;
       if constexpr (kTiled<Format>)
         if (steps[i].tiled) vectors[i] = steps[i].tiled->cost / S;
@@ -121,6 +119,7 @@ class Network final : public SampleNetwork {
     SampleStep what;
     Convolution<Format>* convolution;
     Depthwise<Format>* depthwise;
+    Pooling<Format>* pooling;
     Transforming* winograd;
     TiledConvolution<Format>* tiled;
   };
@@ -130,8 +129,7 @@ class Network final : public SampleNetwork {
       made->claim(sizes);
       if (!a.draft) made->lay();
     };
-    if (step.what.pools)
-      return Sizes::raise(sizes.packed, (layer.kernel[0] + 1) * layer.width * S * int64_t(sizeof(Element)) / 4);
+    if (step.what.pools) return (step.pooling = new Pooling<Format>(layer))->claim(sizes);
     if constexpr (kTransforms)
       if (layer.engine == kWinograd)
         if ((step.winograd = Transforming::of(layer))) return ready(step.winograd);
@@ -144,6 +142,7 @@ class Network final : public SampleNetwork {
     for (int64_t i = 0; i < a.count; ++i) {
       delete steps[i].convolution;
       delete steps[i].depthwise;
+      delete steps[i].pooling;
       if constexpr (kTiled<Format>) delete steps[i].tiled;
       if constexpr (kTransforms) delete steps[i].winograd;
     }
@@ -160,25 +159,6 @@ class Network final : public SampleNetwork {
   Array<float> mean, spread;
   Array<Step> steps;
   Sizes sizes;
-
-  // Values as integers of the same order, NaN above all.
-  using Lane =
-      std::conditional_t<sizeof(Element) == 1, uint8_t, std::conditional_t<sizeof(Element) == 2, int16_t, int32_t>>;
-  typedef Lane Keys __attribute__((vector_size(S * sizeof(Lane))));
-  static constexpr int kBits = 8 * sizeof(Lane);
-  static constexpr Lane kSize = Lane(~(uint64_t(1) << (kBits - 1))),
-                        kInfinity = Lane(kBits == 16 ? 0x7F80 : 0x7F800000);
-  static constexpr Lane kLowest = kBits == 8 ? 0 : Lane(~kInfinity);
-
-  static Keys swapped(Keys v) {  // bits and key
-    return kBits == 8 ? v : v ^ ((v >> (kBits - 1)) & kSize);
-  }
-  static Keys keyed(Keys v) {
-    if (kBits == 8) return v;
-    const Keys most = Keys{} + kSize;
-    return (v & kSize) > kInfinity ? most : swapped(v);
-  }
-  static Keys greater(Keys a, Keys b) { return a > b ? a : b; }
 
   // Noisy pixels, rounded, then normalised and rounded again.
   template <Law law>
@@ -246,7 +226,7 @@ class Network final : public SampleNetwork {
   void run(const Arena& arena, const Step& step) const {
     const Element* in = arena.at(step.what.in);
     Element* out = arena.at(step.what.out);
-    if (step.what.pools) return pool(step.what.conv, in, out, reinterpret_cast<Keys*>(arena.scratch.packed.data));
+    if (step.pooling) return step.pooling->run(in, out, arena.scratch);
     if constexpr (kTransforms)
       if (const Transforming* w = step.winograd) {
         const Element* other = step.what.other < 0 ? nullptr : arena.at(step.what.other);
@@ -257,43 +237,6 @@ class Network final : public SampleNetwork {
       for (int64_t job = 0; job < layer.jobs(S); ++job) job_of(layer, arena, step, job);
     });
   }
-
-  // Down columns, then along the row which that gives. The keys of a window's rows stay where they are until the window
-  // has passed (not with dilation: rows between them come later): kernel + 1 rows of memory as wide as the input.
-  static void pool(const SampleConvArgs& p, const Element* in, Element* out, Keys* between) {
-    Keys* rows_of_keys = between + p.width;
-    const bool stay = p.dilation[0] == 1;
-    for (int64_t c = 0; c < p.channels; ++c, in += p.height * p.width * S)
-      for (int64_t y = 0, made = 0; y < p.out_height; ++y) {  // so many rows of this channel have their keys
-        const Inside rows(p, 0, y, p.height);
-        for (int64_t x = 0; x < p.width; ++x) between[x] = Keys{} + kLowest;
-        for (int64_t i = 0; i < rows.count; ++i) {
-          const int64_t row = rows.first + i * p.dilation[0];
-          Keys* keys = rows_of_keys + (stay ? row % p.kernel[0] : i) * p.width;
-          if (!stay || row >= made) {
-            for (int64_t x = 0; x < p.width; ++x) keys[x] = keyed(load<Keys>(in + (row * p.width + x) * S));
-            made = row + 1;
-          }
-          for (int64_t x = 0; x < p.width; ++x) between[x] = greater(between[x], keys[x]);
-        }
-        for (int64_t x = 0; x < p.out_width; ++x, out += S) {
-          const Inside columns(p, 1, x, p.width);
-          Keys most = Keys{} + kLowest;
-          for (int64_t i = 0; i < columns.count; ++i) most = greater(most, between[columns.first + i * p.dilation[1]]);
-          store(out, swapped(most));
-        }
-      }
-  }
-
-  struct Inside {  // the taps of a window that lie inside the image
-    int64_t first, count = 0;
-    Inside(const SampleConvArgs& p, int axis, int64_t at, int64_t size) {
-      first = at * p.stride[axis] - p.padding[axis];
-      int64_t left = p.kernel[axis];
-      for (; left > 0 && first < 0; --left) first += p.dilation[axis];
-      for (; count < left && first + count * p.dilation[axis] < size;) ++count;
-    }
-  };
 
   void count(const Element* place, int64_t n, int64_t* out) const {
     const auto* logits = reinterpret_cast<const typename Format::Logit*>(place);
