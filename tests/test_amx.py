@@ -24,7 +24,7 @@ from csam.quantization import quantize
 from csam_kernels import _C, cpu, reference
 from csam_kernels.ops.sample_network import Program, Value
 from test_sample_conv2d import WINDOWS, both, sparse
-from test_sample_network import BODIES, SIGMA, agrees, built, convolution, network, of_kind, padded
+from test_sample_network import BODIES, SIGMA, agrees, built, convolution, network, of_kind, padded, read_while_made
 
 pytestmark = pytest.mark.skipif("avx512" not in ISAS, reason="the kernels around the tiles are AVX-512's")
 ENGINES = pytest.mark.parametrize("engine", ["sparse", "dense"])
@@ -86,21 +86,22 @@ def test_bits_do_not_depend_on_threads_or_samples(amx: None, engine: str) -> Non
     torch.set_num_threads(before)
 
 
-def test_what_is_not_finite_spreads_through_live_channels_alone(amx: None) -> None:
-    """40 channels are padded to whole tiles: with zeros, which NaN and infinity beside them do not reach."""
-    x = torch.randn(40, 2, 2, 33).bfloat16()
-    x[3, 0, 1, 5], x[38, 1, 1, 7], x[39] = float("nan"), float("inf"), float("nan")
-    weight = torch.rand(18, 40, 1, 1) + 1
-    weight[:, 39], weight[4] = 0, 0
+@pytest.mark.parametrize("channels", [34, 40])
+def test_what_is_not_finite_spreads_through_live_channels_alone(amx: None, channels: int) -> None:
+    """They are padded to whole tiles: with zeros, which NaN and infinity beside them do not reach."""
+    x = torch.randn(channels, 2, 2, 33).bfloat16()
+    x[3, 0, 1, 5], x[-2, 1, 1, 7], x[-1] = float("nan"), float("inf"), float("nan")
+    weight = torch.rand(18, channels, 1, 1) + 1
+    weight[:, -1], weight[4] = 0, 0
     out = ck.sample_conv2d(x, *ck.compress(weight), kernel_size=1, dense=True)
     live = [f for f in range(18) if f != 4]
     assert torch.equal(out[live].isnan(), x[3].isnan().expand(17, 2, 2, 33))
-    assert torch.equal(out[live].isinf(), x[38].isinf().expand(17, 2, 2, 33))
+    assert torch.equal(out[live].isinf(), x[-2].isinf().expand(17, 2, 2, 33))
     assert torch.equal(out[4], torch.zeros_like(out[4]))
 
 
 def test_sums_are_in_the_processors_order(amx: None) -> None:
-    """Of 32 channels the even and the odd are summed apart, each rounded as it goes; then both are added to the bias.
+    """Of 32 channels the even and the odd are summed apart, each rounded as it goes; then both enter the sum.
 
     The odd ones are the even ones' negatives, backwards: what is left is the rounding alone.
     """
@@ -115,6 +116,24 @@ def test_sums_are_in_the_processors_order(amx: None) -> None:
         sums[channel % 2] = (sums[channel % 2].double() + product).float()
     assert int((found != 0).sum()) > 200
     assert torch.equal(found, (sums[0] + sums[1]).bfloat16().float())
+
+
+def test_the_bias_is_added_last(amx: None) -> None:
+    """It is the negative of what two products come to, one after the other, and takes away all of that."""
+    x, weight = (torch.randn(64) * 2.0 ** torch.randint(16, (64,))).bfloat16(), torch.randn(16, 64).bfloat16()
+    parts = []
+    for some in (range(32), range(32, 64)):
+        sums = torch.zeros(2, 16)
+        for channel in some:
+            sums[channel % 2] = (sums[channel % 2].double() + x[channel].double() * weight[:, channel].double()).float()
+        parts.append(sums[0] + sums[1])
+    total = parts[0] + parts[1]
+    assert bool((-total + parts[0] + parts[1] != 0).any())
+    step = convolution(Value(64, 1, 1), 16)
+    step.weight, step.bias, step.engine = ck.compress(weight.float()[:, :, None, None]), -total, "dense"
+    program = Program(step.input, step.out, [step])
+    found = ck.sample_network(program, torch.bfloat16).logits(x[None, :, None, None].expand(3, 64, 1, 1))
+    assert torch.equal(found, torch.zeros(3, 16))
 
 
 def once_rounded(x: torch.Tensor) -> torch.Tensor:
@@ -175,25 +194,24 @@ def test_networks(amx: None, name: str, dtype: torch.dtype, engine: str) -> None
         agrees(made, program, x)
 
 
-def wide(filters: int, channels: int, kernel: int) -> Program:
+def wide(filters: int, channels: int, kernel: int, stride: int = 1) -> Program:
     def body(x: Value) -> list[Any]:
         first = padded(x, channels, low=0.0)
-        half = kernel // 2
-        second = convolution(first.out, filters, (kernel, kernel), padding=(half, half), other=None, low=0.0)
-        return [first, second]
+        window = {"padding": (kernel // 2, kernel // 2), "stride": (stride, stride)}
+        return [first, convolution(first.out, filters, (kernel, kernel), other=None, low=0.0, **window)]
 
     return of_kind(network(body, image=(3, 4, 3)), "dense")
 
 
-WIDE = [(1, 70, 3), (33, 31, 1), (33, 96, 3), (70, 130, 3), (16, 64, 5)]
+WIDE = [(1, 70, 3, 1), (33, 31, 1, 1), (33, 96, 3, 1), (33, 96, 3, 2), (70, 130, 3, 1), (16, 64, 5, 1), (16, 3, 7, 2)]
 
 
-@pytest.mark.parametrize(("filters", "channels", "kernel"), WIDE)
+@pytest.mark.parametrize(("filters", "channels", "kernel", "stride"), WIDE)
 def test_int8_bits_are_those_without_tiles(
-    amx: None, loaded: ModuleType, filters: int, channels: int, kernel: int
+    amx: None, loaded: ModuleType, filters: int, channels: int, kernel: int, stride: int
 ) -> None:
     x = torch.rand(70, 3, 4, 3)
-    program = quantize(wide(filters, channels, kernel), x)
+    program = quantize(wide(filters, channels, kernel, stride), x)
     made = ck.sample_network(program, torch.int8)
     found, votes = made.logits(x), made.votes(x[0], SIGMA, 100, seed=3)
     loaded.set_isa("avx512")
@@ -201,6 +219,15 @@ def test_int8_bits_are_those_without_tiles(
     assert torch.equal(found, without.logits(x))
     assert torch.equal(votes, without.votes(x[0], SIGMA, 100, seed=3))
     assert made.fingerprint == without.fingerprint
+
+
+@ENGINES
+@BOTH
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
+def test_values_that_are_read_while_they_are_made(
+    amx: None, dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_while_made(dtype, engine, stride, monkeypatch)
 
 
 def test_bfloat16_votes(amx: None, loaded: ModuleType) -> None:
@@ -261,7 +288,7 @@ def test_the_instructions_are_in_the_extension() -> None:
     listing = subprocess.run(["objdump", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
     for name in (
         "ldtilecfg",
-        "tileloadd",
+        "tilezero",
         "tileloaddt1",
         "tdpbf16ps",
         "tdpbsud",

@@ -144,6 +144,8 @@ BODIES: dict[str, Callable[[Value], list[Step]]] = {
     "maximum": lambda x: [padded(x, 5), maximum(Value(5, 9, 7), (2, 2), (4, 3), stride=(2, 2))],
     "maximum-padded": lambda x: [maximum(x, (3, 3), (5, 4), stride=(2, 2), padding=(1, 1))],
     "maximum-ceil": lambda x: [maximum(x, (2, 2), (5, 4), stride=(2, 2))],
+    "maximum-high": lambda x: [maximum(x, (5, 3), (5, 7), padding=(0, 1))],
+    "maximum-higher": lambda x: [maximum(x, (7, 2), (5, 6), stride=(2, 1), padding=(3, 0))],
     "maximum-dilated": lambda x: [maximum(x, (3, 2), (5, 2), dilation=(2, 5))],
 }
 
@@ -303,6 +305,16 @@ def test_winograd_of_the_largest_integers(isa: str, channels: int) -> None:
     if isa != "amx":
         assert (transformed != step_costs(program, torch.int8)[0]) == (channels * 9 * 127 * 255 < 2**25)
     assert torch.equal(found, reference.sample_network(program, images, torch.int8))
+
+
+@DTYPES
+def test_a_maximum_of_padding_alone_is_minus_infinity(isa: str, dtype: torch.dtype) -> None:
+    """The two rows of the only window lie above the image and below it."""
+    x = Value(2, 1, 3)
+    step = Step(x, Value(2, 1, 3), kernel=(2, 1), padding=(1, 0), dilation=(2, 1))
+    each = Step(flattened(step.out), Value(6, 1, 1), weight=ck.compress(torch.eye(6)[:, :, None, None]))
+    found = ck.sample_network(Program(x, each.out, [step, each]), dtype).logits(torch.rand(5, 2, 1, 3))
+    assert bool((found == -math.inf).all())
 
 
 @DTYPES
@@ -540,12 +552,7 @@ def test_depthwise_integers(isa: str, stride: tuple[int, int], padding: int) -> 
         assert torch.equal(found, reference.sample_network(program, images, torch.int8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["f32", "bf16", "int8"])
-@pytest.mark.parametrize("engine", ["sparse", "dense"])
-@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)], ids=str)
-def test_values_that_are_read_while_they_are_made(
-    isa: str, dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def read_while_made(dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as when each step waits for all of the one before it, in less memory."""
     torch.manual_seed(1)
     x = Value(6, 21, 10)
@@ -568,6 +575,15 @@ def test_values_that_are_read_while_they_are_made(
     batch = images if dtype is torch.int8 else images.to(dtype)
     assert torch.equal(found.logits(batch), want.logits(batch))
     assert torch.equal(found.votes(images[0], 0.5, 100, seed=3), want.votes(images[0], 0.5, 100, seed=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("engine", ["sparse", "dense"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_values_that_are_read_while_they_are_made(
+    isa: str, dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_while_made(dtype, engine, stride, monkeypatch)
 
 
 def test_only_the_next_step_reads_what_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:

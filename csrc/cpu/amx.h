@@ -25,12 +25,9 @@ template <int T>
 CSAM_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
+// What need not stay in a first-level cache, `stride` bytes from row to row.
 template <int T>
-CSAM_INLINE void tile_load(const void* from, int64_t stride) {  // bytes from row to row
-  asm volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {  // what need not stay in a first-level cache
+CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {
   asm volatile("tileloaddt1 (%0,%1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
@@ -45,10 +42,6 @@ template <int C, int A, int B>
 CSAM_INLINE void tile_product_int8() {  // A signed, B unsigned
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-
-// A product for nothing, which spoils tile 0. The multiplier goes to sleep after some 250 ns without one (Xeon, family
-// 6, model 207), and the product that wakes it takes as long.
-CSAM_INLINE void tiles_stay_awake() { tile_product_int8<0, 4, 6>(); }
 
 #else
 
@@ -86,21 +79,15 @@ CSAM_INLINE void tile_zero() {
   memset(t.data, 0, sizeof t.data);
 }
 template <int T>
-CSAM_INLINE void tile_load(const void* from, int64_t stride) {
+CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {
   Tile& t = configured(T);
   for (int r = 0; r < t.rows; ++r) memcpy(t.data[r], static_cast<const char*>(from) + r * stride, t.row_bytes);
-}
-template <int T>
-CSAM_INLINE void tile_load_once(const void* from, int64_t stride) {
-  tile_load<T>(from, stride);
 }
 template <int T>
 CSAM_INLINE void tile_store(void* to, int64_t stride) {
   const Tile& t = configured(T);
   for (int r = 0; r < t.rows; ++r) memcpy(static_cast<char*>(to) + r * stride, t.data[r], t.row_bytes);
 }
-
-CSAM_INLINE void tiles_stay_awake() {}
 
 CSAM_INLINE float flushed(float v) { return v < FLT_MIN && v > -FLT_MIN ? copysignf(0, v) : v; }
 CSAM_INLINE float bf16_at(const uint8_t* bytes) {
@@ -145,6 +132,10 @@ CSAM_INLINE void tile_product_int8() {
 }
 
 #endif
+
+// A product for nothing, which spoils tile 0. The multiplier goes to sleep after some 250 ns without one (Xeon, family
+// 6, model 207), and the product that wakes it takes as long.
+CSAM_INLINE void tiles_stay_awake() { tile_product_int8<0, 4, 6>(); }
 
 }  // namespace CSAM_ISA
 }  // namespace csam

@@ -159,21 +159,19 @@ struct Layer {
     return to;
   }
 
-  // Sums [rows, columns] of one filter, `pitch` floats apart and their vectors `gap`, to the outputs from (top, left)
-  // on that are inside.
+  // Sums [rows, columns] of one filter, `pitch` floats apart, to the outputs from (top, left) on that are inside.
   void write(int64_t slot, int64_t top, int64_t left, int64_t rows, int64_t columns, int64_t sample, int64_t n,
-             const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples,
-             int64_t gap = W) const {
+             const float* sums, int64_t pitch, const Element* other, Element* out, int64_t samples) const {
     const int64_t end = columns < a.out_width - left ? columns : a.out_width - left;
     for (int64_t r = 0; r < rows && top + r < a.out_height; ++r)
-      write_row<false>(slot, place_of(top + r, left, samples) + sample, end, n, sums + r * columns * pitch, pitch, gap,
+      write_row<false>(slot, place_of(top + r, left, samples) + sample, end, n, sums + r * columns * pitch, pitch, W,
                        other, out, samples);
   }
   // Of an output, in values from the first of its filter on.
   int64_t place_of(int64_t y, int64_t x, int64_t samples) const { return (y % out_rows * a.out_width + x) * samples; }
 
-  // Those of a row, to the output at place `at` and those right of it. Bare sums have begun at 0.
-  template <bool kBare>
+  // Those of a row, their vectors `gap` floats apart, to the output at place `at` and those right of it.
+  template <bool kAddsBias>
   inline __attribute__((always_inline)) void write_row(int64_t slot, int64_t at, int64_t columns, int64_t n,
                                                        const float* sum, int64_t pitch, int64_t gap,
                                                        const Element* other, Element* out, int64_t samples) const {
@@ -183,41 +181,42 @@ struct Layer {
     const int64_t i = filter[slot] * plane + at;
     const Element* added = other ? other + i : nullptr;
     Element* to = out + width * i;
-    const vf start = Format::start(kBare ? bias[slot] : 0);
-    if (n < Format::kLanes) write_some<kBare>(n, columns, sum, pitch, gap, start, added, ending, to, samples);
+    const vf filters_bias = Format::start(kAddsBias ? bias[slot] : 0);
+    if (n < Format::kLanes)
+      write_some<kAddsBias>(n, columns, sum, pitch, gap, filters_bias, added, ending, to, samples);
     else if (added)
       for (int64_t c = 0; c < columns; ++c, sum += pitch, added += samples, to += width * samples) {
         __builtin_prefetch(added + ahead);
         __builtin_prefetch(to + ahead, 1);
-        finish_at<kBare>(sum, gap, start, added, ending, to);
+        finish_at<kAddsBias>(sum, gap, filters_bias, added, ending, to);
       }
     else
       for (int64_t c = 0; c < columns; ++c, sum += pitch, to += width * samples) {
         __builtin_prefetch(to + ahead, 1);
-        finish_at<kBare>(sum, gap, start, nullptr, ending, to);
+        finish_at<kAddsBias>(sum, gap, filters_bias, nullptr, ending, to);
       }
   }
 
-  template <bool kBare>
-  CSAM_INLINE void finish_at(const float* sums, int64_t gap, vf start, const Element* other, const Ending& ending,
+  template <bool kAddsBias>
+  CSAM_INLINE void finish_at(const float* sums, int64_t gap, vf bias, const Element* other, const Ending& ending,
                              Element* out) {
     using Sum = std::conditional_t<std::is_same_v<Element, uint8_t>, vi, vf>;
     vf v[Format::kSums];
     for (int i = 0; i < Format::kSums; ++i) {
       v[i] = load<vf>(sums + i * gap);
-      if (kBare) v[i] = (vf)((Sum)v[i] + (Sum)start);
+      if (kAddsBias) v[i] = (vf)((Sum)v[i] + (Sum)bias);
     }
     Format::finish(v, other, ending, out);
   }
 
-  template <bool kBare>
-  void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, int64_t gap, vf start, const Element* added,
+  template <bool kAddsBias>
+  void write_some(int64_t n, int64_t end, const float* sum, int64_t pitch, int64_t gap, vf bias, const Element* added,
                   const Ending& ending, Element* to, int64_t samples) const {
     const int64_t width = a.real ? sizeof(float) / sizeof(Element) : 1;
     for (int64_t c = 0; c < end; ++c, sum += pitch, to += width * samples) {
       Element some[Format::kLanes * 4] = {};
       if (added) memcpy(some, added + c * samples, n * sizeof *some);
-      finish_at<kBare>(sum, gap, start, added ? some : nullptr, ending, some);
+      finish_at<kAddsBias>(sum, gap, bias, added ? some : nullptr, ending, some);
       memcpy(to, some, n * width * sizeof *some);
     }
   }

@@ -3,8 +3,6 @@
 // packed vector holds: one thread takes it through all steps.
 #include <time.h>
 
-#include <type_traits>
-
 #include "random.h"
 #include "sample_depthwise.h"
 #include "sample_pool.h"

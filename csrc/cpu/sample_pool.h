@@ -61,8 +61,8 @@ struct Pooling {
         for (int64_t x = 0; x < a.width && !rows.count; ++x) most[x] = Keys{} + kLowest;
         for (int64_t i = 0; i < rows.count; i += 3) {  // three at a time, the last one again where there are fewer
           const int64_t left = rows.count - 1 - i;
-          add(from + slot(rows, i) * a.width, from + slot(rows, i + (left > 0)) * a.width,
-              from + slot(rows, i + (left > 1 ? 2 : left)) * a.width, i, most);
+          raise(from + slot(rows, i) * a.width, from + slot(rows, i + (left > 0)) * a.width,
+                from + slot(rows, i + (left > 1 ? 2 : left)) * a.width, i > 0, most);
         }
         for (int64_t x = 0; x < a.out_width; ++x, out += S) {
           Keys all = Keys{} + kLowest;
@@ -98,18 +98,18 @@ struct Pooling {
     }
   }
 
-  void add(const Keys* first, const Keys* second, const Keys* third, bool more, Keys* most) const {
+  void raise(const Keys* first, const Keys* second, const Keys* third, bool begun, Keys* most) const {
     for (int64_t x = 0; x < a.width; ++x) {
       if (!kKeyed) fetch(third + x);
-      if (!kKeyed && a.stride[0] > 1) fetch(second + x);  // new too
+      if (!kKeyed && a.stride[0] > 1) fetch((second == third ? first : second) + x);  // new too
       const Keys of_three = greater(greater(first[x], second[x]), third[x]);
-      most[x] = more ? greater(most[x], of_three) : of_three;
+      most[x] = begun ? greater(most[x], of_three) : of_three;
     }
   }
 
   CSAM_INLINE void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kAheadBytes, 0, 2); }
 
-  static Keys swapped(Keys v) {  // bits and key
+  static Keys swapped(Keys v) {  // bits to keys, and back
     return kKeyed ? v ^ ((v >> (kBits - 1)) & kSize) : v;
   }
   static Keys keyed(Keys v) {

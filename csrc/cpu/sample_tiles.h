@@ -1,10 +1,11 @@
 // Dense convolution on AMX tiles, samples innermost. A job is a tile of output pixels of one vector of samples. The
 // input under it is packed so that what a product reads follows itself in memory: [chunk of channels][line][unit]; a
 // unit, a row of B, is the channels that one instruction multiplies at once, of all samples. The units of lines side by
-// side are a run, which products divide: with few channels one reaches over several taps. 32 filters, two tiles
-// of A, and two vectors of samples share four tiles of sums, which stay in registers over all products of a pixel.
-// Weights and inputs come from a second-level cache and pass by the first, where the sums of some pixels wait to be
-// stored: one plane's side by side. Taps outside the image are left out where that shows in no bit.
+// side are a run, which products divide, in int8 reaching past its end: with few channels one reaches over several
+// taps. 32 filters, two tiles of A, and two vectors of samples share four tiles of sums, which stay in registers over
+// all products of a pixel. Weights and inputs come from a second-level cache and pass by the first, where the sums of
+// some pixels wait to be stored: one plane's side by side. Taps outside the image are left out where that shows in no
+// bit.
 #pragma once
 #include "amx.h"
 #include "sample_halves.h"
@@ -182,7 +183,8 @@ struct TiledConvolution : Layer<Format> {
   }
 
   void claim(Sizes& sizes) const {
-    Sizes::raise(sizes.packed, (chunks * lines * units + deep) * kUnit);
+    Sizes::raise(sizes.packed,
+                 (chunks * lines * units + deep) * kUnit);  // and what a product reaches past the last run
     Sizes::raise(sizes.sums, kPixels<Format> * 2 * kSums * kTile);
   }
 
@@ -224,8 +226,8 @@ struct TiledConvolution : Layer<Format> {
   }
 
  private:
-  // How many units a line and a product have: as few products as possible, then as little memory. The last product of
-  // a run may reach past its end.
+  // How many units a line and a product have: as few products as possible, then as little memory. Of bytes the last
+  // product of a run may reach past its end, with weights of zero; what may be NaN it must not reach.
   void divide() {
     const int64_t all_units = channels ? tiles(channels, T) : 1, least = tiles(all_units, tiles(all_units, 16));
     hop = a.stride[1] % a.dilation[1] ? a.kernel[1] : a.stride[1] / a.dilation[1];
