@@ -132,7 +132,7 @@ def test_torchs_defaults_change_nothing(other_defaults: Callable[[], None]) -> N
     other_defaults()
     found = results()
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert costs._convolution_ns(8, 8, torch.float32) > 0
+    assert costs._convolution(8, 8, torch.float32)() > 0
     assert [step.engine for step in costs._layer("dense", torch.int8).steps] == ["dense", "sparse"]
 
 

@@ -27,7 +27,7 @@ from csam_kernels import backend, compress, sample_network
 from csam_kernels.ops.sample_network import Program, Step, Value, step_costs
 
 _CHANNELS, _FEW, _SIZE, _TILE, _DENSITY = 64, 16, 16, 64, 0.5  # of what is measured: a layer in the middle of a ResNet
-_ROUNDS = 7
+_TURNS, _PAUSE = 20, 0.05  # seconds
 _PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _RATED = ("sparse", "dense")  # Winograd's costs are in units of the dense loop
 
@@ -50,7 +50,7 @@ class Rates:
 
 @cache
 def rates(dtype: torch.dtype) -> Rates:
-    """The machine's rates, measured in some 0.3 s; kept as by `kept`."""
+    """The machine's rates, measured in one to two seconds; kept as by `kept`."""
     about = (str(dtype), [step_costs(_layer(engine, dtype), dtype) for engine in _RATED])
     names = {field.name for field in fields(Rates)}
 
@@ -117,17 +117,31 @@ def _layer(engine: str, dtype: torch.dtype) -> Program:
 
 
 def _measured(dtype: torch.dtype) -> Rates:
-    layers = [_layer(engine, dtype) for engine in _RATED]
-    sparse, dense = (1e6 * sample_network(p, dtype).times(_ROUNDS)[0] / step_costs(p, dtype)[0] for p in layers)
-    if dtype is torch.int8:
+    """The least of some turns a while apart: others on the machine slow one kind more than the other, and pass."""
+    measures = [_step(engine, dtype) for engine in _RATED]
+    if dtype is not torch.int8:
+        measures += [_convolution(channels, size, dtype) for channels, size in ((_CHANNELS, _SIZE), (_FEW, 2 * _SIZE))]
+    least = [math.inf] * len(measures)
+    for _ in range(_TURNS):
+        least = [min(before, measure()) for before, measure in zip(least, measures, strict=True)]
+        time.sleep(_PAUSE)
+    sparse, dense, *convolutions = least
+    if not convolutions:
         return Rates(sparse, dense, 0.0, 0.0)
-    wide, few = (_convolution_ns(channels, size, dtype) for channels, size in ((_CHANNELS, _SIZE), (_FEW, 2 * _SIZE)))
+    wide, few = convolutions
     narrow = max(0.0, (few - wide) / (1 / _FEW - 1 / _CHANNELS))
     narrow = min(narrow, wide * _CHANNELS)  # no layer takes less than nothing
     return Rates(sparse, dense, max(0.0, wide - narrow / _CHANNELS), narrow)
 
 
-def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
+def _step(engine: str, dtype: torch.dtype) -> Callable[[], float]:
+    """Nanoseconds of a vector's multiply-add in a step of that kind."""
+    program = _layer(engine, dtype)
+    network, cost = sample_network(program, dtype), step_costs(program, dtype)[0]
+    return lambda: 1e6 * network.times(1)[0] / cost
+
+
+def _convolution(channels: int, size: int, dtype: torch.dtype) -> Callable[[], float]:
     """Nanoseconds of a multiply-add in torch's convolution, as the sampling engine calls it."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
         layer: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1, **_PLAIN)
@@ -137,7 +151,7 @@ def _convolution_ns(channels: int, size: int, dtype: torch.dtype) -> float:
     x = torch.full((_TILE, channels, size, size), 0.5, **_PLAIN).to(dtype).contiguous(memory_format=torch.channels_last)
     if isinstance(layer, FusedConv2d):
         layer.pack(tuple(x.shape))
-    return 1e6 * least_ms(lambda: layer(x), _ROUNDS) / (_TILE * layer.weight.numel() * size * size)
+    return lambda: 1e6 * least_ms(lambda: layer(x), 1) / (_TILE * layer.weight.numel() * size * size)
 
 
 def least_ms(run: Callable[[], object], rounds: int) -> float:
