@@ -360,12 +360,13 @@ _TRANSFORMS = {2: _F2, 4: _F4}
 
 
 def _winograd(step: Step, images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A step's convolution by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016; what is multiplied is rounded to
-    dtype.
+    """A step's convolution by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016.
 
-    At place (1, 1) of the former, where windows are summed along both axes, weights are two numbers of dtype each.
+    What is multiplied is rounded to dtype, at place (1, 1) of F(2x2, 3x3), where windows are summed along both axes, to
+    two numbers of it; in bfloat16 F(4x4, 3x3) rounds less than weights would be, and nothing here.
     """
     tile, (down, across), size = winograd_tile(step, dtype), step.padding, (step.out.height, step.out.width)
+    dtype = torch.float32 if tile == 4 else dtype
     below, right = (-n % tile for n in size)
     images = F.pad(images, (across, across + right, down, down + below))
     windows = images.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)  # [n, C, tiles, tiles, tile + 2, tile + 2]

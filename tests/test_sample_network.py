@@ -32,6 +32,7 @@ from csam_kernels.ops.sample_network import (
     outputs,
     step_costs,
     transformable,
+    winograd_tile,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -158,11 +159,20 @@ def built(name: str, engine: str = "sparse", scaled: bool = False) -> Program:
     return of_kind(program, engine)
 
 
+def fixed(step: Step, dtype: torch.dtype) -> bool:
+    """Whether a step multiplies in fixed point."""
+    return step.engine == "winograd" and dtype is torch.bfloat16 and winograd_tile(step, dtype) == 4
+
+
 def agrees(made: SampleNetwork, program: Program, x: Tensor) -> None:
-    """The logits of images are the reference's; of sparse layers that sum in float16, as near to float32's as those."""
+    """The logits of images are the reference's; of sparse layers that sum in float16 as near to float32's as those, of
+    layers in fixed point as near as those of direct sums."""
     found = made.logits(x)
-    wanted = reference.sample_network(program, x, made.dtype)
-    if "float16 sparse" in made._native.format and any(step.engine == "sparse" for step in program.steps):
+    in_fixed_point = any(fixed(step, made.dtype) for step in program.steps)
+    direct = of_kind(copy.deepcopy(program), "dense") if in_fixed_point else program
+    wanted = reference.sample_network(direct, x, made.dtype)
+    halves = "float16 sparse" in made._native.format and any(step.engine == "sparse" for step in program.steps)
+    if halves or in_fixed_point:
         exact = reference.sample_network(program, x, torch.float32)
         assert (found - exact).norm() <= 1.15 * (wanted - exact).norm()
     else:
@@ -242,10 +252,65 @@ def test_float32_loses_little_more_by_winograd_than_by_direct_sums() -> None:
         weight = torch.randn(16, 256, 3, 3) / 48
         step = Step(x, Value(16, size, size), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
         program = Program(x, flattened(step.out), [step])
-        exact = torch.nn.functional.conv2d(images.double(), weight.double(), padding=1).flatten(1)
+        exact = F.conv2d(images.double(), weight.double(), padding=1).flatten(1)
         found = [ck.sample_network(of_kind(program, e), torch.float32).logits(images) for e in ("dense", "winograd")]
         direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
         assert transformed < factor * direct
+
+
+@pytest.mark.parametrize(("size", "factor"), [(8, 1.0), (4, 1.1)])
+def test_bfloat16_loses_no_more_by_winograd_than_by_direct_sums(isa: str, size: int, factor: float) -> None:
+    """Integers of 16 bits are finer than bfloat16 weights; results are rounded to bfloat16 by both. Most of 4x4 outputs
+    have fewer taps, whose direct sums round less."""
+    x, images = Value(256, size, size), torch.randn(32, 256, size, size).relu().bfloat16().float()
+    weight = torch.randn(16, 256, 3, 3) / 48
+    step = Step(x, Value(16, size, size), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
+    program = Program(x, flattened(step.out), [step])
+    exact = F.conv2d(images.double(), weight.double(), padding=1).flatten(1)
+    found = [ck.sample_network(of_kind(program, e), torch.bfloat16).logits(images) for e in ("dense", "winograd")]
+    direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
+    assert transformed <= factor * direct
+
+
+@pytest.mark.parametrize("channels", [2, 70, 300])
+def test_bfloat16_winograd_of_the_largest_sums(isa: str, channels: int) -> None:
+    """Every sample gives its filter the largest sum that inputs within [-1, 1] can at its place of F(4x4, 3x3)."""
+    of_input, of_weight, _ = (torch.tensor(t, dtype=torch.float64) for t in reference._F4)
+    weight = torch.randn(36, channels, 3, 3)
+    places = (of_weight @ weight.double() @ of_weight.t()).flatten(2)  # [36, channels, 36]
+    signs = torch.stack([torch.outer(a, b).sign() for a in of_input for b in of_input])  # [36, 6, 6]
+    worst = torch.stack([places[p, :, p].sign().view(-1, 1, 1) * signs[p] for p in range(36)]).float()
+    x = Value(channels, 6, 6)
+    step = Step(x, Value(36, 4, 4), weight=ck.compress(weight), kernel=(3, 3))
+    program = of_kind(Program(x, flattened(step.out), [step]), "winograd")
+    exact = F.conv2d(worst, weight).flatten(1)
+    found = ck.sample_network(program, torch.bfloat16).logits(worst)
+    assert float((found - exact).norm() / exact.norm()) < 4e-3
+
+
+def test_bfloat16_winograd_of_samples_of_any_size(isa: str) -> None:
+    """Each in its own unit: zeros, the smallest and the largest numbers, infinity and NaN leave the others alone."""
+    x, images = Value(5, 8, 8), torch.rand(70, 5, 8, 8).bfloat16().float()
+    weight = torch.randn(7, 5, 3, 3)
+    step = Step(x, Value(7, 8, 8), weight=ck.compress(weight), bias=torch.randn(7), kernel=(3, 3), padding=(1, 1))
+    program = of_kind(Program(x, flattened(step.out), [step]), "winograd")
+    made = ck.sample_network(program, torch.bfloat16)
+    plain = made.logits(images)
+    sizes = {3: 0.0, 17: 1e-38, 18: 1e-20, 40: 1e30, 41: math.inf, 42: math.nan}
+    for sample, size in sizes.items():
+        images[sample] *= size
+    images[41] = torch.zeros(5, 8, 8)
+    images[41, 2, 3, 3] = math.inf
+    found = made.logits(images)
+    others = [i for i in range(70) if i not in sizes]
+    assert torch.equal(found[others], plain[others])
+    bias = step.bias.view(-1, 1).expand(7, 64).flatten()
+    for sample in (3, 17, 18):
+        torch.testing.assert_close(found[sample], bias.bfloat16().float())
+    exact = F.conv2d(images[40:41].double(), weight.double(), padding=1).flatten()
+    assert float((found[40] - exact).norm() / exact.norm()) < 4e-3
+    assert not found[41].view(7, 8, 8)[:, 3, 3].isfinite().any()
+    assert found[42].isnan().all()
 
 
 @DTYPES

@@ -23,7 +23,7 @@ ENGINES = ("sparse", "dense", "winograd")  # in the order of csrc/cpu/kernels.h
 Rows = tuple[Tensor, Tensor, Tensor]  # values, taps, rows of `compress`
 Range = tuple[Tensor, int, int, int]  # image, samples, the first of them, stream
 STREAMED = 2**14  # numbers a sample of a value from which that pays: a megabyte in bfloat16
-_ARITHMETIC = 9  # goes up when the same plan gives other bits
+_ARITHMETIC = 10  # goes up when the same plan gives other bits
 _MOST = 2**31 - 1  # numbers of a value
 
 
@@ -85,9 +85,10 @@ class Step:
         engine: how a convolution multiplies. "sparse": each filter its own taps. "dense": filters share what they load,
             with the zeros between channels and filters that are alive at all; faster from a density of about 0.4 on.
             "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)); for a
-            kernel of 3x3, stride 1, no dilation. In float32, where an image has four tiles of 4x4 or more, 36 in place
-            of 144 (F(4x4, 3x3)) and up to twice the rounding; in int8 too, with the bits of the others. It runs dense
-            where tiles of AMX are faster, and in int8 where the sum of a filter could pass 2^25.
+            kernel of 3x3, stride 1, no dilation. Where an image allows, 36 in place of 144 (F(4x4, 3x3), see
+            `winograd_tile`): in float32 with up to twice the rounding, in bfloat16 by integers of 16 bits, with less;
+            in int8 always, with the bits of the others. It runs dense where tiles of AMX are faster, and in int8 where
+            the sum of a filter could pass 2^25.
         name: for messages.
         integers: in a program of int8 and no other.
     """
@@ -395,11 +396,12 @@ def transformable(step: Step) -> bool:
 def winograd_tile(step: Step, dtype: torch.dtype) -> int:
     """Side of the square of outputs that engine "winograd" makes at a time: 2, or 4, by (side + 2)^2 products each.
 
-    float32 has 4 where an image has four such squares and they take at most three quarters of the products.
+    int8 has 4, and so have the others where that leaves at most three quarters of the products; float32 of four such
+    squares or more, or the weights would be read once for each.
     """
     small, large = (math.prod(-(-n // side) for n in (step.out.height, step.out.width)) for side in (2, 4))
-    fours = dtype is torch.int8 or (dtype is torch.float32 and large >= 4 and 3 * large <= small)
-    return 4 if fours else 2
+    fours = 3 * large <= small and (large >= 4 or dtype is torch.bfloat16)
+    return 4 if fours or dtype is torch.int8 else 2
 
 
 def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -70,6 +70,15 @@ struct Axis {
   }
 };
 
+struct Window {  // of an output along an axis: its taps inside the image, from first to last, last excluded
+  int64_t first = 0, last;
+  Window(const SampleConvArgs& a, int axis, int64_t output) : last(a.kernel[axis]) {
+    const int64_t size = axis ? a.width : a.height, start = output * a.stride[axis] - a.padding[axis];
+    while (first < last && start + first * a.dilation[axis] < 0) ++first;
+    while (first < last && start + (last - 1) * a.dilation[axis] >= size) --last;
+  }
+};
+
 struct Shape {  // of a tile of output pixels, and the register tile that fills it
   int64_t rows, columns;
   Micro micro;
@@ -430,7 +439,7 @@ struct Convolution : Layer<Format> {
     outputs.row_at = row_at;
     outputs.rows = tile.rows < a.out_height - top ? tile.rows : a.out_height - top;
     outputs.columns = tile.columns < a.out_width - left ? tile.columns : a.out_width - left;
-    for (int64_t r = 0; r < tile.rows; ++r) row_at[r] = ((top + r) % Base::out_rows * a.out_width + left) * samples;
+    for (int64_t r = 0; r < tile.rows; ++r) row_at[r] = Base::place_of(top + r, left, samples);
     outputs.plane = Base::out_rows * a.out_width * samples;
     outputs.step = samples;
     outputs.filter = filter.data + first;

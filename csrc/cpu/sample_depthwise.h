@@ -179,7 +179,7 @@ struct Depthwise : Layer<Format> {
         if (inside) lines[i] = {in + row % in_rows * a.width * samples + sample, in_rows * a.width * samples, samples};
         else lines[i] = {border.data, 0, 0};
       }
-      const int64_t at = y % out_rows * a.out_width * samples + sample;
+      const int64_t at = Base::place_of(y, 0, samples) + sample;
       const To to = {other ? other + at : nullptr,
                      out + at * width,
                      out_rows * a.out_width * samples,

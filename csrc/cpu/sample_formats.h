@@ -75,12 +75,88 @@ struct Bfloat16 : Floats<Bfloat16> {  // widened when it is packed
   static void put(vf v, Element* out) { store(out, to_bf16(v)); }
 };
 
-#if defined(__AVX2__)
 #if defined(__AVX512F__)
 #define CSAM_PAIRS __attribute__((target("avx512bf16"))) static
 #else
 #define CSAM_PAIRS static
 #endif
+
+// Whether values are integers of a unit of their own each time they are packed, and sums are left as floats.
+template <class Format>
+constexpr bool kFixed = false;
+
+constexpr int64_t kFixedUnits = 32;  // whose sums stay in 32 bits
+
+// F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
+template <class Format, int F, int C>
+CSAM_PAIRS void add_row_pairs(const Block& b, int64_t filters, float* sums) {
+  using V = std::conditional_t<kFixed<Format>, vi, vf>;
+  constexpr int K = Format::kSums, N = K * C;
+  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
+  for (int64_t o = 0; o < filters; o += F, sums += F * K * pixels * W) {
+    fetch(b, share);
+    const uint32_t* weights = b.weights + o * b.products;
+    for (int64_t row = 0; row < b.rows; ++row)
+      for (int64_t column = 0; column < b.columns; column += C) {
+        float* sum = sums + K * (row * b.columns + column) * W;
+        const float* packed = b.packed + row * b.pitch + K * column * W;
+        const uint32_t* w = weights;
+        int64_t done = 0;
+        do {
+          const int64_t end = kFixed<Format> && done + kFixedUnits < b.products ? done + kFixedUnits : b.products;
+          const bool fresh = b.bias && !done;
+          const auto before = [&](int f, int i) __attribute__((always_inline)) {
+            return fresh ? Format::start(b.bias[o + f]) : load<vf>(sum + (K * f * pixels + i) * W);
+          };
+          V v[F][N];
+#pragma GCC unroll 32
+          for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+            for (int i = 0; i < N; ++i) v[f][i] = once(kFixed<Format> ? V{} : (V)before(f, i));
+          for (; done < end; ++done, w += F) {
+            const float* in = packed + b.offsets[done];
+            vi x[N];
+#pragma GCC unroll 32
+            for (int i = 0; i < N; ++i) x[i] = load<vi>(in + i * W);
+#pragma GCC unroll 32
+            for (int f = 0; f < F; ++f) {
+              const vi each = spread<vi>(w[f]);
+#pragma GCC unroll 32
+              for (int i = 0; i < N; ++i) v[f][i] = Format::dot(v[f][i], x[i], each);
+            }
+          }
+          if (!kFixed<Format> && b.outputs) {
+            finish<Format, F, 1, C>(b, filters, o, row, column, (const vs*)v);
+            continue;
+          }
+#pragma GCC unroll 32
+          for (int f = 0; f < F; ++f)
+#pragma GCC unroll 32
+            for (int i = 0; i < N; ++i) {
+              const vf found = kFixed<Format> ? before(f, i) + to_float((vi)v[f][i]) : (vf)v[f][i];
+              store(sum + (K * f * pixels + i) * W, found);
+            }
+        } while (done < b.products);
+      }
+  }
+}
+
+// Sums of products of 16-bit integers, two in each lane, modulo 2^32.
+CSAM_INLINE vi add_words(vi sum, vi x, vi w) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)x, (__m512i)w));
+#elif defined(__AVX2__)
+  vi products;  // as assembly, in this order: with intrinsics the sums of a tile move between registers and memory
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(x), "x"(w));
+  return sum;
+#else
+  const vi low = ((x << 16) >> 16) * ((w << 16) >> 16), high = (x >> 16) * (w >> 16);
+  return (vi)((vu)sum + (vu)low + (vu)high);
+#endif
+}
+CSAM_INLINE uint32_t word_pair(const float* w) { return uint16_t(int32_t(w[0])) | uint32_t(int32_t(w[1])) << 16; }
+
+#if defined(__AVX2__)
 
 // One tap, or two whose products enter the sums in one instruction. The one alone is paired with zeros times zero,
 // which spread no NaN.
@@ -125,48 +201,6 @@ CSAM_PAIRS void add_pairs(const Block& b, int64_t filters, float* sums) {
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * R * C; ++i)
           store(sum + (2 * (i / 2 / C * b.columns + i / 2 % C) + i % 2) * W, v[i / 2][i % 2]);
-      }
-  }
-}
-
-// F filters at a time, C pixels side by side; the channels of a pair lie interleaved.
-template <class Format, int F, int C>
-CSAM_PAIRS void add_row_pairs(const Block& b, int64_t filters, float* sums) {
-  const int64_t share = tiles(b.fetches, tiles(filters, F)), pixels = b.pixels;
-  for (int64_t o = 0; o < filters; o += F, sums += 2 * F * pixels * W) {
-    fetch(b, share);
-    const uint32_t* weights = b.weights + o * b.products;
-    for (int64_t row = 0; row < b.rows; ++row)
-      for (int64_t column = 0; column < b.columns; column += C) {
-        float* sum = sums + 2 * (row * b.columns + column) * W;
-        const float* packed = b.packed + row * b.pitch + 2 * column * W;
-        vf v[F][2 * C];
-#pragma GCC unroll 32
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i)
-            v[f][i] = b.bias ? Format::start(b.bias[o + f]) : load<vf>(sum + (2 * f * pixels + i) * W);
-        const uint32_t* w = weights;
-        for (int64_t p = 0; p < b.products; ++p, w += F) {
-          const float* in = packed + b.offsets[p];
-          vi x[2 * C];
-#pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i) x[i] = load<vi>(in + i * W);
-#pragma GCC unroll 32
-          for (int f = 0; f < F; ++f) {
-            const vi each = spread<vi>(w[f]);
-#pragma GCC unroll 32
-            for (int i = 0; i < 2 * C; ++i) v[f][i] = Format::dot(v[f][i], x[i], each);
-          }
-        }
-        if (b.outputs) {
-          finish<Format, F, 1, C>(b, filters, o, row, column, (const vs*)v);
-          continue;
-        }
-#pragma GCC unroll 32
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 32
-          for (int i = 0; i < 2 * C; ++i) store(sum + (2 * f * pixels + i) * W, v[f][i]);
       }
   }
 }
@@ -239,6 +273,35 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
 };
 #endif
 
+// Two channels of a bfloat16 network in fixed point of 16 bits, finer than bfloat16 (sample_winograd.h).
+template <class Base>
+struct Bfloat16Words;
+template <class Base>
+constexpr bool kFixed<Bfloat16Words<Base>> = true;
+
+template <class Base>
+struct Bfloat16Words : Base {
+  static constexpr int kTogether = 2, kFilters = W < 16 ? 2 : 4, kColumns = 4 / Base::kSums;
+  static constexpr Micro kDense[] = {{1, kColumns, add_row_pairs<Bfloat16Words, kFilters, kColumns>},
+                                     {1, 1, add_row_pairs<Bfloat16Words, kFilters, 1>}};
+  // As assembly, for an intrinsic's sums, of another type, would move between registers.
+  CSAM_INLINE vi dot(vi sum, vi x, vi w) {
+#if defined(__AVX512F__)
+    if constexpr (Base::kSums == 2) {
+      asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+      return sum;
+    }
+#endif
+    return add_words(sum, x, w);
+  }
+  static uint32_t unit_weight(const float* w) { return word_pair(w); }
+  static void pack_words(const vf* in, vf scale, float* out) {  // |in * scale| < 2^15, to nearest
+    const vf magic = splat(12582912.0f);                        // 1.5 * 2^23: the lowest bits are the integer's
+    const vu low = (vu)fma(in[0], scale, magic), high = (vu)fma(in[1], scale, magic);
+    store(out, (low & 0xFFFFu) | high << 16);
+  }
+};
+
 CSAM_INLINE void store_bytes(vf v, uint8_t* out) {  // of whole numbers 0 .. 255
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
@@ -274,9 +337,7 @@ struct Integers {  // unsigned values times signed weights, summed in 32 bits: t
 #if defined(__AVX2__)
 struct Words {  // integers of 16 bits, of two channels together
   using Work = vw;
-  static uint32_t unit_weight(const float* w) {
-    return (Integers::weight(w[0]) & 0xFFFFu) | Integers::weight(w[1]) << 16;
-  }
+  static uint32_t unit_weight(const float* w) { return word_pair(w); }
   static void pack_sums(const vw* in, float* out) {
     store(out, low_pairs((vi)in[0], (vi)in[1]));
     store(out + W, high_pairs((vi)in[0], (vi)in[1]));
@@ -487,12 +548,7 @@ struct Int8Pairs : Integers, Words {  // unpacking a vector gives the sums' orde
   static constexpr int kLanes = 2 * W, kSums = 2, kWork = 1, kTogether = 2, kFilters = 2;
   static constexpr Micro kSparse[] = {{1, 4, add_pairs<Int8Pairs, 1, 4>}, {1, 1, add_pairs<Int8Pairs, 1, 1>}};
   static constexpr Micro kDense[] = {{1, 2, add_row_pairs<Int8Pairs, 2, 2>}, {1, 1, add_row_pairs<Int8Pairs, 2, 1>}};
-  // As assembly, in this order: with intrinsics the sums of a tile move between registers and memory.
-  CSAM_INLINE vf dot(vf sum, vi x, vi w) {
-    vi products;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(x), "x"(w));
-    return sum;
-  }
+  CSAM_INLINE vf dot(vf sum, vi x, vi w) { return (vf)add_words((vi)sum, x, w); }
   CSAM_INLINE vi weights(const Tap& t) { return spread<vi>(t.weight); }
   CSAM_INLINE vi weights(const Tap& t, const Tap& u) {
     return (vi)_mm256_blend_epi16((__m256i)spread<vi>(t.weight), (__m256i)(spread<vi>(u.weight) << 16), 0xAA);

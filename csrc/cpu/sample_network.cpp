@@ -17,7 +17,7 @@ class Network final : public SampleNetwork {
   using Element = typename Format::Element;
   static constexpr int64_t S = Format::kLanes;
   static constexpr bool kTransforms = !kTiled<Format>;  // AMX multiplies faster what is not
-  using Transforming = Winograd<typename Transformed<Format>::Type>;
+  using Transforming = Winograd<Element>;
 
  public:
   explicit Network(const SampleNetworkArgs& args) : a(args), mean(a.channels), spread(a.channels), steps(args.count) {
@@ -130,7 +130,7 @@ class Network final : public SampleNetwork {
     if (step.what.pools) return (step.pooling = new Pooling<Format>(layer))->claim(sizes);
     if constexpr (kTransforms)
       if (layer.engine == kWinograd)
-        if ((step.winograd = Transforming::of(layer))) return ready(step.winograd);
+        if ((step.winograd = winograd_of<Format>(layer))) return ready(step.winograd);
     if constexpr (kTiled<Format>)
       if (layer.engine != kSparse) return ready(step.tiled = new TiledConvolution<Format>(layer));
     if (Depthwise<Format>::serves(layer)) return ready(step.depthwise = new Depthwise<Format>(layer));
@@ -255,8 +255,10 @@ class Network final : public SampleNetwork {
 SampleNetwork* sample_network(const SampleNetworkArgs& a) {
   if (a.dtype == kF32) return new Network<Float32>(a);
 #if defined(__AVX512F__)
-  if (a.dtype == kInt8 && __builtin_cpu_supports("avx512vnni")) return new Network<Int8Quads>(a);
-  if (a.dtype == kBF16 && __builtin_cpu_supports("avx512bf16")) return new Network<Bfloat16Pairs>(a);
+  const bool multiplies_integers = __builtin_cpu_supports("avx512vnni");
+  if (a.dtype == kInt8 && multiplies_integers) return new Network<Int8Quads>(a);
+  if (a.dtype == kBF16 && multiplies_integers && __builtin_cpu_supports("avx512bf16"))
+    return new Network<Bfloat16Pairs>(a);
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if (a.dtype == kInt8) return new Network<Int8Pairs>(a);

@@ -11,8 +11,8 @@ namespace CSAM_ISA {
 constexpr double kComparisonCost = 4;     // of a maximum of two vectors, in multiply-adds
 constexpr int64_t kAheadBytes = 4 << 10;  // fetched before they are read: .7 to .8 of the time where tensors are large
 
-struct Window {  // the taps of one that lie inside the image
-  int64_t first, count = 0;
+struct Span {  // the inputs of a window along an axis
+  int64_t first, count;
 };
 
 template <class Format>
@@ -31,14 +31,14 @@ struct Pooling {
   SampleConvArgs a;
   bool stay;
   double cost;  // of kLanes samples
-  Array<Window> down, across;
+  Array<Span> down, across;
 
   explicit Pooling(const SampleConvArgs& args)
       : a(args),
         stay(a.dilation[0] == 1),
         cost(kComparisonCost * double(a.channels * a.out_height * (a.width * a.kernel[0] + a.out_width * a.kernel[1]))),
-        down(windows(0, a.height, a.out_height)),
-        across(windows(1, a.width, a.out_width)) {}
+        down(spans(0, a.out_height)),
+        across(spans(1, a.out_width)) {}
 
   void claim(Sizes& sizes) const {
     const int64_t rows = kKeyed ? a.kernel[0] + 1 : 1;
@@ -50,7 +50,7 @@ struct Pooling {
     Keys* made = most + a.width;
     for (int64_t c = 0; c < a.channels; ++c, in += a.height * a.width * S)
       for (int64_t y = 0, next = 0; y < a.out_height; ++y) {  // the channel's first row without keys
-        const Window& rows = down[y];
+        const Span& rows = down[y];
         for (int64_t i = 0; kKeyed && i < rows.count; ++i) {
           const int64_t row = rows.first + i * a.dilation[0];
           if (stay && row < next) continue;
@@ -73,20 +73,17 @@ struct Pooling {
   }
 
  private:
-  Array<Window> windows(int axis, int64_t size, int64_t outputs) const {
-    Array<Window> all(outputs);
+  Array<Span> spans(int axis, int64_t outputs) const {
+    Array<Span> all(outputs);
     for (int64_t o = 0; o < outputs; ++o) {
-      Window& w = all[o];
-      w.first = o * a.stride[axis] - a.padding[axis];
-      int64_t left = a.kernel[axis];
-      for (; left > 0 && w.first < 0; --left) w.first += a.dilation[axis];
-      while (w.count < left && w.first + w.count * a.dilation[axis] < size) ++w.count;
+      const Window taps(a, axis, o);
+      all[o] = {o * a.stride[axis] - a.padding[axis] + taps.first * a.dilation[axis], taps.last - taps.first};
     }
     return all;
   }
 
   // Where the keys of a window's row are, in rows.
-  int64_t slot(const Window& rows, int64_t i) const {
+  int64_t slot(const Span& rows, int64_t i) const {
     const int64_t row = rows.first + i * a.dilation[0];
     return !kKeyed ? row : stay ? row % a.kernel[0] : i;
   }

@@ -129,17 +129,13 @@ struct Kinds {
   Array<int64_t> first, last;  // of each kind: its taps from first to last, last excluded
   Array<int32_t> of;           // output -> kind
   Kinds() = default;
-  Kinds(const SampleConvArgs& a, int axis, int64_t size, int64_t outputs, bool all)
-      : first(outputs), last(outputs), of(outputs) {
-    const int64_t kernel = a.kernel[axis];
+  Kinds(const SampleConvArgs& a, int axis, int64_t outputs, bool all) : first(outputs), last(outputs), of(outputs) {
     for (int64_t o = 0; o < outputs; ++o) {
-      const int64_t start = o * a.stride[axis] - a.padding[axis];
-      int64_t begin = 0, end = kernel;
-      while (!all && begin < kernel && start + begin * a.dilation[axis] < 0) ++begin;
-      while (!all && end > begin && start + (end - 1) * a.dilation[axis] >= size) --end;
+      Window taps(a, axis, o);
+      if (all) taps.first = 0, taps.last = a.kernel[axis];
       int64_t kind = 0;
-      while (kind < count && (first[kind] != begin || last[kind] != end)) ++kind;
-      if (kind == count) first[count] = begin, last[count++] = end;
+      while (kind < count && (first[kind] != taps.first || last[kind] != taps.last)) ++kind;
+      if (kind == count) first[count] = taps.first, last[count++] = taps.last;
       of[o] = int32_t(kind);
     }
   }
@@ -280,8 +276,8 @@ struct TiledConvolution : Layer<Format> {
   int64_t run_units(int64_t first, int64_t u) const { return tiles(a.kernel[1] - first, hop) * u; }
 
   void lay_reads(const Axis& x, const Axis& y) {
-    down_kinds = Kinds(a, 0, a.height, a.out_height, all);
-    across_kinds = Kinds(a, 1, a.width, a.out_width, all);
+    down_kinds = Kinds(a, 0, a.out_height, all);
+    across_kinds = Kinds(a, 1, a.out_width, all);
     const int64_t kinds = down_kinds.count * across_kinds.count;
     reads = Array<Read>(kinds * chunks * products);
     cuts = Array<int32_t>(kinds + 1);

@@ -1,10 +1,15 @@
 // A 3x3 convolution of stride 1 by Winograd's minimal filtering, samples innermost (Lavin and Gray, "Fast Algorithms
 // for Convolutional Neural Networks", CVPR 2016, section 4): windows of the input and each 3x3 of the weight become
 // places, whose products, summed over channels, give a square of outputs: F(2x2, 3x3) by 16 multiplications in place of
-// 36, F(4x4, 3x3) by 36 in place of 144. The latter is for integers, of which it is exact, and for float32 where an
-// image has four tiles or more; of bfloat16 it would lose too much. A job is a block of tiles of one vector of samples:
-// its input is transformed once, and at every place the filters add their products by the dense loops of
+// 36, F(4x4, 3x3) by 36 in place of 144. The latter is for integers, of which it is exact, and else where it leaves at
+// most three quarters of the products, of float32 in four tiles or more. A job is a block of tiles of one vector of
+// samples: its input is transformed once, and at every place the filters add their products by the dense loops of
 // sample_block.h, a tile standing for a pixel.
+//
+// Of F(4x4, 3x3) bfloat16 would lose too much. Its networks multiply in fixed point of 16 bits instead, as fast: what
+// the windows of a sample in a block become, in units of the most that its inputs could give, and what a filter
+// becomes, in the smallest unit that keeps sums of kFixedUnits below 2^31; those are added in float32. This loses less
+// than rounding weights to bfloat16 would.
 //
 // At one place of F(2x2, 3x3) windows are summed along both axes; at the others they are differences, small where an
 // image is smooth. So in bfloat16 most of what rounding weights moves is moved there, all samples alike: its weights
@@ -18,6 +23,7 @@ namespace CSAM_ISA {
 constexpr int64_t kMostTiles = 8;                 // of a block
 constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one place that filters go over in turn
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
+constexpr float kMostWord = 32767;
 
 // B^T, G and A^T along one axis, and what is left to do to a result.
 struct F2 {
@@ -67,6 +73,25 @@ struct F4 {
   CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
 };
 
+// In fixed point. kMost, of each kind of place: what |input| <= 1 can become, which is divided by; weights are
+// multiplied by it, but where they would be too small for those beside them by four times as much.
+struct F4Words : F4 {
+  static constexpr int kKind[kIn] = {0, 1, 1, 2, 2, 0};
+  static constexpr double kMost[3] = {169. / 36, 65. / 12, 65. / 18};
+  static constexpr float kLess = 0.25f;
+  static constexpr double kWeight[kIn][3] = {{169. / 36, 0, 0},           {-27. / 8, -9. / 4, -3. / 2},
+                                             {-27. / 8, 9. / 4, -3. / 2}, {16. / 9, 8. / 3, 4},
+                                             {16. / 9, -8. / 3, 4},       {0, 0, 169. / 36}};
+  template <class V>
+  CSAM_INLINE void output(const V* m, V* out) {
+    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], t = m[3] - m[4];
+    out[0] = fma(splat(kLess), r, m[0] + p);
+    out[1] = fma(splat(kA), q, splat(kLess * kB) * t);
+    out[2] = fma(splat(kA * kA), p, splat(kLess * kB * kB) * r);
+    out[3] = fma(splat(kA * kA * kA), q, fma(splat(kLess * kB * kB * kB), t, m[5]));
+  }
+};
+
 // Of bytes: what windows become is within 16 bits, and so are weights, whose rows are multiplied by 24, 6, 6, 24,
 // 24, 6. Results are multiples of 3 * 2^kShift along each axis, modulo 2^32: the product with the inverse of 9 and a
 // shift give them exactly if they are below 2^25, though sums on the way may pass 2^31.
@@ -95,7 +120,7 @@ struct F4Bytes {
 // The format that multiplies what is transformed, with the samples and sums of the network's.
 template <class Format>
 struct Transformed {
-  using Type = Format;
+  using Type = std::conditional_t<sizeof(typename Format::Element) == 2, Bfloat16Words<Format>, Format>;
 };
 #if defined(__AVX512F__)
 template <>
@@ -105,36 +130,31 @@ struct Transformed<Int8Quads> {
 #endif
 
 // A layer for tiles of either size.
-template <class Format>
-struct Winograd : Layer<Format> {
-  using Element = typename Format::Element;
+template <class Element>
+struct Winograd {
   double cost = 0;
-  using Layer<Format>::Layer;
   virtual ~Winograd() = default;
   virtual void claim(Sizes& sizes) const = 0;
   virtual void lay() = 0;
   virtual int64_t jobs() const = 0;
   virtual void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const = 0;
-
-  // Null where there is nothing to multiply, or results of integers might not be exact.
-  static Winograd* of(const SampleConvArgs& args);
 };
 
 template <class Format, class F>
-struct Minimal final : Winograd<Format> {
-  using Base = Winograd<Format>;
-  using Base::a, Base::bias, Base::border, Base::channel, Base::channels, Base::cost, Base::filter, Base::live;
-  using Base::padded;
+struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
+  using Base = Layer<Format>;
+  using Base::a, Base::bias, Base::border, Base::channel, Base::channels, Base::filter, Base::live, Base::padded;
   using typename Base::Element;
+  using Winograd<Element>::cost;
   static constexpr int64_t S = Format::kLanes, P = Format::kSums * W;  // samples; floats of a packed or summed tile
   using V = std::conditional_t<sizeof(Element) == 1, vu, vf>;
   using Work = typename Format::Work;
   static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
   static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
   static constexpr int64_t kSummed = kIn + 1,
-                           kPasses = kPlaces + (sizeof(Element) == 2);  // that place; once more over it
+                           kPasses = kPlaces + (sizeof(Element) == 2 && kOut == 2);  // that place; once more over it
   // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
-  static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1;
+  static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1, kNarrow = kFixed<Format> ? 1.2 : 1.5;
   static constexpr double kInputCost = kUnit * (F::kInputCost + F::kEachInputCost * Format::kSums);
   static constexpr double kOutputCost = kUnit * (F::kOutputCost + F::kEachOutputCost * Format::kSums);
 
@@ -143,7 +163,11 @@ struct Minimal final : Winograd<Format> {
   Micro micro;
   Array<uint32_t> weights;  // [passes][blocks of units][padded / kFilters][units][kFilters]
   Array<int32_t> offsets;   // of each unit of a block
-  Array<float> nothing;
+  Array<float> nothing, filter_units;
+
+  struct Units {  // of a block's samples: what results are multiplied by, and inputs at each kind of place
+    alignas(64) float result[P], input[3][3][P];
+  };
 
   explicit Minimal(const SampleConvArgs& args) : Base(args) {
     units = tiles(channels, T);
@@ -152,8 +176,7 @@ struct Minimal final : Winograd<Format> {
     micro = Format::kDense[0];
     for (const Micro& m : Format::kDense)
       if (count % micro.columns) micro = m;
-    const int64_t fitting = kPlaceBytes / (4 * P * count), parts = tiles(units, fitting < 1 ? 1 : fitting);
-    together = tiles(units, parts);
+    together = tiles(units, tiles(units, fitting(count)));
     const int64_t fit = kSumBytes / (4 * kPlaces * count * P) / Format::kFilters * Format::kFilters;
     group = tiles(live, tiles(live, fit < Format::kFilters ? Format::kFilters : fit));
     group = tiles(group, Format::kFilters) * Format::kFilters;
@@ -184,6 +207,7 @@ struct Minimal final : Winograd<Format> {
         const float sum = places[kSummed * size + i];
         places[kPlaces * size + i] = sum - Format::widen(Format::narrow(sum));
       }
+    if constexpr (kFixed<Format>) fix(places);
     weights = Array<uint32_t>(size / T * kPasses);
     uint32_t* to = weights.data;
     for (int64_t p = 0; p < kPasses; ++p)
@@ -203,10 +227,12 @@ struct Minimal final : Winograd<Format> {
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const override {
     const int64_t top = job / across * kOut * rows, left = job % across * kOut * columns, count = rows * columns;
+    Units fixed;
+    if constexpr (kFixed<Format>) measure(in, top - a.padding[0], left - a.padding[1], fixed);
     for (int64_t u = 0; u < units; ++u)
       for (int64_t r = 0; r < rows; ++r)
         transform(in, u, top + kOut * r - a.padding[0], left - a.padding[1],
-                  s.packed.data + (u * count + r * columns) * P);
+                  s.packed.data + (u * count + r * columns) * P, fixed);
     for (int64_t first = 0; first < live; first += group) {
       const int64_t mine = live - first < group ? live - first : group;
       for (int64_t p = 0; p < kPasses; ++p) {
@@ -223,12 +249,76 @@ struct Minimal final : Winograd<Format> {
         }
       }
       for (int64_t o = 0; o < mine; ++o)
-        finish(first + o, top, left, s.sums.data + o * kPlaces * count * P, other, out);
+        finish(first + o, top, left, s.sums.data + o * kPlaces * count * P, fixed, other, out);
     }
     Base::write_dead(top, left, kOut * rows, kOut * columns, 0, S, other, out, S);
   }
 
  private:
+  // Units of a block of `count` tiles that filters go over in turn, at most.
+  static int64_t fitting(int64_t count) {
+    const int64_t fit = kPlaceBytes / (4 * P * count);
+    return fit < 1 ? 1 : fit;
+  }
+
+  // Weights [kPlaces, padded, channels of whole units] in units of their filters: words, of which no sum of kFixedUnits
+  // with inputs of at most kMostWord reaches 2^31.
+  void fix(const Array<float>& places) {
+    const int64_t inner = units * T;
+    filter_units = Array<float>(padded);
+    for (int64_t s = 0; s < padded; ++s) {
+      double unit = 1e-30;
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t u = 0, end; u < units; u = end) {
+          const int64_t block = (u / together + 1) * together, stop = block < units ? block : units;
+          end = u + kFixedUnits < stop ? u + kFixedUnits : stop;
+          double sum = 0, most = 0;
+          for (int64_t c = u * T; c < end * T; ++c) {
+            const double size = __builtin_fabs(places[(p * padded + s) * inner + c]);
+            sum += size, most = size > most ? size : most;
+          }
+          sum /= 2147483647. / kMostWord - double((end - u) * T) / 2 - 1;  // what rounding can add
+          most /= kMostWord;
+          unit = unit > sum ? unit : sum;
+          unit = unit > most ? unit : most;
+        }
+      for (int64_t p = 0; p < kPlaces; ++p)
+        for (int64_t c = 0; c < inner; ++c) {
+          float& w = places[(p * padded + s) * inner + c];
+          w = float(__builtin_rint(w / unit));
+        }
+      filter_units[s] = float(unit);
+    }
+  }
+
+  // The units of a block whose first pixel is (top, left): what inputs as large as the largest of a sample could become
+  // is kMostWord of them. Sizes are compared as integers, NaN above all.
+  void measure(const Element* in, int64_t top, int64_t left, Units& fixed) const {
+    typedef Element Bits __attribute__((vector_size(S * sizeof(Element))));
+    const int64_t bottom = top + kOut * rows + 2, right = left + kOut * columns + 2;
+    const int64_t end = bottom < a.height ? bottom : a.height, stop = right < a.width ? right : a.width;
+    Bits most = {};
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t y = top > 0 ? top : 0; y < end; ++y) {
+        const Element* row = in + (int64_t(channel[c]) * a.height + y) * a.width * S;
+        for (int64_t x = left > 0 ? left : 0; x < stop; ++x) {
+          const Bits size = load<Bits>(row + x * S) & 0x7FFF;
+          most = size > most ? size : most;
+        }
+      }
+    alignas(64) Element stored[S];
+    store(stored, most);
+    vs sizes[N];
+    Format::unpack(stored, sizes);
+    for (int64_t n = 0; n < N; ++n) {
+      const vf least = splat(0x1p-100f), size = (vf)sizes[n] < least ? least : (vf)sizes[n];
+      store(fixed.result + n * W, size * splat(1 / kMostWord));
+      for (int64_t y = 0; y < 3; ++y)
+        for (int64_t x = 0; x < 3; ++x)
+          store(fixed.input[y][x] + n * W, splat(float((kMostWord - 0.5) / (F::kMost[y] * F::kMost[x]))) / size);
+    }
+  }
+
   // The block that leaves the least to do, as `Convolution::choose` counts it.
   void choose() {
     const double turns = double(padded) / Format::kFilters;
@@ -238,9 +328,8 @@ struct Minimal final : Winograd<Format> {
         if (count > kMostTiles ||
             (count > Format::kDense[0].columns && 4 * kPlaces * units * count * P > kTransformedBytes))
           continue;
-        const int64_t fitting = kPlaceBytes / (4 * P * count);
-        const double parts = double(tiles(units, fitting < 1 ? 1 : fitting)), n = double(count);
-        const double narrow = count % Format::kDense[0].columns ? 1.5 : kUnit;
+        const double parts = double(tiles(units, fitting(count))), n = double(count);
+        const double narrow = count % Format::kDense[0].columns ? kNarrow : kUnit;
         const double micros = n / Format::kDense[0].columns;
         const double work = kPasses * (double(padded * units * Format::kSums) * n * narrow +
                                        parts * turns * (micros * kTurnCost + Format::kFilters * n * kSumCost)) +
@@ -256,7 +345,7 @@ struct Minimal final : Winograd<Format> {
   }
 
   // A row of tiles of one unit, whose first pixel is (top, left), to its places, `units * rows * columns * P` apart.
-  void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out) const {
+  void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out, const Units& fixed) const {
     Work down_combined[kIn][N][kColumns][T];
     const int64_t reached = kOut * columns + 2, inside = a.width - left < reached ? a.width - left : reached;
     for (int64_t i = 0; i < T; ++i) {
@@ -294,12 +383,18 @@ struct Minimal final : Winograd<Format> {
             F::input(d, each);
             for (int64_t x = 0; x < kIn; ++x) v[x][i] = each[x];
           }
-          for (int64_t x = 0; x < kIn; ++x) Format::pack_sums(v[x], out + (kIn * y + x) * place + t * P + n * (P / N));
+          for (int64_t x = 0; x < kIn; ++x) {
+            float* to = out + (kIn * y + x) * place + t * P + n * (P / N);
+            if constexpr (kFixed<Format>)
+              Format::pack_words(v[x], load<vf>(fixed.input[F::kKind[y]][F::kKind[x]] + n * W), to);
+            else Format::pack_sums(v[x], to);
+          }
         }
   }
 
   // A^T of what is summed at the places, and to the outputs.
-  void finish(int64_t slot, int64_t top, int64_t left, const float* sums, const Element* other, Element* out) const {
+  void finish(int64_t slot, int64_t top, int64_t left, const float* sums, const Units& fixed, const Element* other,
+              Element* out) const {
     const int64_t place = rows * columns * P;
     const V start = (V)Format::start(bias[slot]);
     alignas(64) float done[kOut * kOut * P];
@@ -316,8 +411,12 @@ struct Minimal final : Winograd<Format> {
             V m[kIn], each[kOut];
             for (int64_t x = 0; x < kIn; ++x) m[x] = d[x][y];
             F::output(m, each);
-            for (int64_t x = 0; x < kOut; ++x)
-              store(done + (kOut * y + x) * P + n * W, F::result(each[x], y, x) + start);
+            for (int64_t x = 0; x < kOut; ++x) {
+              float* to = done + (kOut * y + x) * P + n * W;
+              if constexpr (kFixed<Format>)
+                store(to, fma(each[x], load<vf>(fixed.result + n * W) * splat(filter_units[slot]), start));
+              else store(to, F::result(each[x], y, x) + start);
+            }
           }
         }
         Base::write(slot, top + kOut * r, left + kOut * c, kOut, kOut, 0, S, done, P, other, out, S);
@@ -325,8 +424,11 @@ struct Minimal final : Winograd<Format> {
   }
 };
 
+// Null where there is nothing to multiply, or results of integers might not be exact.
 template <class Format>
-Winograd<Format>* Winograd<Format>::of(const SampleConvArgs& args) {
+Winograd<typename Format::Element>* winograd_of(const SampleConvArgs& args) {
+  using Element = typename Format::Element;
+  using Fours = typename Transformed<Format>::Type;
   if (!args.rows[args.filters]) return nullptr;
   if constexpr (sizeof(Element) == 1) {
     for (int64_t o = 0; o < args.filters; ++o) {
@@ -334,14 +436,12 @@ Winograd<Format>* Winograd<Format>::of(const SampleConvArgs& args) {
       for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
       if (255 * (most > -least ? most : -least) >= F4Bytes::kMost) return nullptr;
     }
-    return new Minimal<Format, F4Bytes>(args);
+    return new Minimal<Fours, F4Bytes>(args);
   } else {
-    if constexpr (sizeof(Element) == 4) {
-      const int64_t small = tiles(args.out_height, 2) * tiles(args.out_width, 2);
-      const int64_t large = tiles(args.out_height, 4) * tiles(args.out_width, 4);
-      if (large >= 4 && 3 * large <= small) return new Minimal<Format, F4>(args);
-    }
-    return new Minimal<Format, F2>(args);
+    const int64_t small = tiles(args.out_height, 2) * tiles(args.out_width, 2);
+    const int64_t large = tiles(args.out_height, 4) * tiles(args.out_width, 4);
+    if (3 * large > small || (sizeof(Element) == 4 && large < 4)) return new Minimal<Format, F2>(args);
+    return new Minimal<Fours, std::conditional_t<sizeof(Element) == 2, F4Words, F4>>(args);
   }
 }
 

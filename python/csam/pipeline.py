@@ -533,10 +533,6 @@ def _digest(*parts: bytes) -> str:
     return total.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
 def load_data(settings: Settings) -> data.Dataset:
     """The data set the settings name; of CIFAR-10-C test images alone, whatever a network was trained on."""
     return data.load(
@@ -726,7 +722,7 @@ def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tupl
     if ":" in str(model) and not Path(model).exists():
         found = models.imported(str(model))
         tensors = chain(found.named_parameters(), found.named_buffers()) if isinstance(found, nn.Module) else ()
-        parts = ((f"{key} {t.dtype} {t.shape}".encode(), _bytes(t)) for key, t in tensors)
+        parts = ((f"{key} {t.dtype} {t.shape}".encode(), runs.raw_bytes(t)) for key, t in tensors)
         return found, _digest(str(model).encode(), *chain.from_iterable(parts))
     network = build(settings, dataset)
     models.load_weights(network, model)

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from csam.processes import Team
 
@@ -165,15 +166,15 @@ def _crc32(content: str) -> str:
     return f"{zlib.crc32(content.encode()):08x}"
 
 
-def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Split nested dicts, lists, tuples, tensors and JSON scalars into named tensors and a JSON skeleton.
 
     `unflatten` is the inverse. Raises TypeError for anything else (an object would need pickle).
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             while path in tensors:
                 path += "+"
             # A copy of its own: safetensors refuses tensors that share memory.
@@ -193,7 +194,7 @@ def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
     return tensors, walk(state, "")
 
 
-def unflatten(tensors: Mapping[str, torch.Tensor], skeleton: Any) -> Any:
+def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     """Rebuild what `flatten` took apart. Raises KeyError naming a tensor that is missing."""
     if not isinstance(skeleton, dict):
         return skeleton
@@ -204,6 +205,11 @@ def unflatten(tensors: Mapping[str, torch.Tensor], skeleton: Any) -> Any:
         return {key: unflatten(tensors, item) for key, item in content}
     items = [unflatten(tensors, item) for item in content]
     return items if kind == "list" else tuple(items)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor of any dtype, on any device, one after another."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -243,7 +249,7 @@ def read_description(path: Path) -> dict[str, Any]:
     return dict(description) if isinstance(description, dict) else {}
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file. Raises RunError naming a truncated or foreign file."""
     try:
         with safe_open(path, framework="pt") as file:

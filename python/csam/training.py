@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csam.data import to_unit
 from csam.nn import masked_layers
 from csam.processes import Team, average
-from csam.runs import RunError, Stage, agree
+from csam.runs import RunError, Stage, agree, raw_bytes
 from csam.search import seeded
 from csam.transforms import Transform
 from csam_kernels import checks, smoothing_noise
@@ -154,7 +155,7 @@ def batches(
     for step, chosen in enumerate(order[: feed.steps_per_epoch(len(images)) * feed.batch_size].split(feed.batch_size)):
         share = len(chosen) // size
         mine = slice(rank * share, (rank + 1) * share)
-        x = augment(images[chosen], feed.padding, feed.flip, draws)[mine].float().div_(255)
+        x = to_unit(augment(images[chosen], feed.padding, feed.flip, draws)[mine])
         first = step * feed.batch_size + mine.start
         if feed.transform is not None:
             x = feed.transform(x, seed=derive_seed(feed.seed, "transform", epoch), first_sample=first)
@@ -328,13 +329,9 @@ def _check_alike(stepper: Stepper, team: Team, when: str) -> None:
     """Refuse processes whose parameters, masks' scores included, or hard masks differ in a bit."""
     if team.size > 1:
         masks = {f"{name}.mask": layer.mask for name, layer in masked_layers(stepper.model).items()}
-        sums = {name: _checksum(t) for name, t in chain(stepper.model.named_parameters(), masks.items())}
+        found = chain(stepper.model.named_parameters(), masks.items())
+        sums = {name: zlib.crc32(raw_bytes(t)) for name, t in found}  # knows places: masks hold the same values
         agree(team, f"weights and masks {when}", sums)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of the values: one that knows their places, since masks of one sparsity hold the same values."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 class _Normalized(torch.autograd.Function):
@@ -451,7 +448,7 @@ def accuracy(
     with autocast(precision), _modes_kept(model):
         model.eval()
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = model(x.float().div_(255))
+            logits = model(to_unit(x))
             _check_logits(logits, y)
             correct += int((logits.argmax(1) == y).sum())
     return correct / len(images)
