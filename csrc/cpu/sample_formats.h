@@ -295,10 +295,9 @@ struct Bfloat16Words : Base {
     return add_words(sum, x, w);
   }
   static uint32_t unit_weight(const float* w) { return word_pair(w); }
-  static void pack_words(const vf* in, vf scale, float* out) {  // |in * scale| < 2^15, to nearest
-    const vf magic = splat(12582912.0f);                        // 1.5 * 2^23: the lowest bits are the integer's
-    const vu low = (vu)fma(in[0], scale, magic), high = (vu)fma(in[1], scale, magic);
-    store(out, (low & 0xFFFFu) | high << 16);
+  static void pack_words(const vf* in, float* out) {  // |in| < 2^15, to nearest
+    const vf magic = splat(12582912.0f);              // 1.5 * 2^23: the lowest bits are the integer's
+    store(out, ((vu)(in[0] + magic) & 0xFFFFu) | (vu)(in[1] + magic) << 16);
   }
 };
 

@@ -25,7 +25,7 @@ constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one p
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
 constexpr float kMostWord = 32767;
 
-// B^T, G and A^T along one axis, and what is left to do to a result.
+// B^T, G and A^T along one axis, the latter's even and odd rows, and what is left to do to a result.
 struct F2 {
   static constexpr int64_t kOut = 2, kIn = 4;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
@@ -35,24 +35,31 @@ struct F2 {
     out[0] = d[0] - d[2], out[1] = d[1] + d[2], out[2] = d[2] - d[1], out[3] = d[1] - d[3];
   }
   template <class V>
-  CSAM_INLINE void output(const V* m, V* out) {
-    out[0] = m[0] + m[1] + m[2], out[1] = m[1] - m[2] - m[3];
+  CSAM_INLINE void even(const V* m, V* out) {
+    out[0] = m[0] + m[1] + m[2];
+  }
+  template <class V>
+  CSAM_INLINE void odd(const V* m, V* out) {
+    out[0] = m[1] - m[2] - m[3];
   }
   CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
 };
 
 // The polynomials are taken at 0, +-2/3, +-3/2 and infinity: of float32 up to twice the rounding of direct sums (rms),
-// half of what it would be at the 0, +-1, +-2 and infinity that bytes take.
+// half of what it would be at the 0, +-1, +-2 and infinity that bytes take. Weights at +-3/2 are multiplied by kMore,
+// and what they give is divided by it: in fixed point they would be too small for those beside them.
+template <int kMore>
 struct F4 {
   static constexpr int64_t kOut = 4, kIn = 6;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0},
                                              {-81. / 130, -54. / 130, -36. / 130},
                                              {-81. / 130, 54. / 130, -36. / 130},
-                                             {8. / 65, 12. / 65, 18. / 65},
-                                             {8. / 65, -12. / 65, 18. / 65},
+                                             {kMore * 8. / 65, kMore * 12. / 65, kMore * 18. / 65},
+                                             {kMore * 8. / 65, kMore * -12. / 65, kMore * 18. / 65},
                                              {0, 0, 1}};
   static constexpr double kInputCost = 110, kEachInputCost = 230, kOutputCost = 220, kEachOutputCost = 280;
-  static constexpr float kA = 2.f / 3, kB = 1.5f;
+  static constexpr double kMost[kIn] = {97. / 36 + 2, 65. / 12, 65. / 12, 65. / 18, 65. / 18, 97. / 36 + 2};  // of 1s
+  static constexpr float kA = 2.f / 3, kB = 1.5f, kLess = 1.f / kMore;
   template <class V>
   CSAM_INLINE void input(const V* d, V* out) {
     const V middle = splat(-kA * kA - kB * kB), a = splat(kA), b = splat(kB);
@@ -63,33 +70,18 @@ struct F4 {
     out[5] = fma(middle, d[3], d[1] + d[5]);
   }
   template <class V>
-  CSAM_INLINE void output(const V* m, V* out) {
-    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], t = m[3] - m[4];
-    out[0] = m[0] + p + r;
-    out[1] = fma(splat(kA), q, splat(kB) * t);
-    out[2] = fma(splat(kA * kA), p, splat(kB * kB) * r);
-    out[3] = fma(splat(kA * kA * kA), q, fma(splat(kB * kB * kB), t, m[5]));
+  CSAM_INLINE void even(const V* m, V* out) {
+    const V p = m[1] + m[2], r = m[3] + m[4];
+    out[0] = fma(splat(kLess), r, m[0] + p);
+    out[1] = fma(splat(kA * kA), p, splat(kLess * kB * kB) * r);
+  }
+  template <class V>
+  CSAM_INLINE void odd(const V* m, V* out) {
+    const V q = m[1] - m[2], t = m[3] - m[4];
+    out[0] = fma(splat(kA), q, splat(kLess * kB) * t);
+    out[1] = fma(splat(kA * kA * kA), q, fma(splat(kLess * kB * kB * kB), t, m[5]));
   }
   CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
-};
-
-// In fixed point. kMost, of each kind of place: what |input| <= 1 can become, which is divided by; weights are
-// multiplied by it, but where they would be too small for those beside them by four times as much.
-struct F4Words : F4 {
-  static constexpr int kKind[kIn] = {0, 1, 1, 2, 2, 0};
-  static constexpr double kMost[3] = {169. / 36, 65. / 12, 65. / 18};
-  static constexpr float kLess = 0.25f;
-  static constexpr double kWeight[kIn][3] = {{169. / 36, 0, 0},           {-27. / 8, -9. / 4, -3. / 2},
-                                             {-27. / 8, 9. / 4, -3. / 2}, {16. / 9, 8. / 3, 4},
-                                             {16. / 9, -8. / 3, 4},       {0, 0, 169. / 36}};
-  template <class V>
-  CSAM_INLINE void output(const V* m, V* out) {
-    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], t = m[3] - m[4];
-    out[0] = fma(splat(kLess), r, m[0] + p);
-    out[1] = fma(splat(kA), q, splat(kLess * kB) * t);
-    out[2] = fma(splat(kA * kA), p, splat(kLess * kB * kB) * r);
-    out[3] = fma(splat(kA * kA * kA), q, fma(splat(kLess * kB * kB * kB), t, m[5]));
-  }
 };
 
 // Of bytes: what windows become is within 16 bits, and so are weights, whose rows are multiplied by 24, 6, 6, 24,
@@ -110,9 +102,14 @@ struct F4Bytes {
     out[5] = d[5] - d[3] - (e << 1);
   }
   template <class V>
-  CSAM_INLINE void output(const V* m, V* out) {
-    const V p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
-    out[0] = m[0] + (p << 2) + r, out[1] = (q << 1) + s, out[2] = p + r, out[3] = q + (s << 1) + m[5];
+  CSAM_INLINE void even(const V* m, V* out) {
+    const V p = m[1] + m[2], r = m[3] + m[4];
+    out[0] = m[0] + (p << 2) + r, out[1] = p + r;
+  }
+  template <class V>
+  CSAM_INLINE void odd(const V* m, V* out) {
+    const V q = m[1] - m[2], s = m[3] - m[4];
+    out[0] = (q << 1) + s, out[1] = q + (s << 1) + m[5];
   }
   CSAM_INLINE vu result(vu sum, int64_t y, int64_t x) { return (vu)((vi)(sum * kNinth) >> (kShift[y] + kShift[x])); }
 };
@@ -153,6 +150,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
   static constexpr int64_t kSummed = kIn + 1,
                            kPasses = kPlaces + (sizeof(Element) == 2 && kOut == 2);  // that place; once more over it
+  static constexpr double kMostPlace = 65. * 65 / 144;                               // in fixed point, of inputs of 1
   // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
   static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1, kNarrow = kFixed<Format> ? 1.2 : 1.5;
   static constexpr double kInputCost = kUnit * (F::kInputCost + F::kEachInputCost * Format::kSums);
@@ -165,8 +163,8 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   Array<int32_t> offsets;   // of each unit of a block
   Array<float> nothing, filter_units;
 
-  struct Units {  // of a block's samples: what results are multiplied by, and inputs at each kind of place
-    alignas(64) float result[P], input[3][3][P];
+  struct Units {  // of a block's samples: what inputs are multiplied by, and results
+    alignas(64) float input[P], result[P];
   };
 
   explicit Minimal(const SampleConvArgs& args) : Base(args) {
@@ -262,13 +260,14 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   }
 
   // Weights [kPlaces, padded, channels of whole units] in units of their filters: words, of which no sum of kFixedUnits
-  // with inputs of at most kMostWord reaches 2^31.
+  // reaches 2^31.
   void fix(const Array<float>& places) {
     const int64_t inner = units * T;
     filter_units = Array<float>(padded);
     for (int64_t s = 0; s < padded; ++s) {
       double unit = 1e-30;
-      for (int64_t p = 0; p < kPlaces; ++p)
+      for (int64_t p = 0; p < kPlaces; ++p) {
+        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / kMostPlace;
         for (int64_t u = 0, end; u < units; u = end) {
           const int64_t block = (u / together + 1) * together, stop = block < units ? block : units;
           end = u + kFixedUnits < stop ? u + kFixedUnits : stop;
@@ -277,11 +276,12 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
             const double size = __builtin_fabs(places[(p * padded + s) * inner + c]);
             sum += size, most = size > most ? size : most;
           }
-          sum /= 2147483647. / kMostWord - double((end - u) * T) / 2 - 1;  // what rounding can add
+          sum /= 2147483647. / reached - double((end - u) * T) / 2 - 1;  // what rounding can add
           most /= kMostWord;
           unit = unit > sum ? unit : sum;
           unit = unit > most ? unit : most;
         }
+      }
       for (int64_t p = 0; p < kPlaces; ++p)
         for (int64_t c = 0; c < inner; ++c) {
           float& w = places[(p * padded + s) * inner + c];
@@ -292,7 +292,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   }
 
   // The units of a block whose first pixel is (top, left): what inputs as large as the largest of a sample could become
-  // is kMostWord of them. Sizes are compared as integers, NaN above all.
+  // is just below kMostWord of them. Sizes are compared as integers, NaN above all.
   void measure(const Element* in, int64_t top, int64_t left, Units& fixed) const {
     typedef Element Bits __attribute__((vector_size(S * sizeof(Element))));
     const int64_t bottom = top + kOut * rows + 2, right = left + kOut * columns + 2;
@@ -312,10 +312,8 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     Format::unpack(stored, sizes);
     for (int64_t n = 0; n < N; ++n) {
       const vf least = splat(0x1p-100f), size = (vf)sizes[n] < least ? least : (vf)sizes[n];
-      store(fixed.result + n * W, size * splat(1 / kMostWord));
-      for (int64_t y = 0; y < 3; ++y)
-        for (int64_t x = 0; x < 3; ++x)
-          store(fixed.input[y][x] + n * W, splat(float((kMostWord - 0.5) / (F::kMost[y] * F::kMost[x]))) / size);
+      store(fixed.input + n * W, splat(float((kMostWord - 1) / kMostPlace)) / size);
+      store(fixed.result + n * W, splat(float(kMostPlace / (kMostWord - 1))) * size);
     }
   }
 
@@ -363,7 +361,10 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
         for (int64_t y = 0; y < kIn; ++y) {
           Work pixel[N];
           unpack(across ? row[y] + j * step[y] : border.data, pixel);
-          for (int64_t n = 0; n < N; ++n) v[n][y] = pixel[n];
+          for (int64_t n = 0; n < N; ++n) {
+            v[n][y] = pixel[n];
+            if constexpr (kFixed<Format>) v[n][y] = pixel[n] * load<vf>(fixed.input + n * W);
+          }
         }
         for (int64_t n = 0; n < N; ++n) {
           Work each[kIn];
@@ -385,42 +386,57 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
           }
           for (int64_t x = 0; x < kIn; ++x) {
             float* to = out + (kIn * y + x) * place + t * P + n * (P / N);
-            if constexpr (kFixed<Format>)
-              Format::pack_words(v[x], load<vf>(fixed.input[F::kKind[y]][F::kKind[x]] + n * W), to);
+            if constexpr (kFixed<Format>) Format::pack_words(v[x], to);
             else Format::pack_sums(v[x], to);
           }
         }
   }
 
-  // A^T of what is summed at the places, and to the outputs.
+  // A^T of what is summed at the places, and to the outputs. Rows of a kind, even or odd, at a time: they stay in
+  // registers.
   void finish(int64_t slot, int64_t top, int64_t left, const float* sums, const Units& fixed, const Element* other,
               Element* out) const {
-    const int64_t place = rows * columns * P;
-    const V start = (V)Format::start(bias[slot]);
     alignas(64) float done[kOut * kOut * P];
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c, sums += P) {
         for (int64_t n = 0; n < Format::kSums; ++n) {
-          V d[kIn][kOut];
-          for (int64_t x = 0; x < kIn; ++x) {
-            V m[kIn];
-            for (int64_t y = 0; y < kIn; ++y) m[y] = load<V>(sums + (kIn * y + x) * place + n * W);
-            F::output(m, d[x]);
-          }
-          for (int64_t y = 0; y < kOut; ++y) {
-            V m[kIn], each[kOut];
-            for (int64_t x = 0; x < kIn; ++x) m[x] = d[x][y];
-            F::output(m, each);
-            for (int64_t x = 0; x < kOut; ++x) {
-              float* to = done + (kOut * y + x) * P + n * W;
-              if constexpr (kFixed<Format>)
-                store(to, fma(each[x], load<vf>(fixed.result + n * W) * splat(filter_units[slot]), start));
-              else store(to, F::result(each[x], y, x) + start);
-            }
-          }
+          finish_rows<0>(slot, sums + n * W, fixed.result + n * W, done + n * W);
+          finish_rows<1>(slot, sums + n * W, fixed.result + n * W, done + n * W);
         }
         Base::write(slot, top + kOut * r, left + kOut * c, kOut, kOut, 0, S, done, P, other, out, S);
       }
+  }
+
+  template <int kOdd>
+  inline __attribute__((always_inline)) void finish_rows(int64_t slot, const float* sums, const float* unit,
+                                                         float* done) const {
+    const int64_t place = rows * columns * P;
+    const V start = (V)Format::start(bias[slot]);
+    V d[kIn][kOut / 2];
+#pragma GCC unroll 6
+    for (int x = 0; x < kIn; ++x) {
+      V m[kIn];
+#pragma GCC unroll 6
+      for (int y = 0; y < kIn; ++y) m[y] = load<V>(sums + (kIn * y + x) * place);
+      if (kOdd) F::odd(m, d[x]);
+      else F::even(m, d[x]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kOut / 2; ++i) {
+      V m[kIn], each[2][kOut / 2];
+#pragma GCC unroll 6
+      for (int x = 0; x < kIn; ++x) m[x] = d[x][i];
+      F::even(m, each[0]);
+      F::odd(m, each[1]);
+#pragma GCC unroll 4
+      for (int x = 0; x < kOut; ++x) {
+        const int y = 2 * i + kOdd;
+        const V sum = each[x % 2][x / 2];
+        if constexpr (kFixed<Format>)
+          store(done + (kOut * y + x) * P, fma(sum, load<vf>(unit) * splat(filter_units[slot]), start));
+        else store(done + (kOut * y + x) * P, F::result(sum, y, x) + start);
+      }
+    }
   }
 };
 
@@ -441,7 +457,7 @@ Winograd<typename Format::Element>* winograd_of(const SampleConvArgs& args) {
     const int64_t small = tiles(args.out_height, 2) * tiles(args.out_width, 2);
     const int64_t large = tiles(args.out_height, 4) * tiles(args.out_width, 4);
     if (3 * large > small || (sizeof(Element) == 4 && large < 4)) return new Minimal<Format, F2>(args);
-    return new Minimal<Fours, std::conditional_t<sizeof(Element) == 2, F4Words, F4>>(args);
+    return new Minimal<Fours, F4<sizeof(Element) == 2 ? 4 : 1>>(args);
   }
 }
 
