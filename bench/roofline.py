@@ -8,9 +8,9 @@ bench/results/layers-<processor>.csv, a row a layer and a row a network ("total"
   weights, batch norm estimated;
 - default: what `csam.sampling.plan` runs unasked; where that is torch, the layers are those that the engine would run;
 - weight, image, engine, density: as `csam.sampling.Layer`; gflop: operations a sample on surviving weights, a
-  multiplication and an addition each one, / 1e9; executed: on what is multiplied: dense the zeros too, winograd 16
-  places a tile of 2x2 outputs, in bfloat16 17, in float32 mostly and in int8 36 a tile of 4x4, in int8 of 16 bits,
-  which count twice (its transforms are not counted). Zeros around an image count as pixels;
+  multiplication and an addition each one, / 1e9; executed: on what is multiplied: dense the zeros too, winograd 36
+  places a tile of 4x4 outputs, with a stride 81, in int8 of 16 bits, which count twice; or 16 a tile of 2x2, in
+  bfloat16 17 (its transforms are not counted). Zeros around an image count as pixels;
 - ms: processor time a sample, the least of --rounds tiles;
 - of_loop, executed_of_loop: gflop and executed over ms, against what one core makes of independent multiply-adds in
   registers (peak.cpp: float32 FMA; VDPBF16PS and VPDPBUSD, or AMX tiles where there are such); of_product: gflop over
@@ -176,10 +176,11 @@ def executed(layer: sampling.Layer, step: Step, dtype: torch.dtype) -> float:
     height, width = step.out.height, step.out.width
     if layer.engine == "sparse":
         return layer.gflop
-    if layer.engine == "winograd":
-        side = winograd_tile(step, dtype)
-        products = (side + 2) ** 2 * {torch.float32: 1, torch.bfloat16: 17 / 16, torch.int8: 2}[dtype]
-        return 2e-9 * filters * channels * products * -(-height // side) * -(-width // side)
+    side = winograd_tile(step, dtype) if layer.engine == "winograd" else 0
+    if side:
+        products = {2: 17 if dtype is torch.bfloat16 else 16, 4: 36 if step.stride == (1, 1) else 81}[side]
+        words = 2 if dtype is torch.int8 else 1  # half as many of 16 bits are multiplied at once
+        return 2e-9 * filters * channels * products * words * -(-height // side) * -(-width // side)
     return 2e-9 * filters * channels * kernel[0] * kernel[1] * height * width
 
 

@@ -363,8 +363,11 @@ def _winograd(step: Step, images: Tensor, weight: Tensor, dtype: torch.dtype) ->
     """A step's convolution by F(2x2, 3x3) or F(4x4, 3x3) of Lavin and Gray, CVPR 2016.
 
     What is multiplied is rounded to dtype, at place (1, 1) of F(2x2, 3x3), where windows are summed along both axes, to
-    two numbers of it; in bfloat16 F(4x4, 3x3) rounds less than weights would be, and nothing here.
+    two numbers of it; in bfloat16 F(4x4, 3x3) rounds less than weights would be, and nothing here. With a stride these
+    are direct sums.
     """
+    if step.stride == (2, 2):
+        return F.conv2d(images, weight, step.bias, step.stride, step.padding)
     tile, (down, across), size = winograd_tile(step, dtype), step.padding, (step.out.height, step.out.width)
     dtype = torch.float32 if tile == 4 else dtype
     below, right = (-n % tile for n in size)
@@ -422,7 +425,7 @@ def sample_values(program: Program, x: Tensor, dtype: torch.dtype) -> dict[Value
             continue
         entries, taps, rows = s.weight
         added: Tensor | float = 0.0 if s.other is None else new(s.other).float()
-        if s.engine == "winograd" and s.integers is None:
+        if s.engine == "winograd" and s.integers is None and winograd_tile(s, dtype):
             weight = _dense_weight(entries, taps, rows, len(image), kernel)
             result = _winograd(s, images, weight, dtype).permute(1, 2, 3, 0) + added
         elif s.integers is None:

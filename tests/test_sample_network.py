@@ -225,8 +225,9 @@ def test_float32_bits_of_winograd_do_not_depend_on_the_instruction_set() -> None
 @DTYPES
 @pytest.mark.parametrize("padding", [(0, 0), (1, 0), (2, 3)], ids=str)
 @pytest.mark.parametrize("size", [(3, 3), (4, 11), (8, 8), (33, 2)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
 def test_winograd_covers_every_output(
-    isa: str, size: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
+    isa: str, stride: int, size: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """One block or many, whole or cut off; channels and filters that fill no register tile, dead ones among them."""
     if size[1] + 2 * padding[1] < 3:
@@ -246,44 +247,72 @@ def test_winograd_covers_every_output(
 
 
 def test_float32_loses_little_more_by_winograd_than_by_direct_sums() -> None:
-    """By F(4x4, 3x3) 1.9 times the rounding, by F(2x2, 3x3), which the smaller image takes, .7 times."""
-    for size, factor in ((8, 2.5), (4, 1.0)):
+    """1.9 times the rounding by F(4x4, 3x3), 1.3 with a stride; .7 by F(2x2, 3x3), which the smallest image takes."""
+    for size, stride, factor in ((8, 1, 2.5), (16, 2, 1.5), (4, 1, 1.0)):
         x, images = Value(256, size, size), torch.randn(32, 256, size, size)
         weight = torch.randn(16, 256, 3, 3) / 48
-        step = Step(x, Value(16, size, size), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
+        out = Value(16, size // stride, size // stride)
+        step = Step(x, out, weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1), stride=(stride, stride))
         program = Program(x, flattened(step.out), [step])
-        exact = F.conv2d(images.double(), weight.double(), padding=1).flatten(1)
+        exact = F.conv2d(images.double(), weight.double(), padding=1, stride=stride).flatten(1)
         found = [ck.sample_network(of_kind(program, e), torch.float32).logits(images) for e in ("dense", "winograd")]
         direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
         assert transformed < factor * direct
 
 
-@pytest.mark.parametrize(("size", "factor"), [(8, 1.0), (4, 1.1)])
-def test_bfloat16_loses_no_more_by_winograd_than_by_direct_sums(isa: str, size: int, factor: float) -> None:
+@pytest.mark.parametrize(("size", "stride", "factor"), [(8, 1, 1.0), (16, 2, 1.0), (4, 1, 1.1)])
+def test_bfloat16_loses_no_more_by_winograd_than_by_direct_sums(
+    isa: str, size: int, stride: int, factor: float
+) -> None:
     """Integers of 16 bits are finer than bfloat16 weights; results are rounded to bfloat16 by both. Most of 4x4 outputs
     have fewer taps, whose direct sums round less."""
     x, images = Value(256, size, size), torch.randn(32, 256, size, size).relu().bfloat16().float()
     weight = torch.randn(16, 256, 3, 3) / 48
-    step = Step(x, Value(16, size, size), weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1))
+    out = Value(16, size // stride, size // stride)
+    step = Step(x, out, weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1), stride=(stride, stride))
     program = Program(x, flattened(step.out), [step])
-    exact = F.conv2d(images.double(), weight.double(), padding=1).flatten(1)
+    exact = F.conv2d(images.double(), weight.double(), padding=1, stride=stride).flatten(1)
     found = [ck.sample_network(of_kind(program, e), torch.bfloat16).logits(images) for e in ("dense", "winograd")]
     direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
     assert transformed <= factor * direct
 
 
+# B^T and G of 4x4 outputs with a stride of 2: F(4, 2) at +-1/2, +-1 and infinity of every other input.
+STRIDED = (
+    (
+        (-0.5, 0, -1, 0, 0.5, 0, 1, 0, 0),
+        (0.5, 0, -1, 0, -0.5, 0, 1, 0, 0),
+        (-0.25, 0, -0.25, 0, 1, 0, 1, 0, 0),
+        (0.25, 0, -0.25, 0, -1, 0, 1, 0, 0),
+        (0.25, 0, 0, 0, -1.25, 0, 0, 0, 1),
+        *(tuple(float(i == j) for i in range(9)) for j in (1, 3, 5, 7)),
+    ),
+    (
+        (-4 / 3, 0, -2 / 3),
+        (4 / 3, 0, -2 / 3),
+        (2 / 3, 0, 2 / 3),
+        (-2 / 3, 0, 2 / 3),
+        (0, 0, 1),
+        *(4 * [(0.0, 1.0, 0.0)]),
+    ),
+)
+
+
 @pytest.mark.parametrize("channels", [2, 70, 300])
-def test_bfloat16_winograd_of_the_largest_sums(isa: str, channels: int) -> None:
-    """Every sample gives its filter the largest sum that inputs within [-1, 1] can at its place of F(4x4, 3x3)."""
-    of_input, of_weight, _ = (torch.tensor(t, dtype=torch.float64) for t in reference._F4)
-    weight = torch.randn(36, channels, 3, 3)
-    places = (of_weight @ weight.double() @ of_weight.t()).flatten(2)  # [36, channels, 36]
-    signs = torch.stack([torch.outer(a, b).sign() for a in of_input for b in of_input])  # [36, 6, 6]
-    worst = torch.stack([places[p, :, p].sign().view(-1, 1, 1) * signs[p] for p in range(36)]).float()
-    x = Value(channels, 6, 6)
-    step = Step(x, Value(36, 4, 4), weight=ck.compress(weight), kernel=(3, 3))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_winograd_of_the_largest_sums(isa: str, stride: int, channels: int) -> None:
+    """Every sample gives its filter the largest sum that inputs within [-1, 1] can at its place."""
+    kind = STRIDED if stride == 2 else reference._F4
+    of_input, of_weight = (torch.tensor(t, dtype=torch.float64) for t in kind[:2])
+    side = len(of_input)
+    weight = torch.randn(side**2, channels, 3, 3)
+    places = (of_weight @ weight.double() @ of_weight.t()).flatten(2)  # [filters, channels, places]
+    signs = torch.stack([torch.outer(a, b).sign() for a in of_input for b in of_input])  # [places, side, side]
+    worst = torch.stack([places[p, :, p].sign().view(-1, 1, 1) * signs[p] for p in range(side**2)]).float()
+    x = Value(channels, side, side)
+    step = Step(x, Value(side**2, 4, 4), weight=ck.compress(weight), kernel=(3, 3), stride=(stride, stride))
     program = of_kind(Program(x, flattened(step.out), [step]), "winograd")
-    exact = F.conv2d(worst, weight).flatten(1)
+    exact = F.conv2d(worst, weight, stride=stride).flatten(1)
     found = ck.sample_network(program, torch.bfloat16).logits(worst)
     assert float((found - exact).norm() / exact.norm()) < 4e-3
 

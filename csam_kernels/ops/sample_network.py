@@ -84,11 +84,11 @@ class Step:
         kernel, stride, padding, dilation: along height and width.
         engine: how a convolution multiplies. "sparse": each filter its own taps. "dense": filters share what they load,
             with the zeros between channels and filters that are alive at all; faster from a density of about 0.4 on.
-            "winograd": dense, with 16 multiplications in place of 36 (Lavin and Gray, CVPR 2016: F(2x2, 3x3)); for a
-            kernel of 3x3, stride 1, no dilation. Where an image allows, 36 in place of 144 (F(4x4, 3x3), see
-            `winograd_tile`): in float32 with up to twice the rounding, in bfloat16 by integers of 16 bits, with less;
-            in int8 always, with the bits of the others. It runs dense where tiles of AMX are faster, and in int8 where
-            the sum of a filter could pass 2^25.
+            "winograd": dense, with fewer multiplications (Lavin and Gray, CVPR 2016; `winograd_tile`): 36 in place of
+            144, 81 with a stride of 2, or 16 in place of 36; for a kernel of 3x3, stride 1 or 2, no dilation. 36 are
+            in float32 up to twice the rounding; in bfloat16 they multiply integers of 16 bits, with less; in int8 they
+            have the bits of the others. It runs dense where tiles of AMX are faster, and in int8 where the sum of a
+            filter could pass 2^25.
         name: for messages.
         integers: in a program of int8 and no other.
     """
@@ -390,17 +390,21 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
 
 def transformable(step: Step) -> bool:
     """Whether the step may have engine "winograd"."""
-    return step.weight is not None and (step.kernel, step.stride, step.dilation) == ((3, 3), (1, 1), (1, 1))
+    plain = step.weight is not None and (step.kernel, step.dilation) == ((3, 3), (1, 1))
+    return plain and step.stride in ((1, 1), (2, 2))
 
 
 def winograd_tile(step: Step, dtype: torch.dtype) -> int:
-    """Side of the square of outputs that engine "winograd" makes at a time: 2, or 4, by (side + 2)^2 products each.
+    """Side of the square of outputs that engine "winograd" makes at a time; 0 where it runs dense.
 
-    int8 has 4, and so have the others where that leaves at most three quarters of the products; float32 of four such
-    squares or more, or the weights would be read once for each.
+    4 takes 36 products, 81 with a stride of 2; 2 takes 16, of bfloat16 17. int8 has 4, and so have the others where
+    that leaves at most three quarters of the products of 2; float32 of four such squares or more, or the weights would
+    be read once for each. With a stride there is no other, nor that of int8: bytes are multiplied twice as fast.
     """
     small, large = (math.prod(-(-n // side) for n in (step.out.height, step.out.width)) for side in (2, 4))
     fours = 3 * large <= small and (large >= 4 or dtype is torch.bfloat16)
+    if step.stride == (2, 2):
+        return 4 if fours and dtype is not torch.int8 else 0
     return 4 if fours or dtype is torch.int8 else 2
 
 

@@ -1,12 +1,12 @@
-// A 3x3 convolution of stride 1 by Winograd's minimal filtering, samples innermost (Lavin and Gray, "Fast Algorithms
-// for Convolutional Neural Networks", CVPR 2016, section 4): windows of the input and each 3x3 of the weight become
-// places, whose products, summed over channels, give a square of outputs: F(2x2, 3x3) by 16 multiplications in place of
-// 36, F(4x4, 3x3) by 36 in place of 144. The latter is for integers, of which it is exact, and else where it leaves at
-// most three quarters of the products, of float32 in four tiles or more. A job is a block of tiles of one vector of
-// samples: its input is transformed once, and at every place the filters add their products by the dense loops of
-// sample_block.h, a tile standing for a pixel.
+// A 3x3 convolution of stride 1 or 2 by Winograd's minimal filtering, samples innermost (Lavin and Gray, "Fast
+// Algorithms for Convolutional Neural Networks", CVPR 2016, section 4): windows of the input and each 3x3 of the weight
+// become places, whose products, summed over channels, give a square of outputs: F(2x2, 3x3) by 16 multiplications in
+// place of 36, F(4x4, 3x3) by 36 in place of 144. The latter is for integers, of which it is exact, and else where it
+// leaves at most three quarters of the products, of float32 in four tiles or more. A job is a block of tiles of one
+// vector of samples: its input is transformed once, and at every place the filters add their products by the dense
+// loops of sample_block.h, a tile standing for a pixel.
 //
-// Of F(4x4, 3x3) bfloat16 would lose too much. Its networks multiply in fixed point of 16 bits instead, as fast: what
+// Of 4x4 outputs bfloat16 would lose too much. Its networks multiply in fixed point of 16 bits instead, as fast: what
 // the windows of a sample in a block become, in units of the most that its inputs could give, and what a filter
 // becomes, in the smallest unit that keeps sums of kFixedUnits below 2^31; those are added in float32. This loses less
 // than rounding weights to bfloat16 would.
@@ -20,14 +20,13 @@
 namespace csam {
 namespace CSAM_ISA {
 
-constexpr int64_t kMostTiles = 8;                 // of a block
 constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one place that filters go over in turn
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
 constexpr float kMostWord = 32767;
 
 // B^T, G and A^T along one axis, the latter's even and odd rows, and what is left to do to a result.
 struct F2 {
-  static constexpr int64_t kOut = 2, kIn = 4;
+  static constexpr int64_t kOut = 2, kIn = 4, kStep = 2, kMostTiles = 8;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
   static constexpr double kInputCost = 40, kEachInputCost = 35, kOutputCost = 80, kEachOutputCost = 40;
   template <class V>
@@ -50,7 +49,7 @@ struct F2 {
 // and what they give is divided by it: in fixed point they would be too small for those beside them.
 template <int kMore>
 struct F4 {
-  static constexpr int64_t kOut = 4, kIn = 6;
+  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kMostTiles = 8;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0},
                                              {-81. / 130, -54. / 130, -36. / 130},
                                              {-81. / 130, 54. / 130, -36. / 130},
@@ -58,7 +57,9 @@ struct F4 {
                                              {kMore * 8. / 65, kMore * -12. / 65, kMore * 18. / 65},
                                              {0, 0, 1}};
   static constexpr double kInputCost = 110, kEachInputCost = 230, kOutputCost = 220, kEachOutputCost = 280;
-  static constexpr double kMost[kIn] = {97. / 36 + 2, 65. / 12, 65. / 12, 65. / 18, 65. / 18, 97. / 36 + 2};  // of 1s
+  // What |input| <= 1 becomes, at most, and at any place.
+  static constexpr double kMost[kIn] = {169. / 36, 65. / 12, 65. / 12, 65. / 18, 65. / 18, 169. / 36};
+  static constexpr double kMostPlace = 65. * 65 / 144;
   static constexpr float kA = 2.f / 3, kB = 1.5f, kLess = 1.f / kMore;
   template <class V>
   CSAM_INLINE void input(const V* d, V* out) {
@@ -84,11 +85,49 @@ struct F4 {
   CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
 };
 
+// With a stride of 2. Every other input meets one tap alone and is left as it is; those between meet two, by F(4, 2) at
+// +-1/2, +-1 and infinity: 81 multiplications in place of 144.
+struct F4Strided {
+  static constexpr int64_t kOut = 4, kIn = 9, kStep = 8, kMostTiles = 2;
+  static constexpr double kWeight[kIn][3] = {{-4. / 3, 0, -2. / 3},
+                                             {4. / 3, 0, -2. / 3},
+                                             {4. / 3, 0, 4. / 3},
+                                             {-4. / 3, 0, 4. / 3},
+                                             {0, 0, 2},
+                                             {0, 4, 0},
+                                             {0, 4, 0},
+                                             {0, 4, 0},
+                                             {0, 4, 0}};
+  static constexpr double kInputCost = 220, kEachInputCost = 460, kOutputCost = 400, kEachOutputCost = 500;
+  static constexpr double kMost[kIn] = {3, 3, 2.5, 2.5, 2.5, 1, 1, 1, 1}, kMostPlace = 9;
+  template <class V>
+  CSAM_INLINE void input(const V* d, V* out) {
+    const V half = splat(0.5f), fourth = splat(0.25f);
+    const V p = d[6] - d[2], q = half * (d[4] - d[0]), r = fma(-fourth, d[2], d[6]), t = fma(-fourth, d[0], d[4]);
+    out[0] = p + q, out[1] = p - q, out[2] = r + t, out[3] = r - t;
+    out[4] = d[8] - fma(-fourth, d[0], splat(1.25f) * d[4]);
+    out[5] = d[1], out[6] = d[3], out[7] = d[5], out[8] = d[7];
+  }
+  template <class V>
+  CSAM_INLINE void even(const V* m, V* out) {
+    const V fourth = splat(0.25f), p = m[0] + m[1], r = splat(0.5f) * (m[2] + m[3]);
+    out[0] = fma(fourth, m[5], p + r);
+    out[1] = fma(fourth, p + m[7], r);
+  }
+  template <class V>
+  CSAM_INLINE void odd(const V* m, V* out) {
+    const V half = splat(0.5f), fourth = splat(0.25f), q = m[0] - m[1], t = half * (m[2] - m[3]);
+    out[0] = fma(half, q, fma(fourth, m[6], t));
+    out[1] = fma(splat(0.125f), q, fma(half, m[4], fma(fourth, m[8], t)));
+  }
+  CSAM_INLINE vf result(vf sum, int64_t, int64_t) { return sum; }
+};
+
 // Of bytes: what windows become is within 16 bits, and so are weights, whose rows are multiplied by 24, 6, 6, 24,
 // 24, 6. Results are multiples of 3 * 2^kShift along each axis, modulo 2^32: the product with the inverse of 9 and a
 // shift give them exactly if they are below 2^25, though sums on the way may pass 2^31.
 struct F4Bytes {
-  static constexpr int64_t kOut = 4, kIn = 6;
+  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kMostTiles = 8;
   static constexpr double kWeight[kIn][3] = {{6, 0, 0}, {-1, -1, -1}, {-1, 1, -1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
   static constexpr double kInputCost = 80, kEachInputCost = 165, kOutputCost = 160, kEachOutputCost = 200;
   static constexpr int kShift[kOut] = {3, 2, 1, 1};
@@ -147,10 +186,10 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   using V = std::conditional_t<sizeof(Element) == 1, vu, vf>;
   using Work = typename Format::Work;
   static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
-  static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kColumns = kOut * kMostTiles + 2;
+  static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kStep = F::kStep;
+  static constexpr int64_t kColumns = kStep * (F::kMostTiles - 1) + kIn;
   static constexpr int64_t kSummed = kIn + 1,
                            kPasses = kPlaces + (sizeof(Element) == 2 && kOut == 2);  // that place; once more over it
-  static constexpr double kMostPlace = 65. * 65 / 144;                               // in fixed point, of inputs of 1
   // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
   static constexpr double kUnit = Format::kDense[0].columns == 1 ? 1.5 : 1, kNarrow = kFixed<Format> ? 1.2 : 1.5;
   static constexpr double kInputCost = kUnit * (F::kInputCost + F::kEachInputCost * Format::kSums);
@@ -225,12 +264,13 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, const Scratch& s) const override {
     const int64_t top = job / across * kOut * rows, left = job % across * kOut * columns, count = rows * columns;
+    const int64_t first_row = job / across * kStep * rows - a.padding[0];
+    const int64_t first_column = job % across * kStep * columns - a.padding[1];
     Units fixed;
-    if constexpr (kFixed<Format>) measure(in, top - a.padding[0], left - a.padding[1], fixed);
+    if constexpr (kFixed<Format>) measure(in, first_row, first_column, fixed);
     for (int64_t u = 0; u < units; ++u)
       for (int64_t r = 0; r < rows; ++r)
-        transform(in, u, top + kOut * r - a.padding[0], left - a.padding[1],
-                  s.packed.data + (u * count + r * columns) * P, fixed);
+        transform(in, u, first_row + kStep * r, first_column, s.packed.data + (u * count + r * columns) * P, fixed);
     for (int64_t first = 0; first < live; first += group) {
       const int64_t mine = live - first < group ? live - first : group;
       for (int64_t p = 0; p < kPasses; ++p) {
@@ -267,7 +307,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     for (int64_t s = 0; s < padded; ++s) {
       double unit = 1e-30;
       for (int64_t p = 0; p < kPlaces; ++p) {
-        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / kMostPlace;
+        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / F::kMostPlace;
         for (int64_t u = 0, end; u < units; u = end) {
           const int64_t block = (u / together + 1) * together, stop = block < units ? block : units;
           end = u + kFixedUnits < stop ? u + kFixedUnits : stop;
@@ -295,7 +335,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   // is just below kMostWord of them. Sizes are compared as integers, NaN above all.
   void measure(const Element* in, int64_t top, int64_t left, Units& fixed) const {
     typedef Element Bits __attribute__((vector_size(S * sizeof(Element))));
-    const int64_t bottom = top + kOut * rows + 2, right = left + kOut * columns + 2;
+    const int64_t bottom = top + kStep * (rows - 1) + kIn, right = left + kStep * (columns - 1) + kIn;
     const int64_t end = bottom < a.height ? bottom : a.height, stop = right < a.width ? right : a.width;
     Bits most = {};
     for (int64_t c = 0; c < channels; ++c)
@@ -312,8 +352,8 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     Format::unpack(stored, sizes);
     for (int64_t n = 0; n < N; ++n) {
       const vf least = splat(0x1p-100f), size = (vf)sizes[n] < least ? least : (vf)sizes[n];
-      store(fixed.input + n * W, splat(float((kMostWord - 1) / kMostPlace)) / size);
-      store(fixed.result + n * W, splat(float(kMostPlace / (kMostWord - 1))) * size);
+      store(fixed.input + n * W, splat(float((kMostWord - 1) / F::kMostPlace)) / size);
+      store(fixed.result + n * W, splat(float(F::kMostPlace / (kMostWord - 1))) * size);
     }
   }
 
@@ -321,10 +361,9 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   void choose() {
     const double turns = double(padded) / Format::kFilters;
     for (int64_t r = 1; r <= 2; ++r)
-      for (int64_t c = 1; c <= kMostTiles; c *= 2) {
+      for (int64_t c = 1; c <= F::kMostTiles; c *= 2) {
         const int64_t count = r * c;
-        if (count > kMostTiles ||
-            (count > Format::kDense[0].columns && 4 * kPlaces * units * count * P > kTransformedBytes))
+        if (count > 8 || (count > Format::kDense[0].columns && 4 * kPlaces * units * count * P > kTransformedBytes))
           continue;
         const double parts = double(tiles(units, fitting(count))), n = double(count);
         const double narrow = count % Format::kDense[0].columns ? kNarrow : kUnit;
@@ -345,7 +384,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   // A row of tiles of one unit, whose first pixel is (top, left), to its places, `units * rows * columns * P` apart.
   void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out, const Units& fixed) const {
     Work down_combined[kIn][N][kColumns][T];
-    const int64_t reached = kOut * columns + 2, inside = a.width - left < reached ? a.width - left : reached;
+    const int64_t reached = kStep * (columns - 1) + kIn, inside = a.width - left < reached ? a.width - left : reached;
     for (int64_t i = 0; i < T; ++i) {
       const int64_t c = unit * T + i;
       const Element* row[kIn];
@@ -380,7 +419,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
           Work v[kIn][T];
           for (int64_t i = 0; i < T; ++i) {
             Work d[kIn], each[kIn];
-            for (int64_t x = 0; x < kIn; ++x) d[x] = down_combined[y][n][kOut * t + x][i];
+            for (int64_t x = 0; x < kIn; ++x) d[x] = down_combined[y][n][kStep * t + x][i];
             F::input(d, each);
             for (int64_t x = 0; x < kIn; ++x) v[x][i] = each[x];
           }
@@ -413,10 +452,10 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     const int64_t place = rows * columns * P;
     const V start = (V)Format::start(bias[slot]);
     V d[kIn][kOut / 2];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int x = 0; x < kIn; ++x) {
       V m[kIn];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int y = 0; y < kIn; ++y) m[y] = load<V>(sums + (kIn * y + x) * place);
       if (kOdd) F::odd(m, d[x]);
       else F::even(m, d[x]);
@@ -424,7 +463,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
 #pragma GCC unroll 2
     for (int i = 0; i < kOut / 2; ++i) {
       V m[kIn], each[2][kOut / 2];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int x = 0; x < kIn; ++x) m[x] = d[x][i];
       F::even(m, each[0]);
       F::odd(m, each[1]);
@@ -440,13 +479,15 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   }
 };
 
-// Null where there is nothing to multiply, or results of integers might not be exact.
+// Null where there is nothing to multiply, results of integers might not be exact, or nothing is won.
 template <class Format>
 Winograd<typename Format::Element>* winograd_of(const SampleConvArgs& args) {
   using Element = typename Format::Element;
   using Fours = typename Transformed<Format>::Type;
   if (!args.rows[args.filters]) return nullptr;
+  const bool strided = args.stride[0] == 2;
   if constexpr (sizeof(Element) == 1) {
+    if (strided) return nullptr;  // the processor multiplies bytes twice as fast as words
     for (int64_t o = 0; o < args.filters; ++o) {
       double most = 0, least = 0;
       for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
@@ -456,7 +497,9 @@ Winograd<typename Format::Element>* winograd_of(const SampleConvArgs& args) {
   } else {
     const int64_t small = tiles(args.out_height, 2) * tiles(args.out_width, 2);
     const int64_t large = tiles(args.out_height, 4) * tiles(args.out_width, 4);
-    if (3 * large > small || (sizeof(Element) == 4 && large < 4)) return new Minimal<Format, F2>(args);
+    const bool fours = 3 * large <= small && (sizeof(Element) == 2 || large >= 4);
+    if (strided) return fours ? new Minimal<Fours, F4Strided>(args) : nullptr;
+    if (!fours) return new Minimal<Format, F2>(args);
     return new Minimal<Fours, F4<sizeof(Element) == 2 ? 4 : 1>>(args);
   }
 }
