@@ -317,6 +317,35 @@ def test_bfloat16_winograd_of_the_largest_sums(isa: str, stride: int, channels: 
     assert float((found - exact).norm() / exact.norm()) < 4e-3
 
 
+@pytest.mark.parametrize("channels", [24, 64])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_winograd_of_weights_of_one_sign(isa: str, stride: int, channels: int) -> None:
+    """Of an even image: the centre, a Gaussian and a mean, whose sums are largest where windows are least changed."""
+    weight = torch.zeros(3, channels, 3, 3)
+    weight[0, :, 1, 1] = 0.1
+    weight[1] = 0.1 * torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
+    weight[2] = 0.1 / 9
+    images = torch.tensor([1.0, -1, 0.3]).view(3, 1, 1, 1).bfloat16().float().expand(3, channels, 9, 9)
+    out = Value(3, *(2 * [outputs(9, 3, stride, 0, 1)]))
+    step = Step(Value(channels, 9, 9), out, weight=ck.compress(weight), kernel=(3, 3), stride=(stride, stride))
+    program = of_kind(Program(step.input, flattened(out), [step]), "winograd")
+    exact = F.conv2d(images, weight, stride=stride).flatten(1)
+    torch.testing.assert_close(ck.sample_network(program, torch.bfloat16).logits(images), exact, rtol=8e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_winograd_hides_no_weight_that_is_no_number(isa: str, stride: int, value: float) -> None:
+    weight = torch.randn(3, 5, 3, 3)
+    weight[1, 2, 1, 1] = value
+    out = Value(3, *(2 * [outputs(9, 3, stride, 0, 1)]))
+    step = Step(Value(5, 9, 9), out, weight=ck.compress(weight), kernel=(3, 3), stride=(stride, stride))
+    program = of_kind(Program(step.input, flattened(out), [step]), "winograd")
+    found = ck.sample_network(program, torch.bfloat16).logits(torch.rand(4, 5, 9, 9)).view(4, 3, -1)
+    assert not found[:, 1].isfinite().any()
+    assert found[:, ::2].isfinite().all()
+
+
 def test_bfloat16_winograd_of_samples_of_any_size(isa: str) -> None:
     """Each in its own unit: zeros, the smallest and the largest numbers, infinity and NaN leave the others alone."""
     x, images = Value(5, 8, 8), torch.rand(70, 5, 8, 8).bfloat16().float()

@@ -377,7 +377,7 @@ def _checked(program: Program, dtype: torch.dtype) -> None:
             raise ValueError(f"{name}: integers must be given for a convolution in torch.int8 and for no other step")
         checks.choice(f"{name}: engine", step.engine, ENGINES)
         if step.engine == "winograd" and not transformable(step):
-            raise ValueError(f"{name}: engine winograd needs a 3x3 kernel of stride and dilation 1")
+            raise ValueError(f"{name}: engine winograd needs a 3x3 kernel of stride 1 or 2 without dilation")
         real = step.integers is not None and step.integers.real
         if integers and (real != (step.out is logits) or (step.out.root is logits.root) != real):
             raise ValueError(f"{name}: out must be real where it is program.logits, which is no part, and there alone")
@@ -395,7 +395,7 @@ def transformable(step: Step) -> bool:
 
 
 def winograd_tile(step: Step, dtype: torch.dtype) -> int:
-    """Side of the square of outputs that engine "winograd" makes at a time; 0 where it runs dense.
+    """Side of the square of outputs that engine "winograd" makes at a time; 0 where it runs dense on any processor.
 
     4 takes 36 products, 81 with a stride of 2; 2 takes 16, of bfloat16 17. int8 has 4, and so have the others where
     that leaves at most three quarters of the products of 2; float32 of four such squares or more, or the weights would

@@ -273,6 +273,9 @@ struct Bfloat16Pairs {  // for AVX512-BF16; unpacking a vector gives the sums' o
 };
 #endif
 
+constexpr float kWhole =
+    12582912;  // 1.5 * 2^23: added to it, a number is rounded, and the lowest bits are its integer's
+
 // Two channels of a bfloat16 network in fixed point of 16 bits, finer than bfloat16 (sample_winograd.h).
 template <class Base>
 struct Bfloat16Words;
@@ -296,8 +299,7 @@ struct Bfloat16Words : Base {
   }
   static uint32_t unit_weight(const float* w) { return word_pair(w); }
   static void pack_words(const vf* in, float* out) {  // |in| < 2^15, to nearest
-    const vf magic = splat(12582912.0f);              // 1.5 * 2^23: the lowest bits are the integer's
-    store(out, ((vu)(in[0] + magic) & 0xFFFFu) | (vu)(in[1] + magic) << 16);
+    store(out, ((vu)(in[0] + splat(kWhole)) & 0xFFFFu) | (vu)(in[1] + splat(kWhole)) << 16);
   }
 };
 
@@ -313,8 +315,7 @@ CSAM_INLINE void store_bytes(vf v, uint8_t* out) {  // of whole numbers 0 .. 255
 #endif
 }
 CSAM_INLINE vf nearest(vf v) {  // whole number, halves to even; for |v| < 2^22
-  const vf magic = splat(12582912.0f);
-  return (v + magic) - magic;
+  return (v + splat(kWhole)) - splat(kWhole);
 }
 CSAM_INLINE vf ended(vi sum, vf other, const Ending& e) {
   const vf y = fma(to_float(sum), splat(e.scale), fma(other, splat(e.other_scale), splat(e.shift)));

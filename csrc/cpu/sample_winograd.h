@@ -20,13 +20,15 @@
 namespace csam {
 namespace CSAM_ISA {
 
+constexpr int64_t kMostTiles = 8;                 // of a block
 constexpr int64_t kPlaceBytes = 20 << 10;         // of a block's units at one place that filters go over in turn
 constexpr int64_t kTransformedBytes = 512 << 10;  // of a block that has more tiles than a register tile
 constexpr float kMostWord = 32767;
 
-// B^T, G and A^T along one axis, the latter's even and odd rows, and what is left to do to a result.
+// B^T, G and A^T along one axis, the latter's even and odd rows, and what is left to do to a result; inputs from tile
+// to tile, and tiles side by side that a block has at most.
 struct F2 {
-  static constexpr int64_t kOut = 2, kIn = 4, kStep = 2, kMostTiles = 8;
+  static constexpr int64_t kOut = 2, kIn = 4, kStep = 2, kColumns = 8;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
   static constexpr double kInputCost = 40, kEachInputCost = 35, kOutputCost = 80, kEachOutputCost = 40;
   template <class V>
@@ -49,7 +51,7 @@ struct F2 {
 // and what they give is divided by it: in fixed point they would be too small for those beside them.
 template <int kMore>
 struct F4 {
-  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kMostTiles = 8;
+  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kColumns = 8;
   static constexpr double kWeight[kIn][3] = {{1, 0, 0},
                                              {-81. / 130, -54. / 130, -36. / 130},
                                              {-81. / 130, 54. / 130, -36. / 130},
@@ -88,7 +90,7 @@ struct F4 {
 // With a stride of 2. Every other input meets one tap alone and is left as it is; those between meet two, by F(4, 2) at
 // +-1/2, +-1 and infinity: 81 multiplications in place of 144.
 struct F4Strided {
-  static constexpr int64_t kOut = 4, kIn = 9, kStep = 8, kMostTiles = 2;
+  static constexpr int64_t kOut = 4, kIn = 9, kStep = 8, kColumns = 2;
   static constexpr double kWeight[kIn][3] = {{-4. / 3, 0, -2. / 3},
                                              {4. / 3, 0, -2. / 3},
                                              {4. / 3, 0, 4. / 3},
@@ -127,7 +129,7 @@ struct F4Strided {
 // 24, 6. Results are multiples of 3 * 2^kShift along each axis, modulo 2^32: the product with the inverse of 9 and a
 // shift give them exactly if they are below 2^25, though sums on the way may pass 2^31.
 struct F4Bytes {
-  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kMostTiles = 8;
+  static constexpr int64_t kOut = 4, kIn = 6, kStep = 4, kColumns = 8;
   static constexpr double kWeight[kIn][3] = {{6, 0, 0}, {-1, -1, -1}, {-1, 1, -1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 6}};
   static constexpr double kInputCost = 80, kEachInputCost = 165, kOutputCost = 160, kEachOutputCost = 200;
   static constexpr int kShift[kOut] = {3, 2, 1, 1};
@@ -187,7 +189,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   using Work = typename Format::Work;
   static constexpr int64_t T = Format::kTogether, N = Format::kWork;  // channels of a unit; vectors of a pixel
   static constexpr int64_t kOut = F::kOut, kIn = F::kIn, kPlaces = kIn * kIn, kStep = F::kStep;
-  static constexpr int64_t kColumns = kStep * (F::kMostTiles - 1) + kIn;
+  static constexpr int64_t kReached = kStep * (F::kColumns - 1) + kIn;
   static constexpr int64_t kSummed = kIn + 1,
                            kPasses = kPlaces + (sizeof(Element) == 2 && kOut == 2);  // that place; once more over it
   // A multiply-add as `Convolution::choose` prices it, and in these a tile of a channel and of a filter.
@@ -307,7 +309,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     for (int64_t s = 0; s < padded; ++s) {
       double unit = 1e-30;
       for (int64_t p = 0; p < kPlaces; ++p) {
-        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / F::kMostPlace;
+        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / F::kMostPlace + 0.5;
         for (int64_t u = 0, end; u < units; u = end) {
           const int64_t block = (u / together + 1) * together, stop = block < units ? block : units;
           end = u + kFixedUnits < stop ? u + kFixedUnits : stop;
@@ -318,14 +320,15 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
           }
           sum /= 2147483647. / reached - double((end - u) * T) / 2 - 1;  // what rounding can add
           most /= kMostWord;
-          unit = unit > sum ? unit : sum;
-          unit = unit > most ? unit : most;
+          if (most > sum) sum = most;
+          if (sum > unit || sum != sum) unit = sum;  // NaN stays
         }
       }
       for (int64_t p = 0; p < kPlaces; ++p)
         for (int64_t c = 0; c < inner; ++c) {
           float& w = places[(p * padded + s) * inner + c];
-          w = float(__builtin_rint(w / unit));
+          const double word = __builtin_rint(w / unit);
+          w = word == word ? float(word) : 0;
         }
       filter_units[s] = float(unit);
     }
@@ -361,9 +364,10 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
   void choose() {
     const double turns = double(padded) / Format::kFilters;
     for (int64_t r = 1; r <= 2; ++r)
-      for (int64_t c = 1; c <= F::kMostTiles; c *= 2) {
+      for (int64_t c = 1; c <= F::kColumns; c *= 2) {
         const int64_t count = r * c;
-        if (count > 8 || (count > Format::kDense[0].columns && 4 * kPlaces * units * count * P > kTransformedBytes))
+        if (count > kMostTiles ||
+            (count > Format::kDense[0].columns && 4 * kPlaces * units * count * P > kTransformedBytes))
           continue;
         const double parts = double(tiles(units, fitting(count))), n = double(count);
         const double narrow = count % Format::kDense[0].columns ? kNarrow : kUnit;
@@ -381,9 +385,9 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     else Format::unpack(in, reinterpret_cast<vs*>(out));
   }
 
-  // A row of tiles of one unit, whose first pixel is (top, left), to its places, `units * rows * columns * P` apart.
+  // A row of tiles of one unit, whose first pixel is (top, left), to its places, `pitch` apart.
   void transform(const Element* in, int64_t unit, int64_t top, int64_t left, float* out, const Units& fixed) const {
-    Work down_combined[kIn][N][kColumns][T];
+    Work down_combined[kIn][N][kReached][T];
     const int64_t reached = kStep * (columns - 1) + kIn, inside = a.width - left < reached ? a.width - left : reached;
     for (int64_t i = 0; i < T; ++i) {
       const int64_t c = unit * T + i;

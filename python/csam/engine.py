@@ -2,7 +2,7 @@
 
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
 cost model (`csam.costs`) says is fastest: sparse, in time proportional to the surviving weights; dense, filters sharing
-what they load; or dense after Winograd's transform, with 16 multiplications in place of 36 or 64. Where torch's own
+what they load; or dense after Winograd's transform, with half to a quarter of the multiplications. Where torch's own
 convolutions are predicted to be faster still, the network is left to them. Where torch.fx cannot trace a network, or
 traces what has no steps, torch.export is asked.
 """
@@ -21,7 +21,15 @@ from csam.costs import kept, least_ms, rates
 from csam.inference import moved_by, trace
 from csam_kernels import checks, sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
-from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Step, step_costs, transformable
+from csam_kernels.ops.sample_network import (
+    ENGINES,
+    Program,
+    SampleNetwork,
+    Step,
+    step_costs,
+    transformable,
+    winograd_tile,
+)
 
 Choices = Mapping[str, str] | str
 _ROUNDS = 3
@@ -149,14 +157,14 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         times = {}
         for engine in ENGINES:
             for step in layers:
-                step.engine = _nearest(engine, step)
+                step.engine = _nearest(engine, step, dtype)
             times[engine] = dict(zip(program.steps, milliseconds(program, dtype), strict=True))
         for step in layers:
-            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step)
+            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step, dtype)
         return
     if isinstance(choices, str):
-        choices = {step.name: _nearest(choices, step) for step in layers}
-    offered = {step.name: [_nearest(engine, step) for engine in ENGINES] for step in layers}
+        choices = {step.name: _nearest(choices, step, dtype) for step in layers}
+    offered = {step.name: [_nearest(engine, step, dtype) for engine in ENGINES] for step in layers}
     wrong = sorted(f"{name}: {kind}" for name, kind in choices.items() if kind not in offered.get(name, ()))
     wrong += [f"no {name}" for name in sorted(offered.keys() - choices.keys())]
     if wrong:
@@ -168,9 +176,10 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         step.engine = choices[step.name]
 
 
-def _nearest(engine: str, step: Step) -> str:
+def _nearest(engine: str, step: Step, dtype: torch.dtype) -> str:
     """The engine, or dense where Winograd's is not offered."""
-    return "dense" if engine == "winograd" and not transformable(step) else engine
+    offered = transformable(step) and winograd_tile(step, dtype)
+    return "dense" if engine == "winograd" and not offered else engine
 
 
 def milliseconds(program: Program, dtype: torch.dtype) -> list[float]:
