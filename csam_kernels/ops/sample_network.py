@@ -399,7 +399,7 @@ def winograd_tile(step: Step, dtype: torch.dtype) -> int:
 
     4 takes 36 products, 81 with a stride of 2; 2 takes 16, of bfloat16 17. int8 has 4, and so have the others where
     that leaves at most three quarters of the products of 2; float32 of four such squares or more, or the weights would
-    be read once for each. With a stride there is no other, nor that of int8: bytes are multiplied twice as fast.
+    be read once for each. With a stride there is no other, nor that of int8: AVX-512 multiplies bytes twice as fast.
     """
     small, large = (math.prod(-(-n // side) for n in (step.out.height, step.out.width)) for side in (2, 4))
     fours = 3 * large <= small and (large >= 4 or dtype is torch.bfloat16)

@@ -60,8 +60,8 @@ struct F4 {
                                              {0, 0, 1}};
   static constexpr double kInputCost = 110, kEachInputCost = 230, kOutputCost = 220, kEachOutputCost = 280;
   // What |input| <= 1 becomes, at most, and at any place.
-  static constexpr double kMost[kIn] = {169. / 36, 65. / 12, 65. / 12, 65. / 18, 65. / 18, 169. / 36};
-  static constexpr double kMostPlace = 65. * 65 / 144;
+  static constexpr double kLargest[kIn] = {169. / 36, 65. / 12, 65. / 12, 65. / 18, 65. / 18, 169. / 36};
+  static constexpr double kLargestPlace = 65. * 65 / 144;
   static constexpr float kA = 2.f / 3, kB = 1.5f, kLess = 1.f / kMore;
   template <class V>
   CSAM_INLINE void input(const V* d, V* out) {
@@ -101,7 +101,7 @@ struct F4Strided {
                                              {0, 4, 0},
                                              {0, 4, 0}};
   static constexpr double kInputCost = 220, kEachInputCost = 460, kOutputCost = 400, kEachOutputCost = 500;
-  static constexpr double kMost[kIn] = {3, 3, 2.5, 2.5, 2.5, 1, 1, 1, 1}, kMostPlace = 9;
+  static constexpr double kLargest[kIn] = {3, 3, 2.5, 2.5, 2.5, 1, 1, 1, 1}, kLargestPlace = 9;
   template <class V>
   CSAM_INLINE void input(const V* d, V* out) {
     const V half = splat(0.5f), fourth = splat(0.25f);
@@ -309,7 +309,7 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     for (int64_t s = 0; s < padded; ++s) {
       double unit = 1e-30;
       for (int64_t p = 0; p < kPlaces; ++p) {
-        const double reached = kMostWord * F::kMost[p / kIn] * F::kMost[p % kIn] / F::kMostPlace + 0.5;
+        const double reached = kMostWord * F::kLargest[p / kIn] * F::kLargest[p % kIn] / F::kLargestPlace + 0.5;
         for (int64_t u = 0, end; u < units; u = end) {
           const int64_t block = (u / together + 1) * together, stop = block < units ? block : units;
           end = u + kFixedUnits < stop ? u + kFixedUnits : stop;
@@ -355,8 +355,8 @@ struct Minimal final : Winograd<typename Format::Element>, Layer<Format> {
     Format::unpack(stored, sizes);
     for (int64_t n = 0; n < N; ++n) {
       const vf least = splat(0x1p-100f), size = (vf)sizes[n] < least ? least : (vf)sizes[n];
-      store(fixed.input + n * W, splat(float((kMostWord - 1) / F::kMostPlace)) / size);
-      store(fixed.result + n * W, splat(float(F::kMostPlace / (kMostWord - 1))) * size);
+      store(fixed.input + n * W, splat(float((kMostWord - 1) / F::kLargestPlace)) / size);
+      store(fixed.result + n * W, splat(float(F::kLargestPlace / (kMostWord - 1))) * size);
     }
   }
 
@@ -491,7 +491,7 @@ Winograd<typename Format::Element>* winograd_of(const SampleConvArgs& args) {
   if (!args.rows[args.filters]) return nullptr;
   const bool strided = args.stride[0] == 2;
   if constexpr (sizeof(Element) == 1) {
-    if (strided) return nullptr;  // the processor multiplies bytes twice as fast as words
+    if (strided) return nullptr;  // where there is AVX-512, bytes are multiplied twice as fast as words
     for (int64_t o = 0; o < args.filters; ++o) {
       double most = 0, least = 0;
       for (int64_t k = args.rows[o]; k < args.rows[o + 1]; ++k) (args.values[k] > 0 ? most : least) += args.values[k];
