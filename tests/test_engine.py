@@ -218,6 +218,25 @@ def test_what_is_predicted_falls_with_the_weights(monkeypatch: pytest.MonkeyPatc
         assert all(best <= other for best, other in zip(totals["auto"], totals[kind], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "kind"),
+    [
+        (torch.bfloat16, 8, "winograd"),
+        (torch.float32, 16, "winograd"),
+        (torch.float32, 8, "dense"),
+        (torch.int8, 16, "dense"),
+    ],
+    ids=str,
+)
+def test_a_strided_layer_is_planned_as_it_runs(dtype: torch.dtype, size: int, kind: str) -> None:
+    """Dense where Winograd's transform has no form for it: its weights are then rounded as those of dense layers."""
+    x, weight = Value(4, size, size), compress(torch.randn(4, 4, 3, 3))
+    out = Value(4, size // 2, size // 2)
+    step = Step(x, out, weight=weight, kernel=(3, 3), stride=(2, 2), padding=(1, 1), name="strided")
+    engine.choose(Program(x, out, [step]), dtype, "winograd")
+    assert step.engine == kind
+
+
 def test_torchs_convolutions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, module=2.0, narrow=8.0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
