@@ -246,17 +246,23 @@ def test_winograd_covers_every_output(
         assert_close(found, reference.sample_network(program, images, dtype), dtype)
 
 
+def roundings(images: Tensor, stride: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Root mean squares of what a layer of 256 channels loses by direct sums, and by Winograd's transform."""
+    _, channels, size, _ = images.shape
+    weight = torch.randn(16, channels, 3, 3) / 48
+    x, out = Value(channels, size, size), Value(16, size // stride, size // stride)
+    step = Step(x, out, weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1), stride=(stride, stride))
+    program = Program(x, flattened(step.out), [step])
+    exact = F.conv2d(images.double(), weight.double(), padding=1, stride=stride).flatten(1)
+    found = [ck.sample_network(of_kind(program, e), dtype).logits(images) for e in ("dense", "winograd")]
+    direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
+    return direct, transformed
+
+
 def test_float32_loses_little_more_by_winograd_than_by_direct_sums() -> None:
     """1.9 times the rounding by F(4x4, 3x3), 1.3 with a stride; .7 by F(2x2, 3x3), which the smallest image takes."""
     for size, stride, factor in ((8, 1, 2.5), (16, 2, 1.5), (4, 1, 1.0)):
-        x, images = Value(256, size, size), torch.randn(32, 256, size, size)
-        weight = torch.randn(16, 256, 3, 3) / 48
-        out = Value(16, size // stride, size // stride)
-        step = Step(x, out, weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1), stride=(stride, stride))
-        program = Program(x, flattened(step.out), [step])
-        exact = F.conv2d(images.double(), weight.double(), padding=1, stride=stride).flatten(1)
-        found = [ck.sample_network(of_kind(program, e), torch.float32).logits(images) for e in ("dense", "winograd")]
-        direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
+        direct, transformed = roundings(torch.randn(32, 256, size, size), stride, torch.float32)
         assert transformed < factor * direct
 
 
@@ -266,14 +272,8 @@ def test_bfloat16_loses_no_more_by_winograd_than_by_direct_sums(
 ) -> None:
     """Integers of 16 bits are finer than bfloat16 weights; results are rounded to bfloat16 by both. Most of 4x4 outputs
     have fewer taps, whose direct sums round less."""
-    x, images = Value(256, size, size), torch.randn(32, 256, size, size).relu().bfloat16().float()
-    weight = torch.randn(16, 256, 3, 3) / 48
-    out = Value(16, size // stride, size // stride)
-    step = Step(x, out, weight=ck.compress(weight), kernel=(3, 3), padding=(1, 1), stride=(stride, stride))
-    program = Program(x, flattened(step.out), [step])
-    exact = F.conv2d(images.double(), weight.double(), padding=1, stride=stride).flatten(1)
-    found = [ck.sample_network(of_kind(program, e), torch.bfloat16).logits(images) for e in ("dense", "winograd")]
-    direct, transformed = (float((logits - exact).square().mean().sqrt()) for logits in found)
+    images = torch.randn(32, 256, size, size).relu().bfloat16().float()
+    direct, transformed = roundings(images, stride, torch.bfloat16)
     assert transformed <= factor * direct
 
 

@@ -395,12 +395,15 @@ def transformable(step: Step) -> bool:
 
 
 def winograd_tile(step: Step, dtype: torch.dtype) -> int:
-    """Side of the square of outputs that engine "winograd" makes at a time; 0 where it runs dense on any processor.
+    """Side of the square of outputs that engine "winograd" makes at a time; 0 where a step may not have it, or it runs
+    dense on any processor.
 
     4 takes 36 products, 81 with a stride of 2; 2 takes 16, of bfloat16 17. int8 has 4, and so have the others where
     that leaves at most three quarters of the products of 2; float32 of four such squares or more, or the weights would
     be read once for each. With a stride there is no other, nor that of int8: AVX-512 multiplies bytes twice as fast.
     """
+    if not transformable(step):
+        return 0
     small, large = (math.prod(-(-n // side) for n in (step.out.height, step.out.width)) for side in (2, 4))
     fours = 3 * large <= small and (large >= 4 or dtype is torch.bfloat16)
     if step.stride == (2, 2):

@@ -21,15 +21,7 @@ from csam.costs import kept, least_ms, rates
 from csam.inference import moved_by, trace
 from csam_kernels import checks, sample_network
 from csam_kernels.ops.sample_conv2d import DTYPES
-from csam_kernels.ops.sample_network import (
-    ENGINES,
-    Program,
-    SampleNetwork,
-    Step,
-    step_costs,
-    transformable,
-    winograd_tile,
-)
+from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Step, step_costs, winograd_tile
 
 Choices = Mapping[str, str] | str
 _ROUNDS = 3
@@ -178,8 +170,7 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
 
 def _nearest(engine: str, step: Step, dtype: torch.dtype) -> str:
     """The engine, or dense where Winograd's is not offered."""
-    offered = transformable(step) and winograd_tile(step, dtype)
-    return "dense" if engine == "winograd" and not offered else engine
+    return "dense" if engine == "winograd" and not winograd_tile(step, dtype) else engine
 
 
 def milliseconds(program: Program, dtype: torch.dtype) -> list[float]:
