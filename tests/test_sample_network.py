@@ -236,9 +236,11 @@ def test_winograd_covers_every_output(
         weight = torch.randn(filters, channels, 3, 3) / (3 * channels**0.5)
         weight[filters // 2 + 1 :: 3] = 0
         weight[:, channels // 2 + 1 :: 4] = 0
-        x, images = Value(channels, *size), torch.rand(35, channels, *size)
-        out = Value(filters, *(s + 2 * p - 2 for s, p in zip(size, padding, strict=True)))
+        high, wide = (stride * s for s in size)
+        x, images = Value(channels, high, wide), torch.rand(35, channels, high, wide)
+        out = Value(filters, *(outputs(s, 3, stride, p, 1) for s, p in zip((high, wide), padding, strict=True)))
         step = Step(x, out, weight=ck.compress(weight), bias=torch.randn(filters), kernel=(3, 3), padding=padding)
+        step.stride = (stride, stride)
         head = convolution(flattened(out), 5)
         program = of_kind(Program(x, head.out, [step, head]), "winograd")
         assert step.engine == "winograd"
@@ -247,7 +249,7 @@ def test_winograd_covers_every_output(
 
 
 def roundings(images: Tensor, stride: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Root mean squares of what a layer of 256 channels loses by direct sums, and by Winograd's transform."""
+    """Root mean squares of what a layer of random weights loses by direct sums, and by Winograd's transform."""
     _, channels, size, _ = images.shape
     weight = torch.randn(16, channels, 3, 3) / 48
     x, out = Value(channels, size, size), Value(16, size // stride, size // stride)
