@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
@@ -570,7 +572,7 @@ def test_bad_files_are_named(csam: Command, trained: Path, tmp_path: Path) -> No
         (["demo", "--config", tmp_path / "bad.json"], "bad.json is damaged"),
         (
             ["demo", "--config", tmp_path / "data.json"],
-            "data.json: data must be one of digits, cifar10, cifar10c, got ['mnist']",
+            "data.json: data must be one of digits, cifar10, cifar10c, images, got ['mnist']",
         ),
         (["demo", "--config", tmp_path / "list.json"], "list.json must hold a JSON object"),
         ([*DEMO, "--alpha", "0.01", "--out", trained], "certify.alpha: 0.001 there, 0.01 now"),
@@ -717,6 +719,32 @@ def test_given_weights_shorten_the_dense_training_unless_told_otherwise(tmp_path
     assert cli.settings_from("cifar10", None, None, None, weights).train.epochs == 3
     assert cli.settings_from("cifar10", None, None, None, {**weights, "train__epochs": 7}).train.epochs == 7
     assert cli.settings_from("cifar10", None, None, None, {}).train == PRESETS["cifar10"].train
+
+
+def test_certify_on_class_folders(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net3.py").write_text(
+        "import torch\ndef two():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),"
+        " torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    generator = np.random.default_rng(0)
+    for split, label, i in itertools.product(("train", "val"), ("cat", "dog"), range(3)):
+        file = tmp_path / "pets" / split / label / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)).save(file)
+    asked = ["--data", "images", "--data-dir", tmp_path / "pets", "--resize", 16, "--crop", 14, "--sigma", 0.25]
+    command = ["certify", "net3:two", *asked, "--n0", 5, "--n", 20]
+    code, out, err = csam(*command, "--images", 4, "--out", tmp_path / "run")
+    assert code == 0, err
+    table = Path(out.split()[-1])
+    assert [(row.idx, row.label) for row in records.read_tsv(table)] == [(0, 0), (1, 0), (3, 1), (4, 1)]
+    assert csam(*command, "--images", 6, "--out", tmp_path / "run")[0] == 0
+    assert sorted(row.label for row in records.read_tsv(table)) == [0, 0, 0, 1, 1, 1]
+    code, _, err = csam(*command, "--dtype", "int8", "--train-subset", 4, "--images", 1, "--out", tmp_path / "bytes")
+    assert code == 0, err
+    code, _, err = csam(*command[:6], "--sigma", 0.25, "--out", tmp_path / "other")
+    assert (code, "(resize and crop make images of one size)" in err) == (2, True), err
 
 
 def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:

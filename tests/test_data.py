@@ -40,9 +40,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = images.decode_all
 
-    def record(source: Source, chosen: Sequence[str], description: str) -> Tensor:
+    def record(source: Source, chosen: Sequence[str], description: str, **options: Any) -> Tensor:
         names.extend(chosen)
-        return decode(source, chosen, description)
+        return decode(source, chosen, description, **options)
 
     monkeypatch.setattr(images, "decode_all", record)
     return names
@@ -291,7 +291,7 @@ class TestDigits:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist",), "name must be one of digits, cifar10, cifar10c, got 'mnist'"),
+        (("mnist",), "name must be one of digits, cifar10, cifar10c, images, got 'mnist'"),
         (("cifar10",), "data_dir must say where CIFAR-10 is"),
         (("digits", "somewhere"), "data_dir must be None for digits, got 'somewhere'"),
     ],
@@ -600,6 +600,12 @@ class TestRealImages:
         assert len(real.test_x.flatten(1).unique(dim=0)) == 500
         assert 100 < real.test_x.float().mean() < 140
 
+    def test_class_folders_are_read_alike(self, real: data.Dataset) -> None:
+        same = data.load("images", shared_data("cifar10-images.tar.xz"), train_subset=100, test_subset=500)
+        for name in ("train_x", "train_y", "test_x", "test_y"):
+            assert torch.equal(getattr(same, name), getattr(real, name))
+        assert same.classes == real.classes
+
     def test_published_network_reaches_its_accuracy(self, real: data.Dataset) -> None:
         model = models.build("resnet20", **models.NORMALIZATION["imagenet"]._asdict()).eval()
         models.load_weights(model, shared_data("cifar10-resnet20.safetensors"))
@@ -666,3 +672,103 @@ def test_only_cifar10c_is_corrupted(tmp_path: Path) -> None:
         data.load("digits", corruption="fog")
     with pytest.raises(FileNotFoundError, match="unpacked folder of CIFAR-10-C"):
         data.load("cifar10c", tmp_path / "no", corruption="fog", severity=1)
+
+
+# Class folders
+
+
+def photograph(path: Path, size: tuple[int, int], seed: int, mode: str = "RGB") -> None:
+    """Smooth random pixels of (width, height), as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path)
+
+
+def album(folder: Path, *splits: str, size: tuple[int, int] = (12, 10)) -> Path:
+    """Three images of "b", two of "a" in each split; "" for none."""
+    for number, split in enumerate(splits):
+        for i, name in enumerate(("b/0.png", "b/1.png", "b/2.PNG", "a/3.png", "a/4.png")):
+            photograph(folder / split / name, size, 10 * number + i)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+
+
+def test_images_are_labelled_by_sorted_folders(tmp_path: Path) -> None:
+    folder = album(tmp_path / "own", "")
+    photograph(folder / "a" / "5.png", (12, 10), 5, mode="L")
+    found = data.load("images", folder)
+    assert (found.name, found.classes, found.test_y.tolist()) == ("images", ["a", "b"], [0, 0, 0, 1, 1, 1])
+    files = [folder / name for name in ("a/3.png", "a/4.png", "a/5.png", "b/0.png", "b/1.png", "b/2.PNG")]
+    assert torch.equal(found.test_x, torch.stack([pixels(file) for file in files]))
+    assert (found.train_x.shape, found.in_channels) == ((0, 3, 10, 12), 3)
+    packed = data.load("images", pack(folder, "gz"))
+    assert torch.equal(packed.test_x, found.test_x)
+    assert packed.test_y.tolist() == found.test_y.tolist()
+
+
+@pytest.mark.parametrize(("splits", "test"), [(("train", "val"), "val"), (("val", "test"), "test"), (("val",), "val")])
+def test_images_of_splits(tmp_path: Path, decoded: list[str], splits: tuple[str, ...], test: str) -> None:
+    folder = album(tmp_path / "own", *splits)
+    found = data.load("images", folder)
+    assert torch.equal(found.test_x[0], pixels(folder / test / "a/3.png"))
+    assert (len(found.test_x), len(found.train_x)) == (5, 5 if "train" in splits else 0)
+    del decoded[:]
+    apart = data.load("images", folder, train=False, train_subset=1, test_subset=2)
+    assert (len(apart.train_x), sorted(apart.test_y.tolist())) == (0, [0, 1])
+    assert len(decoded) == 2  # only what is kept
+    assert torch.equal(data.load("images", pack(folder)).test_x, found.test_x)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 91), (64, 64)])
+def test_images_are_fitted_as_torchvision_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    folder = album(tmp_path / "own", "", size=size)
+    found = data.load("images", folder, resize=32, crop=28).test_x[0]
+    whole = pixels(folder / "a" / "3.png")
+    width, height = (int(32 * side / min(size)) for side in size)
+    small = torch.nn.functional.interpolate(whole[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    top, left = round((height - 28) / 2), round((width - 28) / 2)
+    assert (small[:, top : top + 28, left : left + 28] - found).abs().max() < 1.5  # Pillow rounds between the axes
+    assert data.load("images", folder, resize=32).test_x.shape[2:] == (height, width)
+    top, left = round((size[1] - 28) / 2), round((size[0] - 28) / 2)
+    assert torch.equal(data.load("images", folder, crop=28).test_x[0], whole[:, top : top + 28, left : left + 28])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (None, {"crop": 11}, r"3\.png: crop must be at most 10, the image's shorter side, got 11"),
+        (None, {"crop": 0}, "crop must be >= 1, got 0"),
+        (None, {"resize": 2.5}, "resize must be an integer, got 2.5"),
+        (None, {"test_subset": 6}, "test_subset must be <= 5"),
+        (None, {"corruption": "fog"}, "corruption must be None for images"),
+        (lambda f: photograph(f / "b/9.png", (11, 10), 0), {}, r"9\.png must be 12x10 pixels as .*3\.png \(resize and"),
+        (lambda f: Image.fromarray(np.zeros((9, 9), np.uint16)).save(f / "b/9.png"), {}, r"9\.png must have 8 bits a"),
+        (lambda f: (f / "b/9.jpg").write_bytes(b"no"), {}, r"9\.jpg is not a whole image"),
+        (lambda f: album(f, "train"), {}, "holds no images to test on"),
+        (lambda f: album(album(f, "train"), "val", size=(9, 9)), {}, "must be of one size .*, got 12x10 and 9x9"),
+        (lambda f: photograph(album(f, "train", "val") / "val/c/0.png", (12, 10), 0), {}, "train/c must hold images"),
+    ],
+)
+def test_bad_images_are_refused(tmp_path: Path, spoil: Any, options: dict[str, Any], message: str) -> None:
+    folder = album(tmp_path / "own", "")
+    if spoil:
+        spoil(folder)
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.load("images", folder, **options)
+
+
+def test_images_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a folder or a tar of images, .*nowhere does not exist"):
+        data.load("images", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="data_dir must say where the images are"):
+        data.load("images")
+    with pytest.raises(ValueError, match="crop must be None for digits, got 8"):
+        data.load("digits", crop=8)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4 * 3 * 12, "SC_PAGE_SIZE": 10}[name])
+    with pytest.raises(ValueError, match=r"images must be at most 4, which this machine's memory holds .*, got 5"):
+        data.load("images", album(tmp_path / "own", ""))

@@ -90,6 +90,8 @@ MODEL = Model()
 DATA_OPTIONS = (
     ("--train-subset", "train_subset", int, "Train on this many images, stratified (all)."),
     ("--test-subset", "test_subset", int, "Test on this many images, stratified (all)."),
+    ("--resize", "resize", int, "Of images: what their shorter side becomes, in pixels."),
+    ("--crop", "crop", int, "Of images: side of the central square that is kept, in pixels."),
     ("--model", "model", click.Choice(list(models.ARCHITECTURES)), "Network."),
     (
         "--normalization",
@@ -219,12 +221,14 @@ def common_options(command: Command) -> Command:
         click.option(
             "--data-dir",
             type=PLACE,
-            help="Where the data is (cifar10: a folder or a tar, any usual form; cifar10c: its unpacked folder).",
+            help="Where the data is (cifar10: a folder or a tar, any usual form; cifar10c: its unpacked folder; "
+            "images: a folder or a tar of class folders).",
         ),
         click.option(
             "--data",
             type=click.Choice(list(PRESETS)),
-            help="Data set; cifar10c has test images only and is for certify.  [digits]",
+            help="Data set; cifar10c has test images only and is for certify; images are your own, in class folders as "
+            "ImageNet's.  [digits]",
         ),
     ):
         command = option(command)

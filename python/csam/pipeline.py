@@ -517,9 +517,12 @@ def identity(command: str, settings: Settings, dataset: data.Dataset, **more: An
     """
     asked = asdict(settings)
     del asked["data_dir"]
-    for group, name, before in (("certify", "sound_float", False), ("train", "noise", "gaussian")):
-        if asked[group][name] == before:  # as in folders that were begun before there was such a setting
-            del asked[group][name]
+    newer: dict[str, Any] = {"certify.sound_float": False, "train.noise": "gaussian", "resize": None, "crop": None}
+    for place, before in newer.items():
+        *groups, name = place.split(".")
+        values = asked[groups[0]] if groups else asked
+        if values[name] == before:  # as in folders that were begun before there was such a setting
+            del values[name]
     if settings.weights is not None:
         asked["weights"] = _digest(Path(settings.weights).read_bytes())
     contents = [t.numpy().tobytes() for t in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)]
@@ -533,16 +536,27 @@ def _digest(*parts: bytes) -> str:
     return total.hexdigest()
 
 
-def load_data(settings: Settings) -> data.Dataset:
-    """The data set the settings name; of CIFAR-10-C test images alone, whatever a network was trained on."""
+def load_data(settings: Settings, certify: bool = False) -> data.Dataset:
+    """The data set the settings name; of CIFAR-10-C test images alone, whatever a network was trained on.
+
+    To certify class folders of images those for training are left alone, but for what int8 is calibrated on.
+    """
+    subset, train = settings.train_subset, True
+    if settings.data == "cifar10c":
+        subset = None
+    elif settings.data == "images" and certify:
+        subset, train = subset or CALIBRATION, settings.certify.dtype == "int8"
     return data.load(
         settings.data,
         settings.data_dir,
-        train_subset=None if settings.data == "cifar10c" else settings.train_subset,
+        train_subset=subset,
+        train=train,
         test_subset=settings.test_subset,
         seed=settings.seed,
         corruption=settings.corruption,
         severity=settings.severity,
+        resize=settings.resize,
+        crop=settings.crop,
     )
 
 
@@ -748,7 +762,7 @@ def certify(
     """
     checks.choice("certificate", certificate, CERTIFICATES)
     smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
-    dataset = load_data(settings)
+    dataset = load_data(settings, certify=True)
     network, digest = _given(settings, dataset, model)
     check_certificates(settings, dataset, network, str(model), certificate)
     chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)

@@ -131,6 +131,8 @@ class Settings:
     data_dir: str | None = None
     corruption: str | None = None
     severity: int | None = None
+    resize: int | None = None
+    crop: int | None = None
     train_subset: int | None = None
     test_subset: int | None = None
     model: str = "digits"
@@ -184,6 +186,14 @@ PRESETS = {
         model="resnet20",
         normalization="imagenet",
         transform="rotation:10,brightness:0.1",
+        certify=CertifySettings(images=100),
+    ),
+    "images": Settings(
+        data="images",
+        model="resnet18",
+        normalization="imagenet",
+        transform="rotation:10,brightness:0.1",
+        train=TrainSettings(flip=True),
         certify=CertifySettings(images=100),
     ),
 }

@@ -1,4 +1,5 @@
-"""Data sets as uint8 tensors: scikit-learn's handwritten digits, CIFAR-10 in any of its usual forms, CIFAR-10-C.
+"""Data sets as uint8 tensors: scikit-learn's handwritten digits, CIFAR-10 in any of its usual forms, CIFAR-10-C, and
+class folders of images such as ImageNet's.
 
 dataset = data.load("cifar10", "path/to/cifar-10-python.tar.gz", train_subset=10_000)
 x = data.to_unit(dataset.test_x[:8])  # float32 [8, 3, 32, 32] in [0, 1]
@@ -8,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csam.data import cifar10, cifar10c, digits
+from csam.data import cifar10, cifar10c, digits, folders
 from csam.data.dataset import Dataset, balanced_order, check_subset, to_unit
 
 __all__ = ["NAMES", "Dataset", "balanced_order", "load", "to_unit"]
 
-NAMES = ("digits", "cifar10", "cifar10c")
+NAMES = ("digits", "cifar10", "cifar10c", "images")
 
 
 def load(
@@ -25,6 +26,9 @@ def load(
     seed: int = 0,
     corruption: str | None = None,
     severity: int | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    train: bool = True,
 ) -> Dataset:
     """Load a data set, whole or a stratified part of it.
 
@@ -35,13 +39,21 @@ def load(
     A split of images that was decoded whole is kept in the folder `CSAM_CACHE` (default ~/.cache/csam) until its
     source changes. "cifar10c" is the unpacked folder of CIFAR-10-C, and has test images only.
 
+    "images" is a folder or a tar of images in class folders, labelled by the folders' sorted names: `<class>/*.jpg`,
+    which are test images, or `train/<class>/*.jpg` (none is needed to certify) and `test/<class>/*.jpg`, or where there
+    is no `test`, `val/<class>/*.jpg`. They become RGB, and are of one size or brought to one by `resize` and `crop`:
+    256 and 224 are what ImageNet's networks are evaluated with. Only those that are kept are decoded.
+
     Args:
-        name: "digits", "cifar10" or "cifar10c".
+        name: "digits", "cifar10", "cifar10c" or "images".
         data_dir: where the files are; see above.
         train_subset, test_subset: how many images of the split to keep, chosen by `balanced_order`; all by
             default, in the order of the source.
         seed: chooses which images a subset holds; a smaller subset is the beginning of a larger one.
         corruption, severity: of CIFAR-10-C, such as "fog" and 3, and of no other.
+        resize, crop: of "images": what their shorter side becomes, and the side of the central square that is kept, in
+            pixels; as torchvision's Resize (bilinear, antialiased) and CenterCrop do it. None leaves out the step.
+        train: False leaves out the training images of "images".
 
     Raises:
         FileNotFoundError: `data_dir` does not exist, or a batch file is missing in it.
@@ -49,9 +61,13 @@ def load(
     """
     check_subset("train_subset", train_subset)
     check_subset("test_subset", test_subset)
-    for option, value in (("corruption", corruption), ("severity", severity)):
-        if value is not None and name != "cifar10c":
-            raise ValueError(f"{option} must be None for {name}, got {value!r}")
+    for owner, options in (
+        ("cifar10c", {"corruption": corruption, "severity": severity}),
+        ("images", {"resize": resize, "crop": crop}),
+    ):
+        for option, value in options.items():
+            if value is not None and name != owner:
+                raise ValueError(f"{option} must be None for {name}, got {value!r}")
     if name == "cifar10c":
         if data_dir is None:
             raise ValueError("data_dir must say where CIFAR-10-C is (its unpacked folder), got None")
@@ -60,6 +76,10 @@ def load(
         if data_dir is None:
             raise ValueError("data_dir must say where CIFAR-10 is (a folder or a tar), got None")
         return cifar10.load(Path(data_dir).expanduser(), train_subset, test_subset, seed)
+    if name == "images":
+        if data_dir is None:
+            raise ValueError("data_dir must say where the images are (a folder or a tar), got None")
+        return folders.load(Path(data_dir).expanduser(), train_subset, test_subset, seed, resize, crop, train)
     if name != "digits":
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     if data_dir is not None:

@@ -19,7 +19,7 @@ BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_bat
 _LANDMARKS = ("train", "test", "data_batch_1", "test_batch", "data_batch_1.bin", "test_batch.bin")
 _FILE = re.compile(
     r"(?:^|/)("
-    rf"(?:train|test)/[^/.][^/]*/[^/.][^/]*\.(?i:{'|'.join(images.SUFFIXES)})"
+    rf"(?:train|test)/{images.FILE}"
     r"|(?:data_batch_[1-5]|test_batch)(?:\.bin)?"
     r")$"
 )
@@ -94,11 +94,17 @@ def _read_batches(source: Source, split: str) -> Split | None:
 
 def _decode_images(source: Source, split: str, count: int | None, seed: int) -> Split:
     """The chosen images of class folders; kept in the cache when they are the whole split."""
-    classes = images.class_names(source, CLASSES)
-    names = [name for name in source.names() if name.startswith(f"{split}/")]
+    splits = {each: [name for name in source.names() if name.startswith(f"{each}/")] for each in ("train", "test")}
+    classes, names = images.class_names(source, splits), splits[split]
+    if len(classes) != len(CLASSES):
+        lacking = [name for name in CLASSES if name not in classes]
+        raise ValueError(
+            f"{source.path} must have {len(CLASSES)} class folders, got {len(classes)} ({', '.join(classes)})"
+            + (f"; missing: {', '.join(lacking)}" if lacking else "")
+        )
     y = torch.tensor([classes.index(name.split("/")[1]) for name in names])
     chosen = choose(f"{split}_subset", y, count, seed)
-    x = images.decode_all(source, [names[i] for i in chosen.tolist()], f"decoding {split} images")
+    x = images.decode_all(source, [names[i] for i in chosen.tolist()], f"decoding {split} images", side=32)
     found = Split(x, y[chosen], classes)
     if count is None:
         cache.keep(source, split, found)

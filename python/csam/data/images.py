@@ -1,9 +1,11 @@
-"""Class folders of images: `train/<class>/<image>` and `test/<class>/<image>`."""
+"""Class folders of images: their names, and their pixels."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,55 +16,93 @@ from csam.data.progress import track
 from csam.data.source import Source
 
 SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "ppm")
+FILE = rf"[^/.][^/]*/[^/.][^/]*\.(?i:{'|'.join(SUFFIXES)})"  # <class>/<image>, in a pattern
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
 
 
-def class_names(source: Source, expected: Sequence[str]) -> list[str]:
-    """Sorted class folders of a source whose names are all `<split>/<class>/<image>`.
+@dataclass(frozen=True)
+class Fit:
+    """How images are brought to one size, with torchvision's conventions.
+
+    resize: what the shorter side becomes (bilinear with antialiasing, `transforms.Resize`); crop: side of the central
+    square that is kept (`transforms.CenterCrop`). None leaves out the step.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if self.resize is not None:
+            short, long = min(width, height), max(width, height)
+            longer = int(self.resize * long / short)
+            width, height = (self.resize, longer) if width <= height else (longer, self.resize)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if self.crop is None:
+            return image
+        if self.crop > min(width, height):
+            raise ValueError(f"crop must be at most {min(width, height)}, the image's shorter side, got {self.crop}")
+        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+        return image.crop((left, top, left + self.crop, top + self.crop))
+
+
+def class_names(source: Source, splits: Mapping[str, Sequence[str]]) -> list[str]:
+    """Sorted class folders of splits, whose names all end in `<class>/<image>`.
 
     Raises:
-        ValueError: a class that only one split has, or not as many classes as `expected` (whose names serve the
-            message: other names are accepted).
+        ValueError: a class that only one split has.
     """
-    found: dict[str, set[str]] = {"train": set(), "test": set()}
-    for name in source.names():
-        split, folder, _ = name.split("/")
-        found[split].add(folder)
-    classes = sorted(found["train"] | found["test"])
+    found = {split: {name.split("/")[-2] for name in names} for split, names in splits.items()}
+    classes = sorted(set().union(*found.values()))
     for split, folders in found.items():
         lacking = [name for name in classes if name not in folders]
         if lacking:
             raise ValueError(f"{source.label(f'{split}/{lacking[0]}')} must hold images, got none")
-    if len(classes) != len(expected):
-        lacking = [name for name in expected if name not in classes]
-        raise ValueError(
-            f"{source.path} must have {len(expected)} class folders, got {len(classes)} ({', '.join(classes)})"
-            + (f"; missing: {', '.join(lacking)}" if lacking else "")
-        )
     return classes
 
 
-def decode_all(source: Source, names: Sequence[str], description: str) -> Tensor:
-    """Decode the named images to uint8 [N, 3, 32, 32].
+def decode_all(
+    source: Source, names: Sequence[str], description: str, fit: Fit | None = None, side: int | None = None
+) -> Tensor:
+    """Decode the named images to uint8 [N, 3, H, W], of `side` x `side` pixels, or all of the first one's size.
 
     Raises:
-        ValueError: an image that is damaged, empty, of another size or of more than 8 bits a channel, named.
+        ValueError: an image that is damaged, empty, of another size or of more than 8 bits a channel, named; more
+            images than this machine's memory holds.
     """
-    pixels = np.empty((len(names), 3, 32, 32), dtype=np.uint8)
+    pixels, wanted = np.empty((0, 3, 0, 0), np.uint8), f"{side}x{side} pixels"
     for i, name in enumerate(track(names, description)):
-        pixels[i] = _decode(source.read(name), source.label(name)).transpose(2, 0, 1)
+        label = source.label(name)
+        image = _decode(source.read(name), label, fit or Fit())
+        if not i:
+            height, width = (side, side) if side else image.shape[:2]
+            _check_memory(len(names), 3 * height * width)
+            pixels = np.empty((len(names), 3, height, width), np.uint8)
+            wanted = wanted if side else f"{width}x{height} pixels as {label} (resize and crop make images of one size)"
+        if image.shape[:2] != pixels.shape[2:]:
+            raise ValueError(f"{label} must be {wanted}, got {image.shape[1]}x{image.shape[0]}")
+        pixels[i] = image.transpose(2, 0, 1)
     return torch.from_numpy(pixels)
 
 
-def _decode(content: bytes, label: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _check_memory(count: int, each: int) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if count * each > there:
+        most = there // each
+        raise ValueError(f"images must be at most {most}, which this machine's memory holds (a subset), got {count}")
+
+
+def _decode(content: bytes, label: str, fit: Fit) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            size, mode = image.size, image.mode
+            mode = image.mode
             wide = mode.startswith(("I", "F"))  # which Pillow would clip at 255
-            if size == (32, 32) and not wide:
-                return np.asarray(image.convert("RGB"))
+            whole = None if wide else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
         raise ValueError(f"{label} is not a whole image ({', '.join(_FORMATS)}): {error}") from error
-    if wide:
+    if whole is None:
         raise ValueError(f"{label} must have 8 bits a channel, got Pillow's mode {mode}")
-    raise ValueError(f"{label} must be 32x32 pixels, got {size[0]}x{size[1]}")
+    try:
+        return np.asarray(fit(whole))
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
