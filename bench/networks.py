@@ -1,7 +1,8 @@
-"""Networks of the literature in their CIFAR forms, 10 classes of 32x32 images, for tests and benchmarks of the engines.
+"""Networks of the literature, 10 classes, for tests and benchmarks of the engines.
 
-Written from the papers; where those speak of ImageNet, the strides are those of the usual ports to 32x32 images, so
-that 8x8 (GoogLeNet), 4x4 (MobileNet-V2) and 1x1 (VGG) values are left where the classifier begins.
+Written from the papers. ResNet-50 is ImageNet's, for 224x224 images. The others are in their CIFAR forms: the strides
+are those of the usual ports to 32x32 images, so that 8x8 (GoogLeNet), 4x4 (MobileNet-V2) and 1x1 (VGG) values are left
+where the classifier begins.
 """
 
 from __future__ import annotations
@@ -120,7 +121,52 @@ class VGG16(nn.Module):
         return self.head(x.view(x.size(0), -1))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"googlenet": GoogLeNet, "mobilenet_v2": MobileNetV2, "vgg16_bn": VGG16}
+class Bottleneck(nn.Module):
+    """He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), figure 5; the stride is the 3x3 layer's."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs, relu = 4 * width, nn.ReLU
+        self.body = nn.Sequential(
+            *_unit(inputs, width, 1), relu(), *_unit(width, width, 3, stride), relu(), *_unit(width, outputs, 1)
+        )
+        self.shortcut = nn.Sequential(*_unit(inputs, outputs, 1, stride)) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """Table 1 of the same paper."""
+
+    ROWS = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [*_unit(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        inputs = 64
+        for width, blocks, stride in self.ROWS:
+            for i in range(blocks):
+                layers.append(Bottleneck(inputs, width, 1 if i else stride))
+                inputs = 4 * width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "googlenet": GoogLeNet,
+    "mobilenet_v2": MobileNetV2,
+    "vgg16_bn": VGG16,
+    "resnet50": ResNet50,
+}
+
+
+def size_of(name: str) -> int:
+    """Side of the images of a network, of these or of `csam.models`."""
+    return 224 if name == "resnet50" else 32
 
 
 def build(name: str, size: int = 32, seed: int = 0) -> nn.Module:

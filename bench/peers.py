@@ -1,9 +1,9 @@
 """The sampling engine against what a user would certify with instead, all in one run: `make peers`, on x86-64.
 
-Every candidate votes N noisy samples of one 3x32x32 image, noise included; rounds go through all candidates in turn,
-so that a drift of the machine meets all alike. Peers run the dense network, and for shared filters a network that is
-really narrower; each at its best batch size, found before the rounds. Weights are random; batch-norm statistics and the
-head's bias are set so that one class wins most samples, but not nearly all.
+Every candidate votes N noisy samples of one image, 3x32x32 (of ResNet-50 3x224x224), noise included; rounds go through
+all candidates in turn, so that a drift of the machine meets all alike. Peers run the dense network, and for shared
+filters a network that is really narrower; each at its best batch size, found before the rounds. Weights are random;
+batch-norm statistics and the head's bias are set so that one class wins most samples, but not nearly all.
 
 Written to bench/results/peers-<processor>.csv, a row a candidate, and drawn beside it:
 
@@ -46,6 +46,7 @@ from torch._inductor import config as inductor
 from torch.fx.experimental.optimization import fuse
 
 import csam
+import networks
 from bench_smooth import SIGMA, N, cohen_counts
 from conftest import QUANTILES, _commit, results_path
 from csam import lanes, models
@@ -74,7 +75,7 @@ KEY = ("network", "removed", "engine", "dtype")
 
 @dataclass
 class Candidate:
-    """What votes: `votes(n)` gives counts of the classes, `labels(images)` int64 [n] of float32 [n, 3, 32, 32]."""
+    """What votes: `votes(n)` gives counts of the classes, `labels(images)` int64 [n] of float32 [n, 3, H, W]."""
 
     engine: str
     dtype: str
@@ -98,9 +99,7 @@ def build(name: str, width: float = 1.0) -> nn.Module:
         widths = tuple(round(width * w) for w in architecture.widths)
         model: nn.Module = models.CifarResNet(replace(architecture, widths=widths), num_classes=CLASSES)
     else:
-        import networks
-
-        model = networks.build(name)
+        model = networks.build(name, networks.size_of(name))
     for norm in _norms(model):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, 0, 0.1)
@@ -418,7 +417,7 @@ def candidates(name: str, x: Tensor, wanted: re.Pattern[str], dtypes: Iterable[s
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(3, *2 * [networks.size_of(name)], generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
     found = []
     for candidate in candidates(name, x, re.compile(args.only), args.dtypes):

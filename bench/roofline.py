@@ -138,7 +138,8 @@ def benchmarks(peak: dict[str, float]) -> Table:
 def build(name: str, removed: float) -> nn.Module:
     """A network in eval mode with magnitude masks, its batch norms set by noise images."""
     torch.manual_seed(0)
-    model = models.build(name) if name in models.ARCHITECTURES else networks.build(name)
+    size = networks.size_of(name)
+    model = models.build(name) if name in models.ARCHITECTURES else networks.build(name, size)
     if removed:
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         model = csam.convert(model, exclude=(layers[0], layers[-1]))
@@ -149,15 +150,15 @@ def build(name: str, removed: float) -> nn.Module:
         norm.momentum = None  # the mean of what is seen
         norm.train()
     with torch.no_grad():
-        model(torch.rand(64, 3, 32, 32))
+        model(torch.rand(64, 3, size, size))
     for norm in norms:  # a channel that is all but constant would magnify its rounding
         norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
     return model.eval()
 
 
-def planned(model: nn.Module, dtype: str) -> tuple[sampling.Plan, str]:
+def planned(model: nn.Module, dtype: str, size: int) -> tuple[sampling.Plan, str]:
     """The plan that the engine runs, each layer as the cost model says, and whether that is the default."""
-    x = torch.rand(3, 32, 32)
+    x = torch.rand(3, size, size)
     if dtype == "int8":
         return sampling.plan(model, x, dtype=dtype, sigma=SIGMA), "engine"
     kind = getattr(torch, dtype)
@@ -185,10 +186,10 @@ def executed(layer: sampling.Layer, step: Step, dtype: torch.dtype) -> float:
 
 
 def measure(
-    model: nn.Module, dtype: str, rounds: int, loop: float | None, product: float | None
+    model: nn.Module, size: int, dtype: str, rounds: int, loop: float | None, product: float | None
 ) -> list[dict[str, Any]]:
-    """A row a layer and one of all, against two peaks in FLOP/s."""
-    plan, default = planned(model, dtype)
+    """A row a layer and one of all, against two peaks in FLOP/s; images are `size` pixels wide and high."""
+    plan, default = planned(model, dtype, size)
     sampler = plan.prepared.sampler
     assert sampler is not None
     about = {
@@ -271,7 +272,8 @@ def main() -> None:
     loop, product = loops(1), products(args.dtypes)
     console.print(f"GFLOP/s of one core in registers: {told(loop)}; in a product of {SIZE}x{SIZE}: {told(product)}")
     for name, removed, dtype in itertools.product(args.networks, args.removed, args.dtypes):
-        rows = measure(build(name, removed), dtype, args.rounds, loop.get(dtype), product.get(dtype))
+        model, size = build(name, removed), networks.size_of(name)
+        rows = measure(model, size, dtype, args.rounds, loop.get(dtype), product.get(dtype))
         rows = [dict(zip(KEY, (name, dtype, f"{removed:g}"), strict=True)) | row for row in rows]
         write(args.out, rows)
         console.print(show(rows))

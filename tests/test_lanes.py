@@ -661,7 +661,7 @@ def test_convolutions_of_one_value_are_joined(dtype: torch.dtype, engine: str) -
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_networks_of_the_literature_are_planned_wholly(name: str, threads: int) -> None:
     """A last layer is fitted to tell four images apart, so that votes have margins, as a trained network's."""
-    size = 32 if name == "vgg16_bn" else 8
+    size = {"vgg16_bn": 32, "resnet50": 64}.get(name, 8)
     model = networks.build(name, size)
     images = F.interpolate(torch.rand(4, 3, 4, 4), size=size)
     noisy = torch.cat([ck.smoothing_noise(image, 8, 0.1, seed=i) for i, image in enumerate(images)])
