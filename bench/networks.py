@@ -122,7 +122,7 @@ class VGG16(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), figure 5; the stride is the 3x3 layer's."""
+    """He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), figure 5; a stride is the 3x3 layer's."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()

@@ -562,7 +562,7 @@ def test_calibration_runs_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch, 
     assert net.prepared.sampler is not None
     program, noisy = net.prepared.sampler.program, torch.rand(150, 3, 8, 8)
     monkeypatch.setattr(quantization, "_SEEN", 1 << 14)  # fewer than the numbers of most values, more than of others
-    values = quantization._values(program, noisy)
+    values = dict(quantization._values(program, noisy))
     ran, run = [], quantization._values
 
     def counted(program: Any, x: Tensor) -> Any:
@@ -570,8 +570,14 @@ def test_calibration_runs_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch, 
         return run(program, x)
 
     monkeypatch.setattr(quantization, "_values", counted)
-    size = 4 * sum(map(len, values.values()))
+    uses = {
+        value: [i for i, s in enumerate(program.steps) if value in [v.root for v in (s.input, s.other, s.out) if v]]
+        for value in values
+    }
+    steps = range(len(program.steps))
+    size = 4 * max(sum(v.size for v, at in uses.items() if min(at) <= i <= max(at)) for i in steps)
     monkeypatch.setattr(quantization, "_BYTES", most * size + size // 2)
+    monkeypatch.setattr(quantization, "_LANES", 1)
     found = quantization._seen(program, noisy)
     assert (max(ran), sum(ran)) == (most, 150)
     for value, seen in found.items():

@@ -4,15 +4,16 @@ Values become whole numbers 0 .. 255, one scale and zero point for all that lies
 weights -127 .. 127 with a scale a filter. The range of a value is the share of what calibration saw that loses least
 to rounding and clipping together; what rounded weights add on the average is taken off the biases. Logits stay float32.
 
-Calibration runs 64 images at a time, or so few that their values take no more than 256 MiB, and keeps some 2^18 numbers
-of each value of the network. It runs on the engine's kernels, which give every processor the same bits.
+Calibration runs 64 images at a time, or so few, 16 at least, that the values needed at once take no more than 256 MiB,
+and keeps some 2^18 numbers of each value of the network. It runs on the engine's kernels, which give every processor
+the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from csam_kernels.ops.sample_network import Integers, Program, Step, Value
 _LEVELS, _WEIGHTS = 255, 127
 _SHARES = torch.linspace(1.0, 0.3, 15, dtype=torch.float32, device="cpu")  # of the observed range
 _SEEN = 1 << 18  # numbers of a value that the choice among them looks at, evenly spaced; up to twice as many
-_BATCH, _BYTES = 64, 1 << 28  # images that run together at most, and what their values take
+_BATCH, _BYTES = 64, 1 << 28  # images that run together at most, and what their values take at once
 _LANES = 16  # images that the kernels take at once
 _DENSE = 0.4  # share of a layer's weights from which its filters should share what they load
 _BINS = 1 << 12  # to which the numbers of a value are rounded for that choice, of their range
@@ -109,47 +110,78 @@ def _ranges(program: Program, seen: dict[Value, _Statistics]) -> dict[Value, tup
 
 def _seen(program: Program, noisy: Tensor) -> dict[Value, _Statistics]:
     """What calibration sees of each root value, in batches."""
-    roots = _roots(program)
-    batch = max(1, min(_BATCH, _BYTES // (4 * sum(root.size for root in roots))))
-    batch = batch - batch % _LANES or batch
-    numbers: dict[Value, list[Tensor]] = {root: [] for root in roots}
-    sums = {root: noisy.new_zeros(root.size, dtype=torch.float64) for root in roots}
+    spans = _spans(program)
+    needed = max(
+        sum(root.size for root, span in spans.items() if span.first <= i <= span.last)
+        for i in range(-1, len(program.steps))
+    )
+    batch = max(_LANES, min(_BATCH, _BYTES // (4 * needed) // _LANES * _LANES))
+    numbers: dict[Value, list[Tensor]] = {root: [] for root in spans}
+    sums = {root: noisy.new_zeros(root.size, dtype=torch.float64) for root in spans}
     for images in noisy.split(batch):
-        for root, values in _values(program, images).items():
+        for root, values in _values(program, images):
             apart = root.size * len(noisy) // _SEEN | 1  # odd, or few images would be looked at
             numbers[root].append(values.flatten()[::apart].clone())
             sums[root] += values.sum(1, dtype=torch.float64)
-    return {root: _Statistics(torch.cat(numbers[root]), sums[root] / len(noisy)) for root in roots}
+    return {root: _Statistics(torch.cat(numbers[root]), sums[root] / len(noisy)) for root in spans}
 
 
-def _roots(program: Program) -> list[Value]:
-    """What the values of a program lie in, each once, in the order of its steps."""
-    return list(dict.fromkeys(value.root for step in program.steps for value in (step.input, step.out)))
+class _Span(NamedTuple):
+    """Steps that write a root value first and last, and that use it last; -1 of the image."""
+
+    first: int
+    whole: int
+    last: int
 
 
-def _values(program: Program, images: Tensor) -> dict[Value, Tensor]:
-    """The root values of a program in float32, [C * H * W, n], with the engine's bits: the same everywhere."""
-    wholes = {root: images.new_zeros(root.size, len(images)) for root in _roots(program)}
+def _spans(program: Program) -> dict[Value, _Span]:
+    """Of what the values of a program lie in, in the order of its steps."""
+    spans = {program.image.root: _Span(-1, -1, -1)}
+    for i, step in enumerate(program.steps):
+        for value in (step.input, step.other, step.out):
+            if value is not None:
+                before = spans.get(value.root, _Span(i, i, i))
+                spans[value.root] = _Span(before.first, i if value is step.out else before.whole, i)
+    return spans
+
+
+def _values(program: Program, images: Tensor) -> Iterator[tuple[Value, Tensor]]:
+    """The root values of a program in float32, [C * H * W, n], with the engine's bits: the same everywhere.
+
+    Each comes when it is whole, and is dropped when no step needs it any more.
+    """
+    spans = _spans(program)
+    wholes: dict[Value, Tensor] = {}
 
     def at(value: Value) -> Tensor:
+        if value.root not in wholes:
+            wholes[value.root] = images.new_zeros(value.root.size, len(images))
         numbers = wholes[value.root][value.offset : value.offset + value.size]
         return numbers.view(value.channels, value.height, value.width, len(images))
+
+    def finished(i: int) -> Iterator[tuple[Value, Tensor]]:
+        for root, span in spans.items():
+            if span.whole == i:
+                yield root, wholes[root]
+            if span.last == i:
+                del wholes[root]
 
     pixels = images.permute(1, 2, 3, 0)
     pixels = pixels if program.mean is None else pixels - program.mean.view(-1, 1, 1, 1)
     at(program.image).copy_(pixels if program.std is None else pixels / program.std.view(-1, 1, 1, 1))
-    for step in program.steps:
+    yield from finished(-1)
+    for i, step in enumerate(program.steps):
         image, out = at(step.input), at(step.out)
         if step.weight is None:
             out.copy_(_maximum(image, step))
-            continue
-        dense = len(step.weight[0]) > _DENSE * len(out) * len(image) * math.prod(step.kernel)
-        other = None if step.other is None else at(step.other)
-        window: dict[str, Any] = {"kernel_size": step.kernel, "stride": step.stride, "padding": step.padding}
-        window |= {"dilation": step.dilation, "dense": dense}
-        sums = sample_conv2d(image, *step.weight, step.bias, other, **window)
-        torch.clamp(sums, step.low, step.high, out=out)
-    return wholes
+        else:
+            dense = len(step.weight[0]) > _DENSE * len(out) * len(image) * math.prod(step.kernel)
+            other = None if step.other is None else at(step.other)
+            window: dict[str, Any] = {"kernel_size": step.kernel, "stride": step.stride, "padding": step.padding}
+            window |= {"dilation": step.dilation, "dense": dense}
+            sums = sample_conv2d(image, *step.weight, step.bias, other, **window)
+            torch.clamp(sums, step.low, step.high, out=out)
+        yield from finished(i)
 
 
 def _maximum(image: Tensor, step: Step) -> Tensor:
