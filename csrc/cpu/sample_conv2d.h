@@ -23,7 +23,10 @@ constexpr Room kDenseRooms[] = {{40 << 10, 1}};
 constexpr Room kSparseRooms[] = {{14 << 10, 1}, {28 << 10, 1.05}, {48 << 10, 1.2}, {96 << 10, 1.3}, {192 << 10, 1.4}};
 constexpr Room kDenseRooms[] = {{28 << 10, 1}};
 #endif
-constexpr int64_t kNearBytes = 1 << 20;   // of input that needs no prefetch
+constexpr int64_t kNearBytes = 1 << 20;  // of input that needs no prefetch
+// A 1x1 layer fetches the place after its own from so many channels on, whose lines are more than a processor follows
+// by itself, for so many multiply-adds of a line at least.
+constexpr int64_t kFetchedFrom = 64, kFetchedFor = 16;
 constexpr int64_t kSumBytes = 512 << 10;  // of sums that a job keeps: half of a second-level cache
 constexpr int64_t kMostTileRows = 32;
 constexpr int64_t kTurn = 8;             // filters, at least, whose results are stored while their sums are near
@@ -267,6 +270,7 @@ struct Convolution : Layer<Format> {
   int64_t room;     // of a packed block, in bytes
   double cost = 0;  // of kLanes samples
   int64_t lines, across_lines, unit, together, blocks, down, across, group;
+  bool fetches_next;
   Array<int64_t> row_source, column_source;
   Array<Tap> taps;
   Array<int32_t> cuts, offsets, before;
@@ -276,7 +280,7 @@ struct Convolution : Layer<Format> {
   void claim(Sizes& sizes) const {
     Sizes::raise(sizes.packed, together / step() * unit);
     Sizes::raise(sizes.sums, group * tile.rows * tile.columns * sum_vectors() * W);
-    Sizes::raise(sizes.offsets, lines);
+    Sizes::raise(sizes.offsets, 2 * lines);
   }
 
   int64_t sum_vectors() const { return Format::kSums + (kShortSums<Format> ? 1 : 0); }
@@ -297,6 +301,9 @@ struct Convolution : Layer<Format> {
     blocks = channels ? tiles(channels, most) : 1;
     together = tiles(tiles(channels, blocks), step()) * step();
     blocks = channels ? tiles(channels, together) : 1;
+    // Under wider kernels most of that place is near: those before have read it.
+    const int64_t products = dense ? live * channels : a.rows[a.filters];
+    fetches_next = area == 1 && channels >= kFetchedFrom && products >= kFetchedFor * channels;
     down = tiles(a.out_height, tile.rows);
     across = tiles(a.out_width, tile.columns);
     const int64_t sums = 4 * W * sum_vectors() * tile.rows * tile.columns;
@@ -419,16 +426,7 @@ struct Convolution : Layer<Format> {
     const int64_t sample = place % depth * Format::kLanes, n = samples - sample;
     const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
     const bool far = channels * a.height * a.width * samples * int64_t(sizeof(Element)) > kNearBytes;
-    int64_t* found = s.offsets.data;
-    for (int64_t i = 0; i < lines / across_lines; ++i) {
-      const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
-      const int64_t start = row >= 0 && row < a.height ? row % in_rows * a.width * samples + sample : -1;
-      for (int64_t j = 0; j < across_lines; ++j) {
-        const int64_t column = left * a.stride[1] - a.padding[1] + column_source[j];
-        const bool inside = start >= 0 && column >= 0 && column < a.width;
-        *found++ = inside ? (start + column * samples) * int64_t(sizeof(Element)) : -1;
-      }
-    }
+    find(job, samples, s.offsets.data);
     Input ahead = {reinterpret_cast<const char*>(in), s.offsets.data, lines, 0, channel.data, 0, 0, 0};
     ahead.plane = in_rows * a.width * samples * int64_t(sizeof(Element));
     int64_t row_at[kMostTileRows];
@@ -448,10 +446,14 @@ struct Convolution : Layer<Format> {
     for (int64_t b = 0; b < blocks && mine > 0; ++b) {
       pack(ahead, b, n, s.packed.data);
       const int64_t packed_units = units(b);
-      ahead.next = (b + 1) * together, ahead.line = 0;
-      ahead.end = ahead.next + together < channels ? ahead.next + together : channels;
       // Filters end in the last block, some at a time while their sums are near.
       const bool last = b + 1 == blocks, straight = last && n >= Format::kLanes;
+      ahead.next = (b + 1) * together, ahead.line = 0;
+      if (last && far && fetches_next && part + 1 == groups() && job + 1 < jobs(samples)) {
+        find(job + 1, samples, s.offsets.data + lines);
+        ahead.offsets = s.offsets.data + lines, ahead.next = 0;
+      }
+      ahead.end = ahead.next + together < channels ? ahead.next + together : channels;
       const int64_t some = tiles(kTurn, Format::kFilters) * Format::kFilters;
       const int64_t turn = last && !straight ? some : mine, pixels = tile.rows * tile.columns;
       for (int64_t o = 0; o < mine; o += turn) {
@@ -483,6 +485,22 @@ struct Convolution : Layer<Format> {
       }
     }
     if (!part) Base::write_dead(top, left, tile.rows, tile.columns, sample, n, other, out, samples);
+  }
+
+  // Where the lines under the tile of a job lie in a channel, in bytes; -1 outside the image.
+  void find(int64_t job, int64_t samples, int64_t* found) const {
+    const int64_t depth = tiles(samples, Format::kLanes), place = job / groups();
+    const int64_t sample = place % depth * Format::kLanes;
+    const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
+    for (int64_t i = 0; i < lines / across_lines; ++i) {
+      const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
+      const int64_t start = row >= 0 && row < a.height ? row % in_rows * a.width * samples + sample : -1;
+      for (int64_t j = 0; j < across_lines; ++j) {
+        const int64_t column = left * a.stride[1] - a.padding[1] + column_source[j];
+        const bool inside = start >= 0 && column >= 0 && column < a.width;
+        *found++ = inside ? (start + column * samples) * int64_t(sizeof(Element)) : -1;
+      }
+    }
   }
 
   // The first n samples of the lines of a block's channels, the lanes past them 0.
