@@ -391,7 +391,7 @@ def test_a_layer_without_weights(isa: str, engine: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", BODIES)
 def test_what_int8_is_calibrated_on_has_the_bits_of_float32(isa: str, name: str) -> None:
     program, x = built(name, scaled=True), torch.rand(37, 3, 9, 7)
-    found, wanted = values(program, x), reference.sample_values(program, x, torch.float32)
+    found, wanted = dict(values(program, x)), reference.sample_values(program, x, torch.float32)
     assert found.keys() == {value for value in wanted if value.part is None}
     for value in found:
         torch.testing.assert_close(found[value], wanted[value].flatten(0, 2))
