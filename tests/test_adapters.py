@@ -185,6 +185,9 @@ def test_wrong_callables() -> None:
         csam.Opaque(abs, name=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"device must be one of torch's, .*, got 'gpu'"):
         csam.Opaque(abs, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device must be one that torch can use here, got 'cuda:0'"):
+            csam.Opaque(abs, device="cuda:0")
     with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
         csam.Opaque(abs, threads=0)
     for model in (abs, nn.Sequential(nn.Identity(), csam.Opaque(abs))):

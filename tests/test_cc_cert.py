@@ -201,6 +201,7 @@ def test_what_no_transform_changes_is_certified() -> None:
     result = CCCert(Threshold(), Brightness(0.1), n=20, k=2).certify(x)
     assert (result.prediction, result.margin, result.flips) == (1, 0.5, 0)
     assert result.bound == 5e-324
+    assert "discrepancy" not in repr(result)
 
 
 def test_what_transforms_change_is_not() -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
-from csam import cli, microbench, models, pipeline, processes, records, report, runs, training
+from csam import cli, data, microbench, models, pipeline, processes, records, report, runs, training
 from csam.settings import PRESETS, Settings
 
 TINY = [
@@ -237,10 +237,10 @@ def made():
         ("json:__name__", [], "json:__name__ must give a torch.nn.Module or another callable, got NoneType"),
         ("json:JSONDecoder", [], "must give a torch.nn.Module or another callable, got JSONDecoder"),
         ("torch.nn:Identity", ["--architecture", "digits"], "--architecture and --normalization are for files"),
-        ("torch.nn:Identity", [], "torch.nn:Identity on digits: model must map (2, 1, 8, 8) to logits"),
-        ("torch.nn:Flatten", [], "torch.nn:Flatten on digits: num_classes must be the width of the model's logits, 64"),
-        ("torch.nn:Flatten", ["--certificate", "cc-cert"], "Flatten on digits: model must give 10 logits, got 64"),
-        ("own:Odd", ["--dtype", "int8"], "own:Odd on digits: dtype int8 needs a network whose samples lie innermost"),
+        ("torch.nn:Identity", [], "torch.nn:Identity on digits (10 classes): model must map (2, 1, 8, 8) to logits"),
+        ("torch.nn:Flatten", [], "on digits (10 classes): num_classes must be the width of the model's logits, 64"),
+        ("torch.nn:Flatten", ["--certificate", "cc-cert"], "on digits (10 classes): model must give 10 logits, got 64"),
+        ("own:Odd", ["--dtype", "int8"], "on digits (10 classes): dtype int8 needs a network whose samples lie"),
         ("own:unlicensed", [], "own:unlicensed must give a model, got RuntimeError: no licence"),
         ("broken:net", [], "broken must import, got NameError: name 'undefined' is not defined"),
         ("own:Odd", ["--n", 10**23], f"n must be <= {10**10}, got {10**23}"),
@@ -741,10 +741,37 @@ def test_certify_on_class_folders(csam: Command, tmp_path: Path, monkeypatch: py
     assert [(row.idx, row.label) for row in records.read_tsv(table)] == [(0, 0), (1, 0), (3, 1), (4, 1)]
     assert csam(*command, "--images", 6, "--out", tmp_path / "run")[0] == 0
     assert sorted(row.label for row in records.read_tsv(table)) == [0, 0, 0, 1, 1, 1]
-    code, _, err = csam(*command, "--dtype", "int8", "--train-subset", 4, "--images", 1, "--out", tmp_path / "bytes")
-    assert code == 0, err
+    assert csam(*command, "--dtype", "int8", "--images", 1, "--out", tmp_path / "bytes")[0] == 0
+    assert csam(*command, "--test-subset", 2, "--out", tmp_path / "two")[0] == 0  # of these all
+    assert len(records.read_tsv(tmp_path / "two" / "certificates" / "smoothing.tsv")) == 2
+    head, row, *rows = table.read_text().splitlines()
+    idx, label, predict, _, *rest = row.split("\t")
+    table.write_text("\n".join([head, "\t".join([idx, label, predict, "0.9", *rest]), *rows]) + "\n")
+    code, _, err = csam("report", tmp_path / "run", "--no-plot")
+    assert (code, "the row of image 0 is not the one of its votes" in err) == (2, True), err
     code, _, err = csam(*command[:6], "--sigma", 0.25, "--out", tmp_path / "other")
     assert (code, "(resize and crop make images of one size)" in err) == (2, True), err
+
+
+def test_what_a_model_raises_is_told(csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd4.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n    def forward(self, x):\n        raise KeyError('head')\n"
+        "def function():\n    return lambda x: {}['logits']\n"
+        "def net():\n    return Net().eval()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for factory, message in (("function", "(50, 1, 8, 8): KeyError: 'logits'"), ("net", ": KeyError:")):
+        code, _, err = csam("certify", f"odd4:{factory}", *CERTIFY, "--sigma", 0.25, "--out", tmp_path / "run")
+        assert (code, "does not take images x of shape (1, 8, 8)" in err, message in err) == (2, True, True), err
+
+
+def test_folders_of_older_versions_go_on() -> None:
+    dataset = data.load("digits", train_subset=10, test_subset=10)
+    settings = pipeline.identity("certify", PRESETS["digits"], dataset)["settings"]
+    assert not {"resize", "crop"} & settings.keys()
+    changed = pipeline.identity("certify", replace(PRESETS["digits"], crop=8), dataset)["settings"]
+    assert changed == settings | {"crop": 8}
 
 
 def test_certify_on_cifar10c(csam: Command, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Sequence
@@ -718,9 +719,12 @@ def test_images_of_splits(tmp_path: Path, decoded: list[str], splits: tuple[str,
     assert torch.equal(found.test_x[0], pixels(folder / test / "a/3.png"))
     assert (len(found.test_x), len(found.train_x)) == (5, 5 if "train" in splits else 0)
     del decoded[:]
-    apart = data.load("images", folder, train=False, train_subset=1, test_subset=2)
+    apart = data.load("images", folder, train_images=0, train_subset=1, test_subset=2)
     assert (len(apart.train_x), sorted(apart.test_y.tolist())) == (0, [0, 1])
     assert len(decoded) == 2  # only what is kept
+    if "train" in splits:
+        for most, kept in ((2, [0, 2]), (9, [0, 1, 2, 3, 4])):
+            assert torch.equal(data.load("images", folder, train_images=most).train_x, found.train_x[kept])
     assert torch.equal(data.load("images", pack(folder)).test_x, found.test_x)
 
 
@@ -749,7 +753,11 @@ def test_images_are_fitted_as_torchvision_does(tmp_path: Path, size: tuple[int, 
         (lambda f: photograph(f / "b/9.png", (11, 10), 0), {}, r"9\.png must be 12x10 pixels as .*3\.png \(resize and"),
         (lambda f: Image.fromarray(np.zeros((9, 9), np.uint16)).save(f / "b/9.png"), {}, r"9\.png must have 8 bits a"),
         (lambda f: (f / "b/9.jpg").write_bytes(b"no"), {}, r"9\.jpg is not a whole image"),
-        (lambda f: album(f, "train"), {}, "holds no images to test on"),
+        (lambda f: album(f, "train"), {}, "holds train/ alone"),
+        (lambda f: (f / "c").mkdir(), {}, r"own/c must hold images \(jpg, .*\), or not lie beside the classes"),
+        (lambda f: (album(f, "val") / "val" / "c").mkdir(), {}, "val/c must hold images"),
+        (lambda f: shutil.rmtree(f / "b"), {}, "of two classes or more; .* holds a/ alone"),
+        (lambda f: (f.rename(f.with_name("x")), f.mkdir(), f.with_name("x").rename(f / "x")), {}, "own holds x$"),
         (lambda f: album(album(f, "train"), "val", size=(9, 9)), {}, "must be of one size .*, got 12x10 and 9x9"),
         (lambda f: photograph(album(f, "train", "val") / "val/c/0.png", (12, 10), 0), {}, "train/c must hold images"),
     ],
@@ -762,6 +770,19 @@ def test_bad_images_are_refused(tmp_path: Path, spoil: Any, options: dict[str, A
         data.load("images", folder, **options)
 
 
+def test_images_of_a_tar_lie_at_one_depth(tmp_path: Path) -> None:
+    folder = album(tmp_path / "own", "val")
+    photograph(folder / ".trash" / "val" / "c" / "0.png", (12, 10), 0)
+    found = data.load("images", pack(folder, root="some/where"))
+    assert torch.equal(found.test_x, data.load("images", folder).test_x)
+    photograph(folder / "more" / "val" / "a" / "0.png", (12, 10), 0)
+    with pytest.raises(ValueError, match=r"own\.tar has images in some/where/, some/where/more/ and below"):
+        data.load("images", pack(folder, root="some/where"))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match=r"notes\.tar holds no such images"):
+        data.load("images", pack(tmp_path / "notes"))
+
+
 def test_images_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"a folder or a tar of images, .*nowhere does not exist"):
         data.load("images", tmp_path / "nowhere")
@@ -770,5 +791,5 @@ def test_images_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="crop must be None for digits, got 8"):
         data.load("digits", crop=8)
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4 * 3 * 12, "SC_PAGE_SIZE": 10}[name])
-    with pytest.raises(ValueError, match=r"images must be at most 4, which this machine's memory holds .*, got 5"):
+    with pytest.raises(ValueError, match="images must be at most 4, which this machine's memory holds, got 5; test"):
         data.load("images", album(tmp_path / "own", ""))

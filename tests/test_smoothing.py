@@ -278,6 +278,7 @@ def test_prepared_network_is_the_model(dtype: torch.dtype | None, tolerance: flo
     smooth = Smooth(model, 5, SIGMA, dtype=dtype)
     assert (logits_of(smooth, x) - want).abs().max() <= tolerance
     if dtype is not None:
+        assert Smooth(model, 5, SIGMA, dtype=str(dtype).removeprefix("torch.")).settings == smooth.settings
         assert smooth.prepared.steps[0] == "2 of 2 batch-norm layers folded"
         assert not any(isinstance(m, nn.BatchNorm2d) for m in smooth.prepared.module.modules())
 

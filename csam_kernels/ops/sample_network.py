@@ -341,6 +341,9 @@ def sample_network(program: Program, dtype: torch.dtype) -> SampleNetwork:
         program: steps in the order they run.
         dtype: torch.float32 or bfloat16, of all values; torch.int8 for a program of integers.
 
+    Returns:
+        What gives logits float32 [n, K] of images [n, C, H, W], and votes int64 [K] of noisy copies of one [C, H, W].
+
     Raises:
         TypeError, ValueError: a step whose shapes do not go together, or that reads what no step before it gave; by
             its name.

@@ -42,7 +42,7 @@ class Opaque(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range. When it runs: what is no tensor [B, K], K >= 2.
-        ModelError: when it runs, in place of the function's own RuntimeError or OSError.
+        ModelError: when it runs, in place of the function's own exceptions.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Opaque(nn.Module):
             self.device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}") from error
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that torch can use here, got {device!r}: CUDA is not available")
         self._free = threading.BoundedSemaphore(checks.integer("threads", threads, low=1))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Opaque:
@@ -80,8 +82,8 @@ class Opaque(nn.Module):
         with self._free:
             try:
                 logits = self.function(x)
-            except (RuntimeError, OSError) as error:
-                raise ModelError(f"{self.extra_repr()} gave no logits for {tuple(x.shape)}: {error}") from error
+            except Exception as error:  # of other code
+                raise ModelError(f"{self.extra_repr()} gave no logits for {tuple(x.shape)}: {told(error)}") from error
             return checked_logits(logits, x)
 
 
@@ -95,6 +97,11 @@ class FromNCHW(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x.permute(0, 2, 3, 1).contiguous())
         return logits
+
+
+def told(error: Exception) -> str:
+    """What an error of other code says, with its kind where the words alone may say little."""
+    return str(error) if isinstance(error, RuntimeError | OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def opaque(model: nn.Module) -> list[Opaque]:
@@ -117,4 +124,4 @@ def checked_logits(logits: Any, x: Tensor) -> Tensor:
     return found
 
 
-__all__ = ["LAYOUTS", "Classifier", "FromNCHW", "ModelError", "Opaque", "checked_logits", "opaque"]
+__all__ = ["LAYOUTS", "Classifier", "FromNCHW", "ModelError", "Opaque", "checked_logits", "opaque", "told"]

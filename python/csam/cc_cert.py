@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -94,12 +94,12 @@ class CCResult:
     bound: float
     prediction: int
     margin: float
-    discrepancy: Tensor
+    discrepancy: Tensor = field(repr=False)
     flips: int
     n: int
     k: int
     delta: float
-    t: tuple[float, ...]
+    t: tuple[float, ...] = field(repr=False)
     nan: int = 0
 
 

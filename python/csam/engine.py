@@ -96,13 +96,20 @@ def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program
             gone = lanes.simplify(program)
             moved = moved_by(sample_network(program, torch.float32).logits(probe), wanted)
         except Exception as error:  # tracing runs the model's own code on proxies: it may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            reasons.append((isinstance(error, lanes.NotLowered | Aliased), reason))
+            reasons.append((isinstance(error, lanes.NotLowered | Aliased), _told(error)))
             continue
         if not moved:
             return program, gone, ""
         reasons.append((True, f"in steps the logits would move by {moved:.2g}"))
     return None, 0, max(reversed(reasons), key=lambda found: found[0])[1]
+
+
+def _told(error: Exception) -> str:
+    """The first line of what an error says, or the model's line whose outcome hangs on values."""
+    _, _, place = str(error).partition("The following call raised this error:\n")  # of torch.export
+    if place and type(error).__name__ == "GuardOnDataDependentSymNode":
+        return f"control flow depends on values: {' '.join(map(str.strip, place.splitlines()[:2]))}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _traced(network: nn.Module) -> fx.GraphModule:

@@ -525,11 +525,11 @@ def identity(command: str, settings: Settings, dataset: data.Dataset, **more: An
             del values[name]
     if settings.weights is not None:
         asked["weights"] = _digest(Path(settings.weights).read_bytes())
-    contents = [t.numpy().tobytes() for t in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)]
+    contents = map(runs.raw_bytes, (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y))
     return {"command": command, **more, "settings": asked, "data": _digest(*contents)}
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(*parts: bytes | memoryview) -> str:
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         total.update(part)
@@ -541,16 +541,14 @@ def load_data(settings: Settings, certify: bool = False) -> data.Dataset:
 
     To certify class folders of images those for training are left alone, but for what int8 is calibrated on.
     """
-    subset, train = settings.train_subset, True
-    if settings.data == "cifar10c":
-        subset = None
-    elif settings.data == "images" and certify:
-        subset, train = subset or CALIBRATION, settings.certify.dtype == "int8"
+    train_images = None
+    if settings.data == "images" and certify:
+        train_images = CALIBRATION if settings.certify.dtype == "int8" else 0
     return data.load(
         settings.data,
         settings.data_dir,
-        train_subset=subset,
-        train=train,
+        train_subset=None if settings.data == "cifar10c" else settings.train_subset,
+        train_images=train_images,
         test_subset=settings.test_subset,
         seed=settings.seed,
         corruption=settings.corruption,
@@ -604,7 +602,7 @@ def check_certificates(
             if cert.prepared and cert.prepared.num_classes != dataset.num_classes:
                 raise ValueError(f"model must give {dataset.num_classes} logits, got {cert.prepared.num_classes}")
     except ValueError as error:
-        raise ValueError(f"{name} on {dataset.name}: {error}") from error
+        raise ValueError(f"{name} on {dataset.name} ({dataset.num_classes} classes): {error}") from error
 
 
 def demo(
@@ -736,10 +734,15 @@ def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tupl
     if ":" in str(model) and not Path(model).exists():
         found = models.imported(str(model))
         tensors = chain(found.named_parameters(), found.named_buffers()) if isinstance(found, nn.Module) else ()
-        parts = ((f"{key} {t.dtype} {t.shape}".encode(), runs.raw_bytes(t)) for key, t in tensors)
-        return found, _digest(str(model).encode(), *chain.from_iterable(parts))
+        parts: list[bytes | memoryview] = [str(model).encode()]
+        for key, tensor in tensors:
+            parts += [f"{key} {tensor.dtype} {tensor.shape}".encode(), runs.raw_bytes(tensor)]
+        return found, _digest(*parts)
     network = build(settings, dataset)
-    models.load_weights(network, model)
+    try:
+        models.load_weights(network, model)
+    except ValueError as error:
+        raise ValueError(f"{error}; certified is {settings.model} on {dataset.name}") from error
     return network, _digest(Path(model).read_bytes())
 
 

@@ -17,7 +17,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -171,29 +171,31 @@ def open_votes(record: TsvWriter, recipe: dict[str, Any]) -> tuple[Journal, dict
         journal.append({"recipe": recipe})
     begun, known = read_votes(record.path)
     _same_recipe(record.path, begun, recipe)
-    for row in record.rows:
+    _check_rows(record.path, record.rows, known)
+    return journal, known
+
+
+def _check_rows(path: str | os.PathLike[str], rows: Iterable[Row], known: Mapping[int, Mapping[str, Any]]) -> None:
+    for row in rows:
         votes = known.get(row.idx, {})
         if (row.predict, row.radius) != (votes.get("predict"), votes.get("radius")):
             raise RunError(
-                f"{record.path} is damaged: the row of image {row.idx} is not the one of its votes in {place.name}; "
-                "without its row the image is written again"
+                f"{path} is damaged: the row of image {row.idx} is not the one of its votes in "
+                f"{votes_path(path).name}; without its row the image is written again"
             )
-    return journal, known
 
 
 def mean_samples(path: str | os.PathLike[str], rows: Sequence[Row]) -> tuple[float, int] | None:
     """(mean samples of these rows, the most that an image may take), n0 included; None if the record has no votes.
 
     Raises:
-        RunError: a damaged or foreign file, or one that lacks a row's votes.
+        RunError: a damaged or foreign file, or a row that does not have its votes there.
     """
     recipe, known = read_votes(path)
     if not recipe or not rows:
         return None
-    try:
-        drawn = [int(known[row.idx]["samples"]) for row in rows]
-    except KeyError as error:
-        raise RunError(f"{votes_path(path)} does not hold the votes of all rows: {error} is missing") from error
+    _check_rows(path, rows, known)
+    drawn = [int(known[row.idx]["samples"]) for row in rows]
     return sum(drawn) / len(rows), int(recipe["n0"]) + int(recipe["n"])
 
 

@@ -207,9 +207,9 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The values of a tensor of any dtype, on any device, one after another."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor of any dtype, on any device, one after another; no copy if they lie so on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def save_state(path: Path, state: Any) -> None:

@@ -176,7 +176,7 @@ def plan(
         model: maps [B, C, H, W] pixels to logits [B, K], in eval mode; masked layers run with their hard masks, and
             soft ones are refused. It is copied.
         example: image [C, H, W]; or images [N, C, H, W], all of which calibrate int8.
-        dtype: torch.bfloat16, float16 or float32, or "int8".
+        dtype: torch.bfloat16, float16 or float32, or its name; or "int8".
         choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense",
             "sparse" or "winograd" (dense where that does not go) is for all layers; or a plan's `choices`, to make that
             plan again.
@@ -191,10 +191,9 @@ def plan(
             network; a limit of memory below what one thread takes, or on a network that torch runs;
             int8 without sigma or of a network that has no such steps.
     """
-    whole = dtype in ("int8", torch.int8)
-    dtype = checks.choice("dtype", torch.int8 if whole else dtype, (*smoothing.DTYPES, torch.int8))
+    dtype = checks.choice("dtype", smoothing.named_dtype(dtype), (*smoothing.DTYPES, torch.int8))
     engine.checked_choices(choices)
-    if whole != (sigma is not None):
+    if (dtype is torch.int8) != (sigma is not None):
         raise ValueError(f"sigma must be given for dtype 'int8', calibrated with it, and for no other, got {sigma}")
     examples = checks.tensor("example", example)
     examples = examples[None] if examples.dim() == 3 else examples

@@ -194,7 +194,7 @@ PRESETS = {
         normalization="imagenet",
         transform="rotation:10,brightness:0.1",
         train=TrainSettings(flip=True),
-        certify=CertifySettings(images=100),
+        certify=CertifySettings(images=None),
     ),
 }
 

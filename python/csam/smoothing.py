@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import csam_kernels
 from csam import engine, inference, quantization, sequential, sound, tracing
-from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque
+from csam.adapters import LAYOUTS, Classifier, FromNCHW, Opaque, checked_logits, opaque, told
 from csam.laws import LAWS
 from csam.nn import copied, masked_layers, settle_weights
 from csam.sequential import ABSTAIN, Certificate, checked_alpha
@@ -50,6 +50,11 @@ Version = tuple[Tensor, int, int]  # a tensor, its version, its address
 _SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
 _TRIED = 8  # rows of a module's logits on which it is tried whether it is a function of each
 _LANES = 32  # a multiple of the tile of every sampler
+
+
+def named_dtype(dtype: Any) -> Any:
+    """torch's dtype of that name, such as "bfloat16"; anything else as it is."""
+    return next((known for known in (*DTYPES, torch.int8) if dtype == str(known).removeprefix("torch.")), dtype)
 
 
 def lower_confidence_bound(successes: int, n: int, alpha: float) -> float:
@@ -104,8 +109,8 @@ class Smooth:
         num_classes: width of the logits, >= 2.
         sigma: standard deviation of the noise, in the pixels' unit, > 0 in float32 too.
         noise: its law, "gaussian", "uniform" or "laplace" (`csam_kernels.laws`, which says how wide each is by sigma).
-        dtype: None, or torch.float32, bfloat16 or float16 for the fast path; or "int8", on a CPU: what is certified is
-            then the quantised network (`csam.quantization`).
+        dtype: None, or torch.float32, bfloat16 or float16, or its name, for the fast path; or "int8", on a CPU: what is
+            certified is then the quantised network (`csam.quantization`).
         seed: 0 .. 2^64-1.
         tile: samples evaluated together; part of what fixes the result, to the last bit of a near tie. Default 50
             for a model on the CPU, 1000 on a GPU.
@@ -599,7 +604,7 @@ class TiledClassifier:
         calibration: quantization.Calibration | None = None,
         layout: str = "NCHW",
     ) -> None:
-        dtype = torch.int8 if dtype == "int8" else dtype
+        dtype = named_dtype(dtype)
         self.calibration = calibration
         choices = engine.checked_choices(choices)
         if isinstance(model, Prepared):
@@ -749,8 +754,10 @@ def _prepare(
         with torch.inference_mode():  # a model may change its images in place
             wanted = checked_logits(network(probe.clone()), probe)
             _refuse_dependent(network, tried, wanted if parts else network(tried.clone()))
-    except RuntimeError as error:
-        raise ValueError(f"model does not take images x of shape {tuple(shape)}: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of the model's own code
+        raise ValueError(f"model does not take images x of shape {tuple(shape)}: {told(error)}") from error
     if dtype is not None and not parts and own in (torch.bfloat16, torch.float16):
         network, probe, wanted = _widened(network, probe, wanted)
     # what a model [B, H, W, C] permutes is contiguous where the tile is channels_last

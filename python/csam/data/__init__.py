@@ -28,7 +28,7 @@ def load(
     severity: int | None = None,
     resize: int | None = None,
     crop: int | None = None,
-    train: bool = True,
+    train_images: int | None = None,
 ) -> Dataset:
     """Load a data set, whole or a stratified part of it.
 
@@ -39,10 +39,11 @@ def load(
     A split of images that was decoded whole is kept in the folder `CSAM_CACHE` (default ~/.cache/csam) until its
     source changes. "cifar10c" is the unpacked folder of CIFAR-10-C, and has test images only.
 
-    "images" is a folder or a tar of images in class folders, labelled by the folders' sorted names: `<class>/*.jpg`,
-    which are test images, or `train/<class>/*.jpg` (none is needed to certify) and `test/<class>/*.jpg`, or where there
-    is no `test`, `val/<class>/*.jpg`. They become RGB, and are of one size or brought to one by `resize` and `crop`:
-    256 and 224 are what ImageNet's networks are evaluated with. Only those that are kept are decoded.
+    "images" is a folder or a tar of images in two class folders or more, labelled by the folders' sorted names:
+    `<class>/*.jpg`, which are test images, or `train/<class>/*.jpg` (none is needed to certify) and
+    `test/<class>/*.jpg`, or where there is no `test`, `val/<class>/*.jpg`. They become RGB, and are of one size or
+    brought to one by `resize` and `crop`: 256 and 224 are what ImageNet's networks are evaluated with. Only those that
+    are kept are decoded.
 
     Args:
         name: "digits", "cifar10", "cifar10c" or "images".
@@ -53,7 +54,7 @@ def load(
         corruption, severity: of CIFAR-10-C, such as "fog" and 3, and of no other.
         resize, crop: of "images": what their shorter side becomes, and the side of the central square that is kept, in
             pixels; as torchvision's Resize (bilinear, antialiased) and CenterCrop do it. None leaves out the step.
-        train: False leaves out the training images of "images".
+        train_images: of "images": so many of the training images at most, evenly spaced; 0 for none.
 
     Raises:
         FileNotFoundError: `data_dir` does not exist, or a batch file is missing in it.
@@ -79,7 +80,7 @@ def load(
     if name == "images":
         if data_dir is None:
             raise ValueError("data_dir must say where the images are (a folder or a tar), got None")
-        return folders.load(Path(data_dir).expanduser(), train_subset, test_subset, seed, resize, crop, train)
+        return folders.load(Path(data_dir).expanduser(), train_subset, test_subset, seed, resize, crop, train_images)
     if name != "digits":
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     if data_dir is not None:

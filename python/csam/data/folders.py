@@ -25,7 +25,7 @@ def load(
     seed: int,
     resize: int | None,
     crop: int | None,
-    train: bool,
+    train_images: int | None,
 ) -> Dataset:
     """See `csam.data.load`; `path` is a folder or a tar."""
     for name, side in (("resize", resize), ("crop", crop)):
@@ -36,22 +36,28 @@ def load(
     source, found = _open(path)
     test = next((split for split in TESTS if found[split]), None)
     if test is None:
-        raise ValueError(f"data_dir must hold {_WANTED}; {path} holds no images to test on")
+        raise ValueError(f"data_dir must hold {_WANTED}; {_held(path, found)}")
     splits = {split: found[split] for split in ("train", test) if found[split]}
     classes = images.class_names(source, splits)
+    if len(classes) < 2:
+        raise ValueError(f"data_dir must hold {_WANTED}, of two classes or more; {path} holds {classes[0]}/ alone")
+    for split in splits if path.is_dir() else ():
+        _check_folders(path / split, classes)
     numbers = {name: number for number, name in enumerate(classes)}
 
-    def decoded(split: str, argument: str, count: int | None) -> tuple[Tensor, Tensor]:
+    def decoded(split: str, argument: str, count: int | None, most: int | None) -> tuple[Tensor, Tensor]:
         names = splits[split]
         y = torch.tensor([numbers[name.split("/")[-2]] for name in names])
         chosen = choose(argument, y, count, seed)
+        if most is not None and most < len(chosen):
+            chosen = chosen[torch.arange(most) * len(chosen) // most]
         kept, fit = [names[i] for i in chosen.tolist()], images.Fit(resize, crop)
         return images.decode_all(source, kept, f"decoding {split or 'test'} images", fit=fit), y[chosen]
 
-    test_x, test_y = decoded(test, "test_subset", test_subset)
-    if not train or "train" not in splits:
+    test_x, test_y = decoded(test, "test_subset", test_subset, None)
+    if train_images == 0 or "train" not in splits:
         return Dataset("images", classes, test_x[:0], test_y[:0], test_x, test_y)
-    train_x, train_y = decoded("train", "train_subset", train_subset)
+    train_x, train_y = decoded("train", "train_subset", train_subset, train_images)
     if train_x.shape[1:] != test_x.shape[1:]:
         shapes = [f"{x.shape[3]}x{x.shape[2]}" for x in (train_x, test_x)]
         raise ValueError(f"train and test images must be of one size (resize and crop), got {' and '.join(shapes)}")
@@ -60,16 +66,39 @@ def load(
 
 def _open(path: Path) -> tuple[Source, dict[str, list[str]]]:
     """The files, and the names of the images by split; under "" where there are no splits."""
+    above = set()  # what lies before the names, in a tar
 
     def select(name: str) -> str | None:
         match = _FILE.search(name)
-        return match.group(1) if match else None
+        if match is None or any(part.startswith(".") for part in name.removeprefix("./").split("/")):
+            return None
+        above.add(name[: match.start(1)].removeprefix("./"))
+        return match.group(1)
 
     source: Source = Folder(path, select) if path.is_dir() else Archive(path, select)
     found: dict[str, list[str]] = {split: [] for split in ("train", *TESTS)}
     for name in source.names():
         *split, _, _ = name.split("/")
         found["".join(split)].append(name)
+    if len(above) > 1 and not path.is_dir():
+        raise ValueError(f"data_dir must hold {_WANTED}; {path} has images in {', '.join(sorted(above))} and below")
     if any(found[split] for split in ("train", "test", "val")):
         found[""] = []
     return source, found
+
+
+def _check_folders(folder: Path, classes: list[str]) -> None:
+    """Refuse folders that hold no images: they would be no classes, and the labels of those behind them would shift."""
+    for inside in sorted(folder.iterdir()):
+        if inside.is_dir() and not inside.name.startswith(".") and inside.name not in classes:
+            raise ValueError(f"{inside} must hold images ({', '.join(images.SUFFIXES)}), or not lie beside the classes")
+
+
+def _held(path: Path, found: dict[str, list[str]]) -> str:
+    """What there is instead of images to test on."""
+    if found["train"]:
+        return f"{path} holds train/ alone"
+    if not path.is_dir():
+        return f"{path} holds no such images"
+    inside = sorted(entry.name for entry in path.iterdir())
+    return f"{path} holds {', '.join(inside[:5]) or 'nothing'}" + (" and more" if len(inside) > 5 else "")

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,17 +65,18 @@ def class_names(source: Source, splits: Mapping[str, Sequence[str]]) -> list[str
 def decode_all(
     source: Source, names: Sequence[str], description: str, fit: Fit | None = None, side: int | None = None
 ) -> Tensor:
-    """Decode the named images to uint8 [N, 3, H, W], of `side` x `side` pixels, or all of the first one's size.
+    """Decode the named images, at least one, to uint8 [N, 3, H, W], of `side` x `side` pixels or the first one's size.
 
     Raises:
         ValueError: an image that is damaged, empty, of another size or of more than 8 bits a channel, named; more
             images than this machine's memory holds.
     """
-    pixels, wanted = np.empty((0, 3, 0, 0), np.uint8), f"{side}x{side} pixels"
+    pixels: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    wanted = f"{side}x{side} pixels"
     for i, name in enumerate(track(names, description)):
         label = source.label(name)
         image = _decode(source.read(name), label, fit or Fit())
-        if not i:
+        if pixels is None:
             height, width = (side, side) if side else image.shape[:2]
             _check_memory(len(names), 3 * height * width)
             pixels = np.empty((len(names), 3, height, width), np.uint8)
@@ -82,14 +84,17 @@ def decode_all(
         if image.shape[:2] != pixels.shape[2:]:
             raise ValueError(f"{label} must be {wanted}, got {image.shape[1]}x{image.shape[0]}")
         pixels[i] = image.transpose(2, 0, 1)
+    assert pixels is not None
     return torch.from_numpy(pixels)
 
 
 def _check_memory(count: int, each: int) -> None:
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if count * each > there:
-        most = there // each
-        raise ValueError(f"images must be at most {most}, which this machine's memory holds (a subset), got {count}")
+        raise ValueError(
+            f"images must be at most {there // each}, which this machine's memory holds, got {count}; test_subset and "
+            "train_subset take a part of them"
+        )
 
 
 def _decode(content: bytes, label: str, fit: Fit) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
