@@ -69,6 +69,7 @@ PEERS = (
     ("OpenVINO", FLOAT_NAME),
     ("OpenVINO", "int8"),
 )
+MOST_PANELS = 4  # of the picture side by side
 OWN = ("csam", "Cohen's loop")  # which are compared with the fastest of the others
 KEY = ("network", "removed", "engine", "dtype")
 
@@ -473,9 +474,14 @@ def draw(path: Path) -> None:
     colors = {"csam, int8": "C3", "csam, bfloat16": "C0", "csam, float32": "0.5"}
     colors |= dict(zip(peers, ("0.7", "C2", "C1", "C5", "C4", "C6"), strict=False))
     marks = {"weights": "o-", "filters, own": "s", "filters, shared": "D"}
-    size = (max(9.0, 5.4 * len(names)), 6.4)
-    figure, axes = pyplot.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
+    across = len(names) if len(names) <= MOST_PANELS else -(-len(names) // 2)
+    down = -(-len(names) // across)
+    size = (max(9.0, 5.4 * across), 5.0 * down + 1.4)
+    figure, panels = pyplot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    axes, unused = panels.flat[: len(names)], panels.flat[len(names) :]
+    for axis in unused:
+        axis.set_axis_off()
+    for axis, name in zip(axes, names, strict=True):
         here = [row for row in rows if row["network"] == name]
         dense = max(float(row["gflop"]) for row in here)
 
@@ -501,8 +507,9 @@ def draw(path: Path) -> None:
         axis.set(xscale="log", yscale="log", title=name, xlabel="operations left (% of the dense network's)")
         axis.invert_xaxis()
         axis.grid(which="both", alpha=0.2)
-    axes[0][0].set_ylabel("noisy samples a second")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    for row in panels:
+        row[0].set_ylabel("noisy samples a second")
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=3, fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=140)
     pyplot.close(figure)
