@@ -420,11 +420,9 @@ struct Convolution : Layer<Format> {
 
   void run(int64_t job, const Element* in, const Element* other, Element* out, int64_t samples,
            const Scratch& s) const {
-    const int64_t depth = tiles(samples, Format::kLanes);
-    const int64_t part = job % groups(), first = part * group, place = job / groups();
+    const auto [sample, top, left] = corner(job, samples);
+    const int64_t part = job % groups(), first = part * group, n = samples - sample;
     const int64_t mine = live - first < group ? live - first : group;
-    const int64_t sample = place % depth * Format::kLanes, n = samples - sample;
-    const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
     const bool far = channels * a.height * a.width * samples * int64_t(sizeof(Element)) > kNearBytes;
     find(job, samples, s.offsets.data);
     Input ahead = {reinterpret_cast<const char*>(in), s.offsets.data, lines, 0, channel.data, 0, 0, 0};
@@ -487,11 +485,17 @@ struct Convolution : Layer<Format> {
     if (!part) Base::write_dead(top, left, tile.rows, tile.columns, sample, n, other, out, samples);
   }
 
+  struct Corner {  // of a job: its first sample and output
+    int64_t sample, top, left;
+  };
+  Corner corner(int64_t job, int64_t samples) const {
+    const int64_t depth = tiles(samples, Format::kLanes), place = job / groups();
+    return {place % depth * Format::kLanes, place / depth / across * tile.rows, place / depth % across * tile.columns};
+  }
+
   // Where the lines under the tile of a job lie in a channel, in bytes; -1 outside the image.
   void find(int64_t job, int64_t samples, int64_t* found) const {
-    const int64_t depth = tiles(samples, Format::kLanes), place = job / groups();
-    const int64_t sample = place % depth * Format::kLanes;
-    const int64_t left = place / depth % across * tile.columns, top = place / depth / across * tile.rows;
+    const auto [sample, top, left] = corner(job, samples);
     for (int64_t i = 0; i < lines / across_lines; ++i) {
       const int64_t row = top * a.stride[0] - a.padding[0] + row_source[i];
       const int64_t start = row >= 0 && row < a.height ? row % in_rows * a.width * samples + sample : -1;

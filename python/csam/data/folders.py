@@ -66,13 +66,13 @@ def load(
 
 def _open(path: Path) -> tuple[Source, dict[str, list[str]]]:
     """The files, and the names of the images by split; under "" where there are no splits."""
-    above = set()  # what lies before the names, in a tar
+    above: dict[str, str] = {}  # what lies before each name, in a tar
 
     def select(name: str) -> str | None:
         match = _FILE.search(name)
         if match is None or any(part.startswith(".") for part in name.removeprefix("./").split("/")):
             return None
-        above.add(name[: match.start(1)].removeprefix("./"))
+        above[match.group(1)] = name[: match.start(1)].removeprefix("./") or "./"
         return match.group(1)
 
     source: Source = Folder(path, select) if path.is_dir() else Archive(path, select)
@@ -80,10 +80,11 @@ def _open(path: Path) -> tuple[Source, dict[str, list[str]]]:
     for name in source.names():
         *split, _, _ = name.split("/")
         found["".join(split)].append(name)
-    if len(above) > 1 and not path.is_dir():
-        raise ValueError(f"data_dir must hold {_WANTED}; {path} has images in {', '.join(sorted(above))} and below")
     if any(found[split] for split in ("train", "test", "val")):
         found[""] = []
+    places = {above[name] for names in found.values() for name in names}
+    if len(places) > 1 and not path.is_dir():
+        raise ValueError(f"data_dir must hold {_WANTED}; {path} holds such in {' and '.join(sorted(places))}")
     return source, found
 
 
