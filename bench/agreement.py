@@ -48,7 +48,7 @@ def main() -> None:
     model = models.build(args.architecture, **models.NORMALIZATION["imagenet"]._asdict()).eval()
     models.load_weights(model, args.weights)
     cifar = data.load("cifar10", args.images, train_subset=pipeline.CALIBRATION)
-    chosen = pipeline.evenly_spaced(len(cifar.test_x), args.count)
+    chosen = data.evenly_spaced(len(cifar.test_x), args.count)
     plans: dict[tuple[str, str], sampling.Plan] = {}
     for name, (dtype, engines) in KINDS.items():
         options: dict[str, Any] = {"sigma": args.sigma} if dtype == "int8" else {}

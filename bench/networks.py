@@ -169,9 +169,13 @@ def size_of(name: str) -> int:
     return 224 if name == "resnet50" else 32
 
 
-def build(name: str, size: int = 32, seed: int = 0) -> nn.Module:
-    """A network in eval mode; its batch norms have the statistics of noise images, so that values keep their size."""
+def build(name: str, size: int | None = None, seed: int = 0) -> nn.Module:
+    """A network in eval mode; its batch norms have the statistics of noise images, so that values keep their size.
+
+    size: side of those images, that of the network's unless given.
+    """
     torch.manual_seed(seed)
+    size = size or size_of(name)
     network = NETWORKS[name]()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

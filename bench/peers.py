@@ -100,7 +100,7 @@ def build(name: str, width: float = 1.0) -> nn.Module:
         widths = tuple(round(width * w) for w in architecture.widths)
         model: nn.Module = models.CifarResNet(replace(architecture, widths=widths), num_classes=CLASSES)
     else:
-        model = networks.build(name, networks.size_of(name))
+        model = networks.build(name)
     for norm in _norms(model):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, 0, 0.1)

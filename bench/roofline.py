@@ -139,7 +139,7 @@ def build(name: str, removed: float) -> nn.Module:
     """A network in eval mode with magnitude masks, its batch norms set by noise images."""
     torch.manual_seed(0)
     size = networks.size_of(name)
-    model = models.build(name) if name in models.ARCHITECTURES else networks.build(name, size)
+    model = models.build(name) if name in models.ARCHITECTURES else networks.build(name)
     if removed:
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         model = csam.convert(model, exclude=(layers[0], layers[-1]))

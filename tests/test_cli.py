@@ -238,9 +238,21 @@ def made():
         ("json:JSONDecoder", [], "must give a torch.nn.Module or another callable, got JSONDecoder"),
         ("torch.nn:Identity", ["--architecture", "digits"], "--architecture and --normalization are for files"),
         ("torch.nn:Identity", [], "torch.nn:Identity on digits (10 classes): model must map (2, 1, 8, 8) to logits"),
-        ("torch.nn:Flatten", [], "on digits (10 classes): num_classes must be the width of the model's logits, 64"),
-        ("torch.nn:Flatten", ["--certificate", "cc-cert"], "on digits (10 classes): model must give 10 logits, got 64"),
-        ("own:Odd", ["--dtype", "int8"], "on digits (10 classes): dtype int8 needs a network whose samples lie"),
+        (
+            "torch.nn:Flatten",
+            [],
+            "torch.nn:Flatten on digits (10 classes): num_classes must be the width of the model's logits, 64",
+        ),
+        (
+            "torch.nn:Flatten",
+            ["--certificate", "cc-cert"],
+            "Flatten on digits (10 classes): model must give 10 logits, got 64",
+        ),
+        (
+            "own:Odd",
+            ["--dtype", "int8"],
+            "own:Odd on digits (10 classes): dtype int8 needs a network whose samples lie innermost",
+        ),
         ("own:unlicensed", [], "own:unlicensed must give a model, got RuntimeError: no licence"),
         ("broken:net", [], "broken must import, got NameError: name 'undefined' is not defined"),
         ("own:Odd", ["--n", 10**23], f"n must be <= {10**10}, got {10**23}"),
@@ -761,7 +773,8 @@ def test_what_a_model_raises_is_told(csam: Command, tmp_path: Path, monkeypatch:
         "def net():\n    return Net().eval()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for factory, message in (("function", "(50, 1, 8, 8): KeyError: 'logits'"), ("net", ": KeyError:")):
+    function = "gave no logits for (50, 1, 8, 8): KeyError: 'logits'"
+    for factory, message in (("function", function), ("net", "(1, 8, 8): KeyError: 'head'")):
         code, _, err = csam("certify", f"odd4:{factory}", *CERTIFY, "--sigma", 0.25, "--out", tmp_path / "run")
         assert (code, "does not take images x of shape (1, 8, 8)" in err, message in err) == (2, True, True), err
 

@@ -45,13 +45,6 @@ class Advance(Protocol):
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-DTYPES = {
-    None: None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
 CERTIFICATES = ("smoothing", "cc-cert", "both")
 CALIBRATION = 64  # training images that int8 is calibrated on
 # settings that decide a certificate of smoothing, and of CC-Cert, alone; and those that decide none
@@ -294,7 +287,7 @@ def certify_variant(job: Job, name: str) -> dict[str, Any]:
         return found
     certify = job.settings.certify
     model = job.load(name)
-    chosen = evenly_spaced(len(job.dataset.test_x), certify.images)
+    chosen = data.evenly_spaced(len(job.dataset.test_x), certify.images)
     path = job.certificates(name)
     smooth = begun_smooth(job.run.team, model, job.dataset, job.settings, path)
     rows = smooth_images(smooth, job.dataset, chosen, certify, path, job.progress, f"{name}: smoothing")
@@ -319,7 +312,7 @@ def make_smooth(model: Classifier, dataset: data.Dataset, settings: Settings, ch
         dataset.num_classes,
         settings.train.sigma,
         noise=settings.train.noise,
-        dtype=DTYPES[settings.certify.dtype],
+        dtype=settings.certify.dtype,
         seed=derive_seed(settings.seed, "smoothing"),
         choices=choices,
         calibration=calibration(dataset, settings),
@@ -366,7 +359,7 @@ def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
     total = len(dataset.train_x)
     if not total:
         raise ValueError(f"certify.dtype int8 needs training images to calibrate on, {dataset.name} has none")
-    return data.to_unit(dataset.train_x[evenly_spaced(total, min(CALIBRATION, total))])
+    return data.to_unit(dataset.train_x[data.evenly_spaced(total, min(CALIBRATION, total))])
 
 
 def begun_choices(path: Path) -> Choices:
@@ -385,22 +378,10 @@ def make_cc_cert(model: Classifier, dataset: data.Dataset, settings: Settings, c
         k=certify.cc_k,
         delta=certify.delta,
         seed=derive_seed(settings.seed, "cc-cert"),
-        dtype=DTYPES[certify.dtype],
+        dtype=certify.dtype,
         choices=choices,
         calibration=calibration(dataset, settings),
     )
-
-
-def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """`count` indices spread evenly over range(total), beginning with 0; all of them for None.
-
-    Raises ValueError if there are fewer.
-    """
-    if count is None:
-        return list(range(total))
-    if not 1 <= count <= total:
-        raise ValueError(f"images must be in [1, {total}], the size of the test set, got {count}")
-    return [i * total // count for i in range(count)]
 
 
 def smooth_images(
@@ -590,7 +571,7 @@ def check_certificates(
     Layers run dense, which need not be measured.
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
-    evenly_spaced(len(dataset.test_x), settings.certify.images)
+    data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify
     try:
         if certificate != "cc-cert":
@@ -664,7 +645,7 @@ def describe(job: Job, details: Mapping[str, Any]) -> dict[str, Any]:
             "image_shape": list(dataset.test_x.shape[1:]),
             "blake2b": job.run.config["data"],
         },
-        "certified_images": evenly_spaced(len(dataset.test_x), settings.certify.images),
+        "certified_images": data.evenly_spaced(len(dataset.test_x), settings.certify.images),
         "smoothing": make_smooth(model, dataset, settings).settings,
         "cc_cert": make_cc_cert(model, dataset, settings).settings,
         "dense_training": job.run.stage("start").result(),
@@ -768,7 +749,7 @@ def certify(
     dataset = load_data(settings, certify=True)
     network, digest = _given(settings, dataset, model)
     check_certificates(settings, dataset, network, str(model), certificate)
-    chosen = evenly_spaced(len(dataset.test_x), settings.certify.images)
+    chosen = data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
     with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked), _free(folder)) as run:
         job = Job(settings, dataset, run, progress)

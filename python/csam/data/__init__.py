@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from csam.data import cifar10, cifar10c, digits, folders
-from csam.data.dataset import Dataset, balanced_order, check_subset, to_unit
+from csam.data.dataset import Dataset, balanced_order, check_subset, evenly_spaced, to_unit
 
-__all__ = ["NAMES", "Dataset", "balanced_order", "load", "to_unit"]
+__all__ = ["NAMES", "Dataset", "balanced_order", "evenly_spaced", "load", "to_unit"]
 
 NAMES = ("digits", "cifar10", "cifar10c", "images")
 

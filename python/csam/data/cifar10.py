@@ -102,7 +102,7 @@ def _decode_images(source: Source, split: str, count: int | None, seed: int) -> 
             f"{source.path} must have {len(CLASSES)} class folders, got {len(classes)} ({', '.join(classes)})"
             + (f"; missing: {', '.join(lacking)}" if lacking else "")
         )
-    y = torch.tensor([classes.index(name.split("/")[1]) for name in names])
+    y = images.labels(names, classes)
     chosen = choose(f"{split}_subset", y, count, seed)
     x = images.decode_all(source, [names[i] for i in chosen.tolist()], f"decoding {split} images", side=32)
     found = Split(x, y[chosen], classes)

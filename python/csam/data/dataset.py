@@ -79,6 +79,18 @@ def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
     return torch.cat(indices)[torch.cat(positions).argsort(stable=True)]
 
 
+def evenly_spaced(total: int, count: int | None) -> list[int]:
+    """`count` indices spread evenly over range(total), beginning with 0; all of them for None.
+
+    Raises ValueError if there are fewer.
+    """
+    if count is None:
+        return list(range(total))
+    if not 1 <= count <= total:
+        raise ValueError(f"images must be in [1, {total}], the size of the test set, got {count}")
+    return [i * total // count for i in range(count)]
+
+
 def choose(argument: str, labels: Tensor, count: int | None, seed: int) -> Tensor:
     """Indices of the `count` images to keep, int64; all of them, in order, for None."""
     check_subset(argument, count)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from csam.data import images
-from csam.data.dataset import Dataset, choose
+from csam.data.dataset import Dataset, choose, evenly_spaced
 from csam.data.source import Archive, Folder, Source
 from csam_kernels import checks
 
@@ -43,14 +42,13 @@ def load(
         raise ValueError(f"data_dir must hold {_WANTED}, of two classes or more; {path} holds {classes[0]}/ alone")
     for split in splits if path.is_dir() else ():
         _check_folders(path / split, classes)
-    numbers = {name: number for number, name in enumerate(classes)}
 
     def decoded(split: str, argument: str, count: int | None, most: int | None) -> tuple[Tensor, Tensor]:
         names = splits[split]
-        y = torch.tensor([numbers[name.split("/")[-2]] for name in names])
+        y = images.labels(names, classes)
         chosen = choose(argument, y, count, seed)
-        if most is not None and most < len(chosen):
-            chosen = chosen[torch.arange(most) * len(chosen) // most]
+        if most is not None:
+            chosen = chosen[evenly_spaced(len(chosen), min(most, len(chosen)))]
         kept, fit = [names[i] for i in chosen.tolist()], images.Fit(resize, crop)
         return images.decode_all(source, kept, f"decoding {split or 'test'} images", fit=fit), y[chosen]
 

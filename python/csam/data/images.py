@@ -62,6 +62,12 @@ def class_names(source: Source, splits: Mapping[str, Sequence[str]]) -> list[str
     return classes
 
 
+def labels(names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Indices into the classes of names that end in `<class>/<image>`, int64 [N]."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name.split("/")[-2]] for name in names])
+
+
 def decode_all(
     source: Source, names: Sequence[str], description: str, fit: Fit | None = None, side: int | None = None
 ) -> Tensor:
