@@ -529,6 +529,29 @@ def test_every_option_names_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stored", "arguments", "wanted"),
+    [
+        ({"target_radius": 0.2}, ["--adaptive"], {"target_radius": 0.2, "adaptive": True}),
+        ({"adaptive": True, "rtol": 0.2}, ["--fixed"], {}),
+        ({"adaptive": True, "rtol": 0.2}, ["--rtol", "none"], {"adaptive": True}),
+        ({"dtype": "int8", "images": 5}, ["--dtype", "none", "--images", "none"], {"dtype": None, "images": None}),
+        ({}, ["--dtype", "float16"], {"dtype": "float16"}),
+    ],
+)
+def test_options_change_a_config_and_the_sum_is_judged(
+    tmp_path: Path, stored: dict[str, Any], arguments: list[str], wanted: dict[str, Any]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"certify": stored}))
+    options = cli.demo.make_context("demo", ["--config", str(config), *arguments]).params
+    given = {
+        key: value for key, value in options.items() if key not in ("out", "data", "data_dir", "config", "threads")
+    }
+    settings = cli.settings_from(None, None, options["config"], None, given)
+    assert settings.certify == replace(PRESETS["digits"].certify, **wanted)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--sparsities", "1.5"], "csam: sparsity must be in [0, 1), got 1.5"),

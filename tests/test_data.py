@@ -512,7 +512,7 @@ class TestCache:
         decoded.clear()
         assert_is_synthetic(load(source))
         assert not decoded
-        assert not list(cache_folder.glob("*.part"))
+        assert not list(cache_folder.glob(".*"))
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "bit", "foreign"])
     def test_damaged_cache_is_rebuilt(self, source: Path, decoded: list[str], cache_folder: Path, damage: str) -> None:
@@ -560,7 +560,7 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(cache.os, "fsync", full)
-        with pytest.warns(UserWarning, match="No space left on device; set CSAM_CACHE"):
+        with pytest.warns(UserWarning, match=r"No space left on device: '.*\.safetensors'; set CSAM_CACHE"):
             assert_is_synthetic(load(source))
         assert not list(cache_folder.iterdir())
 
@@ -572,7 +572,7 @@ class TestCache:
     def test_leftovers_of_a_killed_process_are_removed(self, source: Path, cache_folder: Path) -> None:
         load(source)
         (file,) = self.stored(cache_folder)
-        old, young = (cache_folder / f"{file.stem}-{name}.part" for name in ("old", "young"))
+        old, young = (cache_folder / f".csam-tmp-{name}-{file.name}" for name in ("old", "young"))
         for part in (old, young):
             part.write_bytes(b"half")
         os.utime(old, (1, 1))

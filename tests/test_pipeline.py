@@ -295,9 +295,17 @@ def test_a_folder_of_certificates_takes_more_images_and_other_tables(
     assert [line.split()[0] for line in table] == ["0", "7", "15", "22"]
     whole = pipeline.certify(override(settings, {"certify": {"images": 4}}), path, tmp_path / "whole")[0]
     assert [replace(row, time=0) for row in whole] == [replace(rows[k], time=0) for k in (0, 6, 4, 7)]
+    # what decides the certificate that is not asked for stays as it was
+    for certificate, change in (
+        ("smoothing", {"transform": "rotation:3", "certify": {"cc_k": 5, "delta": 0.8, "images": 2}}),
+        ("cc-cert", {"train": {"sigma": 0.5, "noise": "laplace"}, "certify": {"n": 61, "cc_k": 3, "images": 2}}),
+    ):
+        pipeline.certify(override(settings, change), path, folder, certificate=certificate)
+        stored = json.loads((folder / "config.json").read_text())["config"]["settings"]
+        assert override(Settings(), stored) == override(settings, {"certify": {"cc_k": 3, "images": 2}})
     for change in ({"n": 61}, {"alpha": 0.01}, {"adaptive": True}, {"sound_float": True}, {"dtype": "bfloat16"}):
         with pytest.raises(runs.RunError, match=r"made with other settings \(settings\.certify\."):
-            certified("smoothing", cc_k=3, **change)
+            certified("smoothing", **change)
     stored = json.loads((folder / "config.json").read_text())["config"]["settings"]
     assert (stored["certify"]["n"], stored["certify"]["images"]) == (60, 2)
 

@@ -161,6 +161,15 @@ def test_what_is_free_may_change_and_the_last_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["config"] == other
 
 
+def test_what_is_not_asked_about_stays(tmp_path: Path) -> None:
+    with runs.Run(tmp_path, CONFIG):
+        pass
+    kept = ["nested.sigma", "nested.more"]
+    with runs.Run(tmp_path, {**CONFIG, "nested": {**CONFIG["nested"], "sigma": 0.5, "more": 1}}, kept=kept) as run:
+        assert run.config == CONFIG
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == CONFIG
+
+
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with (

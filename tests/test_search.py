@@ -634,7 +634,7 @@ def test_the_search_finds_the_weights_that_matter(perturbation: str | None) -> N
         ({"dtype": torch.float16}, r"dtype must be one of None, torch\.bfloat16"),
         ({"seed": -1}, "seed must be >= 0"),
         ({"joint": True, "weight_lr": -1.0}, "weight_lr must be > 0"),
-        ({"joint": "no"}, "joint must be one of False, True, got 'no'"),
+        ({"joint": "no"}, "joint must be True or False, got 'no'"),
         ({"transform": "rotation:10"}, "transform must be a callable or None, got str"),
     ],
     ids=str,

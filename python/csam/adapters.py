@@ -81,7 +81,7 @@ class Opaque(nn.Module):
             raise TypeError(f"{self} is run as it is and cannot be traced")
         with self._free:
             try:
-                logits = self.function(x)
+                logits = self.function(x.float())
             except Exception as error:  # of other code
                 raise ModelError(f"{self.extra_repr()} gave no logits for {tuple(x.shape)}: {told(error)}") from error
             return checked_logits(logits, x)

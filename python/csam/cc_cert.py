@@ -107,7 +107,7 @@ class CCCert:
     """CC-Cert for a network and a distribution of transforms.
 
     Draw j of block b is sample b * n + j of (seed, stream): the same whatever the batch size or the thread
-    count, and evaluated in the same canonical tile (see `csam.smoothing`). The network is run as by
+    count, and evaluated as there is said (`csam.smoothing`). The network is run as by
     `csam.Smooth`; its logits go through a float64 softmax, and in a low `dtype` carry that dtype's rounding.
 
     Args:

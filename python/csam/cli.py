@@ -36,7 +36,8 @@ import csam_kernels
 from csam import microbench, models, pipeline, processes, records, report, runs, sequential, training, transforms
 from csam.adapters import ModelError
 from csam.laws import LAWS
-from csam.settings import PRESETS, PRETRAINED, Settings, override
+from csam.nn import GRANULARITIES
+from csam.settings import DTYPES, OF_STOPPING, PRESETS, PRETRAINED, Settings, merged, override
 from csam_kernels import backend
 
 T = TypeVar("T")
@@ -75,9 +76,23 @@ class Model(click.ParamType):
     name = "FILE or MODULE:FACTORY"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        own = ":" in str(value) and not Path(str(value)).exists()
+        own = models.names_factory(str(value))
         found: Path | str = str(value) if own else FILE.convert(value, param, ctx)
         return found
+
+
+class OrNone(click.ParamType):
+    """Another type, or "none", which unsets what the preset or the file of --config sets."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = click.types.convert_type(kind)
+        self.name = self.kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "none" else self.kind.convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.kind.get_metavar(param, ctx)
 
 
 NUMBERS = Values(float, "NUMBER,...")
@@ -88,15 +103,15 @@ MODEL = Model()
 
 # (flag, place in Settings, type, help): the options that change a preset.
 DATA_OPTIONS = (
-    ("--train-subset", "train_subset", int, "Train on this many images, stratified (all)."),
-    ("--test-subset", "test_subset", int, "Test on this many images, stratified (all)."),
-    ("--resize", "resize", int, "Of images: what their shorter side becomes, in pixels."),
-    ("--crop", "crop", int, "Of images: side of the central square that is kept, in pixels."),
+    ("--train-subset", "train_subset", OrNone(int), "Train on this many images, stratified (none: all)."),
+    ("--test-subset", "test_subset", OrNone(int), "Test on this many images, stratified (none: all)."),
+    ("--resize", "resize", OrNone(int), "Of images: what their shorter side becomes, in pixels."),
+    ("--crop", "crop", OrNone(int), "Of images: side of the central square that is kept, in pixels."),
     ("--model", "model", click.Choice(list(models.ARCHITECTURES)), "Network."),
     (
         "--normalization",
         "normalization",
-        click.Choice(list(models.NORMALIZATION)),
+        OrNone(click.Choice(list(models.NORMALIZATION))),
         "Pixel statistics of the network.",
     ),
     (
@@ -125,7 +140,7 @@ TRAIN_OPTIONS = (
     (
         "--granularity",
         "train.granularity",
-        click.Choice(["weight", "filter", "channel", "block"]),
+        click.Choice(GRANULARITIES),
         "One mask value a.",
     ),
     (
@@ -146,7 +161,7 @@ TRAIN_OPTIONS = (
     ("--task", "search.task", float, "Weight of the cross-entropy."),
 )
 CERTIFY_OPTIONS = (
-    ("--images", "certify.images", int, "Certify this many test images, evenly spaced."),
+    ("--images", "certify.images", OrNone(int), "Certify this many test images, evenly spaced (none: all)."),
     ("--n0", "certify.n0", int, "Noise samples that choose the class."),
     ("--n", "certify.n", int, "Noise samples that certify it."),
     ("--alpha", "certify.alpha", float, "Probability that a certificate is wrong."),
@@ -154,16 +169,26 @@ CERTIFY_OPTIONS = (
     (
         "--target-radius",
         "certify.target_radius",
-        float,
+        OrNone(float),
         "Adaptive: stop if this radius is certified or out of reach.",
     ),
-    ("--rtol", "certify.rtol", float, "Adaptive: stop within this share of the radius that n samples would give."),
-    ("--method", "certify.method", click.Choice(list(sequential.METHODS)), "Adaptive: rule for stopping (the best)."),
+    (
+        "--rtol",
+        "certify.rtol",
+        OrNone(float),
+        "Adaptive: stop within this share of the radius that n samples would give.",
+    ),
+    (
+        "--method",
+        "certify.method",
+        OrNone(click.Choice(list(sequential.METHODS))),
+        "Adaptive: rule for stopping (none: the best).",
+    ),
     (
         "--dtype",
         "certify.dtype",
-        click.Choice(["float32", "bfloat16", "int8"]),
-        "Fast path in this arithmetic. int8: what is certified is the quantised network.",
+        OrNone(click.Choice([dtype for dtype in DTYPES if dtype])),
+        "Fast path in this arithmetic (none: the plain module). int8: what is certified is the quantised network.",
     ),
     (
         "--sound-float/--plain-float",
@@ -242,11 +267,10 @@ def settings_from(
     if threads:
         torch.set_num_threads(threads)
     stored = _stored_settings(config, given) if config else {}
-    settings = PRESETS[data or stored.get("data", "digits")]
-    if given.get("weights"):
-        settings = override(settings, PRETRAINED)
-    settings = override(settings, stored)
-    nested: dict[str, Any] = {"data": data or settings.data}
+    preset = PRESETS[data or stored.get("data", "digits")]
+    nested: dict[str, Any] = {"data": preset.data}
+    if given.get("certify__adaptive") is False:  # so that --fixed needs no more beside a file that says how to stop
+        nested["certify"] = dict.fromkeys(OF_STOPPING)
     if data_dir:
         nested["data_dir"] = str(data_dir)
     for name, value in given.items():
@@ -257,7 +281,7 @@ def settings_from(
         for group in groups:
             target = target.setdefault(group, {})
         target[last] = None if value == "none" else str(value) if isinstance(value, Path) else value
-    return override(settings, nested)
+    return override(preset, merged(PRETRAINED if given.get("weights") else {}, stored, nested))
 
 
 def _stored_settings(path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -519,7 +543,8 @@ def bounds_of(file: Path, label: str, bounds: Sequence[dict[str, Any]] | None = 
     recipe, known = records.read_bounds(file)
     bounds = list(known.values()) if bounds is None else bounds
     if not bounds:
-        raise ValueError(f"{file} holds no bounds yet")
+        missing = "is missing, without which its table says not enough" if not file.exists() else "holds no bounds yet"
+        raise ValueError(f"{file} {missing}")
     return report.Bounds(label, [b["bound"] for b in bounds], [b["correct"] for b in bounds], recipe)
 
 

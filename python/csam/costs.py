@@ -80,7 +80,7 @@ def kept(
             return found
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_suffix(".lock").open("w")
-    except (OSError, RuntimeError):  # RuntimeError: nobody's home is known
+    except OSError:
         return measure()
     with lock:
         with suppress(OSError):  # a file system without locks: the last one to measure wins

@@ -210,6 +210,11 @@ def build(
         return CifarResNet(architecture, num_classes=num_classes, in_channels=channels, mean=mean, std=std)
 
 
+def names_factory(model: str | Path) -> bool:
+    """Whether it is "package.module:factory", and not a file."""
+    return ":" in str(model) and not Path(model).exists()
+
+
 def imported(reference: str) -> Classifier:
     """What a factory of other code gives, named "package.module:factory" and called without arguments.
 

@@ -30,7 +30,7 @@ from csam.laws import LAWS
 from csam.nn import convert, fold, masked_layers
 from csam.processes import Team
 from csam.search import MaskSearch
-from csam.settings import CertifySettings, Settings, TrainSettings
+from csam.settings import OF_STOPPING, CertifySettings, Settings, TrainSettings
 from csam.smoothing import Smooth, certified_radius
 from csam.training import Feed, Optimizer, derive_seed
 from csam_kernels import checks
@@ -48,15 +48,16 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 CERTIFICATES = ("smoothing", "cc-cert", "both")
 CALIBRATION = 64  # training images that int8 is calibrated on
 # settings that decide a certificate of smoothing, and of CC-Cert, alone; and those that decide none
-OF_SMOOTHING = (
-    *("train.sigma", "train.noise", "certify.n0", "certify.n", "certify.alpha", "certify.adaptive"),
-    *("certify.target_radius", "certify.rtol", "certify.method", "certify.sound_float"),
-)
-OF_CC_CERT = ("transform", "certify.cc_n", "certify.cc_k", "certify.delta")
-OF_NONE = (
-    *("certify.images", "certify.radii", "certify.eps", "methods", "sparsities", "search"),
-    *(f"train.{field.name}" for field in fields(TrainSettings) if f"train.{field.name}" not in OF_SMOOTHING),
-)
+OF_SMOOTHING = [
+    *(f"settings.train.{name}" for name in ("sigma", "noise")),
+    *(f"settings.certify.{name}" for name in ("n0", "n", "alpha", "adaptive", *OF_STOPPING, "sound_float")),
+]
+OF_CC_CERT = ["settings.transform", *(f"settings.certify.{name}" for name in ("cc_n", "cc_k", "delta"))]
+OF_NONE = [
+    *(f"settings.{name}" for name in ("certify.images", "certify.radii", "certify.eps")),
+    *(f"settings.{name}" for name in ("methods", "sparsities", "search")),
+    *(key for field in fields(TrainSettings) if (key := f"settings.train.{field.name}") not in OF_SMOOTHING),
+]
 
 
 def silent(description: str, total: int) -> AbstractContextManager[Advance]:
@@ -568,17 +569,18 @@ def check_certificates(
 ) -> None:
     """The same for a certificate, one of CERTIFICATES, of the settings' network unless a model and its name are given.
 
-    Layers run dense, which need not be measured.
+    Where there are layers to choose for they run dense, which need not be measured.
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
     data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify
+    choices: Choices = "auto" if certify.dtype is None else "dense"
     try:
         if certificate != "cc-cert":
-            smooth = make_smooth(model, dataset, settings, "dense")
+            smooth = make_smooth(model, dataset, settings, choices)
             smooth.rule(x, certify.n0, certify.n, certify.alpha, **_stops(certify))
         if certificate != "smoothing":
-            cert = make_cc_cert(model, dataset, settings, "dense")
+            cert = make_cc_cert(model, dataset, settings, choices)
             cert.recipe(x)
             if cert.prepared and cert.prepared.num_classes != dataset.num_classes:
                 raise ValueError(f"model must give {dataset.num_classes} logits, got {cert.prepared.num_classes}")
@@ -702,18 +704,28 @@ def train(settings: Settings, folder: str | Path, progress: Progress = silent) -
         return job.model_path("start"), {"sparsity": 0.0, **(run.stage("start").result() or {})}
 
 
-def _free(folder: str | Path) -> list[str]:
-    """What may differ from the config of a folder of `certify`: all that decided none of the certificates there."""
+def _free(folder: str | Path, certificate: str) -> tuple[list[str], list[str]]:
+    """Keys of the config of a folder of `certify`: what may differ, for it decided no certificate there; and what stays
+    as it is, for it decided those there that are not asked for.
+    """
     begun = Path(folder) / "certificates"
-    smoothed, bounded = records.votes_path(begun / "smoothing.tsv").exists(), (begun / "cc-cert.jsonl").exists()
-    names = (*OF_NONE, *(() if smoothed else OF_SMOOTHING), *(() if bounded else OF_CC_CERT))
-    return ["smoothing", "cc_cert", *(f"settings.{name}" for name in names)]
+    free, kept = ["smoothing", "cc_cert", *OF_NONE], []
+    for names, record, other in (
+        (OF_SMOOTHING, records.votes_path(begun / "smoothing.tsv"), "cc-cert"),
+        (OF_CC_CERT, begun / "cc-cert.jsonl", "smoothing"),
+    ):
+        if not record.exists():
+            free += names
+        elif certificate == other:
+            kept += names
+    return free, kept
 
 
-def _given(settings: Settings, dataset: data.Dataset, model: str | Path) -> tuple[Classifier, str]:
-    """What `certify` is to certify, and a digest of its weights."""
-    if ":" in str(model) and not Path(model).exists():
-        found = models.imported(str(model))
+def _given(
+    settings: Settings, dataset: data.Dataset, model: str | Path, found: Classifier | None
+) -> tuple[Classifier, str]:
+    """What `certify` is to certify, that of a factory or of a file, and a digest of its weights."""
+    if found is not None:
         tensors = chain(found.named_parameters(), found.named_buffers()) if isinstance(found, nn.Module) else ()
         parts: list[bytes | memoryview] = [str(model).encode()]
         for key, tensor in tensors:
@@ -746,12 +758,14 @@ def certify(
     """
     checks.choice("certificate", certificate, CERTIFICATES)
     smoothed, bounded = certificate != "cc-cert", certificate != "smoothing"
+    found = models.imported(str(model)) if models.names_factory(model) else None  # before images are decoded
     dataset = load_data(settings, certify=True)
-    network, digest = _given(settings, dataset, model)
+    network, digest = _given(settings, dataset, model, found)
     check_certificates(settings, dataset, network, str(model), certificate)
     chosen = data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     asked = {"cc_cert": bounded} | ({} if smoothed else {"smoothing": False})  # the first as in older folders
-    with runs.Run(folder, identity("certify", settings, dataset, model=digest, **asked), _free(folder)) as run:
+    config = identity("certify", settings, dataset, model=digest, **asked)
+    with runs.Run(folder, config, *_free(folder, certificate)) as run:
         job = Job(settings, dataset, run, progress)
         rows, bounds = [], []
         if smoothed:

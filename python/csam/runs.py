@@ -43,7 +43,7 @@ from torch import Tensor
 from csam.processes import Team
 
 FORMAT = 1
-_TEMPORARY = ".csam-tmp-"
+TEMPORARY = ".csam-tmp-"
 _STATE_KEY = "csam"
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*")
 
@@ -58,7 +58,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises OSError naming `path` (a full disk, no permission); the old file is then untouched, the temporary removed.
     """
     path = Path(path)
-    temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{path.name}"
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -323,15 +323,18 @@ class Run:
     """One job's folder, locked while open; use as a context manager.
 
     `config` (JSON values) says what is asked for. A folder made with another config is refused, never overwritten, but
-    for the dotted keys in `free` and what lies below them, which may be others on every start.
+    for the dotted keys in `free` and what lies below them, which may be others on every start, and the dotted keys in
+    `kept`, which are not asked about and stay as the folder has them.
     All processes of torch.distributed open it together; the first of the `team` alone reads and writes.
     Raises RunError if another run holds the folder, if it holds something else, or if its config differs; ValueError
     if the processes name different folders or configs.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: str | Path, config: Mapping[str, Any], free: Sequence[str] = (), kept: Sequence[str] = ()
+    ) -> None:
         self.folder = Path(folder)
-        self.free = tuple(free)
+        self.free, self.kept = tuple(free), tuple(kept)
         self.config: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
         self._lock: int | None = None
         self._recorded: set[tuple[str, int]] = set()
@@ -420,7 +423,7 @@ class Run:
         os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def _open(self) -> None:
-        for leftover in self.folder.glob(f"**/{_TEMPORARY}*"):
+        for leftover in self.folder.glob(f"**/{TEMPORARY}*"):
             leftover.unlink(missing_ok=True)
         path = self.folder / "config.json"
         now = environment()
@@ -439,6 +442,13 @@ class Run:
         path = self.folder / "config.json"
         if not isinstance(stored, dict) or not {"config", "environment"} <= stored.keys():
             raise RunError(f"{path} was not written by csam; choose a new or empty folder with --out")
+        for key in self.kept:
+            *groups, name = key.split(".")
+            there, here = stored["config"], self.config
+            for group in groups:
+                there, here = there.get(group, {}), here[group]
+            here.pop(name, None)
+            here |= {name: there[name]} if name in there else {}
         changes = differences(stored["config"], self.config)
         different = [change for change in changes if not f"{change[0]}.".startswith(tuple(f"{k}." for k in self.free))]
         if different:

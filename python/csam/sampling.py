@@ -195,6 +195,7 @@ def plan(
     engine.checked_choices(choices)
     if (dtype is torch.int8) != (sigma is not None):
         raise ValueError(f"sigma must be given for dtype 'int8', calibrated with it, and for no other, got {sigma}")
+    memory = None if memory is None else checks.integer("memory", memory, low=1)
     examples = checks.tensor("example", example)
     examples = examples[None] if examples.dim() == 3 else examples
     image = smoothing.image(examples[0] if examples.dim() == 4 and len(examples) else examples, name="example")
@@ -207,7 +208,7 @@ def plan(
         asked = "choices" if memory is None else "memory"
         raise ValueError(f"{asked} needs a network whose samples lie innermost: {prepared.steps[-1]}")
     if memory is not None:
-        prepared = _bounded(prepared, checks.integer("memory", memory, low=1))
+        prepared = _bounded(prepared, memory)
     made = Plan(prepared, tuple(_layers(prepared)), model)
     if not smoothing.unchanged(before, made.made_of):
         raise ValueError("model must not change while it is planned (a weight or a mask did): plan it again")

@@ -191,7 +191,7 @@ class MaskSearch:
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be a callable or None, got {type(transform).__name__}")
         self.transform = transform
-        self.joint = checks.choice("joint", joint, (False, True))
+        self.joint = checks.flag("joint", joint)
         self.steps = 0
         if margin is None:
             margin = 0.0 if transform is None else 1.0

@@ -35,7 +35,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from scipy import special
 
-from csam.laws import LAWS
+from csam.laws import LAWS, Law
 from csam_kernels import checks
 from csam_kernels.laws import checked_law
 
@@ -100,16 +100,9 @@ class Rule(ABC):
         tile: int = 1,
         skip: int = 0,
     ) -> None:
-        self.n = checks.integer("n", n, low=1, high=self.most)
-        self.alpha = checked_alpha(alpha)
-        self.sigma = checks.real("sigma", sigma, above=0)
-        self.law = LAWS[checked_law("noise", noise)]
-        self.target_radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
-        most = self.sigma * self.law.largest
-        if (self.target_radius or 0.0) >= most:
-            asked = f"{self.target_radius:g} under {noise} noise of sigma {self.sigma:g}"
-            raise ValueError(f"target_radius must be below {most:g}, got {asked}")
-        self.rtol = None if rtol is None else fraction("rtol", rtol)
+        self.n, self.alpha, self.sigma, self.law, self.target_radius, self.rtol = self.checked(
+            n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol
+        )
         self.looks = self._grid(checks.integer("tile", tile, low=1), checks.integer("skip", skip, low=0))
         # Rounded up: a bound that reaches it certifies the wanted radius.
         wanted = float(self.law.probability((self.target_radius or 0.0) / self.sigma))
@@ -118,6 +111,20 @@ class Rule(ABC):
         # At look k, images with up to _hopeless[k] votes and from _reached[k] votes on stop.
         self._hopeless = _rejecting(np.array(self.looks), _likely(self.n, self._p_wanted, self.alpha), rare)
         self._reached = self._certifying()
+
+    @classmethod
+    def checked(
+        cls, n: int, alpha: float, sigma: float, *, noise: str, target_radius: float | None, rtol: float | None
+    ) -> tuple[int, float, float, Law, float | None, float | None]:
+        """The arguments, checked. Errors as of the rule."""
+        n, alpha = checks.integer("n", n, low=1, high=cls.most), checked_alpha(alpha)
+        sigma, law = checks.real("sigma", sigma, above=0), LAWS[checked_law("noise", noise)]
+        radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
+        most = sigma * law.largest
+        if (radius or 0.0) >= most:
+            asked = f"{radius:g} under {noise} noise of sigma {sigma:g}"
+            raise ValueError(f"target_radius must be below {most:g}, got {asked}")
+        return n, alpha, sigma, law, radius, None if rtol is None else fraction("rtol", rtol)
 
     def decide(self, counts: Sequence[int]) -> Decision | None:
         """The decision at look len(counts), None to go on.
@@ -467,17 +474,31 @@ def rule(
     Raises:
         ValueError: an argument that decides about stopping, though not adaptive.
     """
-    if not checks.choice("adaptive", adaptive, (False, True)):
+    method, radius, share = stopping(n, alpha, sigma, noise, adaptive, target_radius, rtol, method)
+    return _made(method, n, alpha, sigma, noise, radius, share, tile, skip)
+
+
+def stopping(
+    n: int,
+    alpha: float,
+    sigma: float,
+    noise: str,
+    adaptive: bool,
+    target_radius: float | None = None,
+    rtol: float | None = None,
+    method: str | None = None,
+) -> tuple[str, float | None, float | None]:
+    """(method, target_radius, rtol) of `rule`, checked with its other arguments; nothing is worked out yet."""
+    if not checks.flag("adaptive", adaptive):
         for name, value in (("target_radius", target_radius), ("rtol", rtol), ("method", method)):
             if value is not None:
                 raise ValueError(f"{name} must be None unless adaptive is true, got {value!r}")
         method = "fixed"
     if method is None:
         method = DEFAULTS["target" if target_radius is not None else "rtol" if rtol is not None else "abstain"]
-    checks.choice("method", method, tuple(METHODS))
-    radius = None if target_radius is None else checks.real("target_radius", target_radius, above=0)
-    share = None if rtol is None else fraction("rtol", rtol)
-    return _made(method, n, alpha, sigma, noise, radius, share, tile, skip)
+    kind = METHODS[checks.choice("method", method, tuple(METHODS))]
+    *_, radius, share = kind.checked(n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol)
+    return method, radius, share
 
 
 @lru_cache(maxsize=8, typed=True)
@@ -606,8 +627,7 @@ class Prediction:
     def __init__(
         self, n: int, alpha: float, num_classes: int, *, adaptive: bool = True, tile: int = 1, skip: int = 0
     ) -> None:
-        adaptive = checks.choice("adaptive", adaptive, (False, True))
-        self.n = checks.integer("n", n, low=1, high=(Rule if adaptive else Fixed).most)
+        self.n = checks.integer("n", n, low=1, high=(Rule if checks.flag("adaptive", adaptive) else Fixed).most)
         self.alpha = checked_alpha(alpha)
         self.num_classes = checks.integer("num_classes", num_classes, low=2)
         tile, skip = checks.integer("tile", tile, low=1), checks.integer("skip", skip, low=0)

@@ -14,6 +14,7 @@ from csam_kernels.laws import checked_law, checked_sigma
 
 T = TypeVar("T")
 DTYPES = (None, "float32", "bfloat16", "float16", "int8")
+OF_STOPPING = ("target_radius", "rtol", "method")  # settings of adaptive certificates alone
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class CertifySettings:
         sequential.checked_alpha(self.alpha)
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must be in (0, 1), got {self.delta}")
-        for name in ("target_radius", "rtol", "method"):
+        for name in OF_STOPPING:
             if getattr(self, name) is not None and not self.adaptive:
                 raise ValueError(f"{name} must be none unless adaptive is true, got {getattr(self, name)}")
         if self.adaptive and self.n > sequential.MOST:
@@ -200,6 +201,17 @@ PRESETS = {
 
 # What changes in a preset when the dense network comes with weights: it only has to get used to noise and transforms.
 PRETRAINED = {"train": {"epochs": 3, "lr": 0.02}}
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested values of all layers; those of a later layer win."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = found.get(key)
+            both = isinstance(before, Mapping) and isinstance(value, Mapping)
+            found[key] = merged(before, value) if both else value  # type: ignore[arg-type]
+    return found
 
 
 def override(settings: T, values: Mapping[str, Any], prefix: str = "") -> T:

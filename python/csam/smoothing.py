@@ -6,10 +6,10 @@ radius sigma Phi^-1(p_A) around x (their Theorem 1 with p_B = 1 - p_A). With uni
 one of the l1 norm (`csam.laws`).
 
 Certificates are a function of (network, x, noise, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i
-of an image always has the same noise, and it is always evaluated in the same canonical tile: `tile`
-consecutive sample indices starting at a multiple of `tile`, in full even when only some of its rows are
-wanted, from the noise to the logits on one thread. So neither the batch size nor the number of threads can
-reorder a sum inside a matrix library.
+of an image always has the same noise. In the sampling engine (with a dtype, on a CPU) its bits depend on no other
+sample. Where torch runs the network it is always evaluated in the same canonical tile: `tile` consecutive sample
+indices starting at a multiple of `tile`, in full even when only some of its rows are wanted, from the noise to the
+logits on one thread. So neither the batch size nor the number of threads can reorder a sum inside a matrix library.
 
 The theorem is about real numbers. `Smooth(..., sound_float=True)` is proved for what the program computes, on images
 that are whole numbers / 255; without, nothing is claimed about rounding (`csam.sound` says what holds in each mode).
@@ -49,7 +49,7 @@ UNKNOWN = -1  # version of a tensor made in inference mode, which does not count
 Version = tuple[Tensor, int, int]  # a tensor, its version, its address
 _SHARE = 2  # tiles of a sampler that a thread takes at a time, if there are many
 _TRIED = 8  # rows of a module's logits on which it is tried whether it is a function of each
-_LANES = 32  # a multiple of the tile of every sampler
+_LANES = 64  # a multiple of the samples that every sampler takes together
 
 
 def named_dtype(dtype: Any) -> Any:
@@ -88,7 +88,8 @@ class Smooth:
     The base classifier that is certified is the network as it is executed. With `dtype=None` that is a frozen
     copy of `model` in eval mode, computed by its own modules in its own dtype (noise is drawn in float32).
     With a `dtype` it is that copy rewritten for speed (`csam.inference`): masks and batch norms folded, cast to
-    `dtype`, channels_last, convolutions fused with what follows, on a GPU in the library's own kernel, the first of
+    `dtype`; on a CPU the sampling engine runs it (`csam.sampling`) where every node has a step; elsewhere it is
+    channels_last, convolutions fused with what follows, on a GPU in the library's own kernel, the first of
     which draws the noise that it reads. Its logits are the model's up to rounding in `dtype`, and `prepared.steps`
     lists what could be done; one with hooks is cast and no more. The copy is made at the first image and again when a
     parameter or buffer of `model` has changed (seen through torch's version counters; a change through `.data`
@@ -158,7 +159,7 @@ class Smooth:
         self.norm = LAWS[self.noise].norm
         checks.seed(seed)
         self.seed = operator.index(seed)
-        self.grid = sound.GRID if checks.choice("sound_float", sound_float, (False, True)) else None
+        self.grid = sound.GRID if checks.flag("sound_float", sound_float) else None
         self.distance = None if self.grid is None else cells(self.sigma, self.grid, self.noise).distance
         self.layout = checks.choice("layout", layout, LAYOUTS)
         shown = None
@@ -244,6 +245,7 @@ class Smooth:
         **stop: Any,
     ) -> Certificate:
         """What `certify` returns, how many samples it took, n0 included, and why not more. Arguments as there."""
+        _check_calls(batch_size, stream)
         certification = sequential.Certification(self.rule(x, n0, n, alpha, **stop), n0)
         found = None
         while found is None:
@@ -255,6 +257,7 @@ class Smooth:
         """When to stop an image like x, with looks where whole tiles end. Arguments as in `certify`."""
         n0 = checks.integer("n0", n0, low=1, high=sequential.Fixed.most)
         n, alpha = checks.integer("n", n, low=1), checked_alpha(alpha)
+        sequential.stopping(n, alpha, self.sigma, self.noise, adaptive, **stop)  # before the network is made
         tile, skip = self._ends(x, n0)
         alpha, sigma = self._level(x, n0 + n, alpha), self.sigma if self.grid is None else sound.scale(self.sigma)
         return sequential.rule(n, alpha, sigma, noise=self.noise, tile=tile, skip=skip, adaptive=adaptive, **stop)
@@ -304,7 +307,9 @@ class Smooth:
 
         Args and errors as in `certify`.
         """
+        _check_calls(batch_size, stream)
         n, alpha = checks.integer("n", n, low=1), checked_alpha(alpha)
+        sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive)  # before the network is made
         tile, skip = self._ends(x, 0)
         alpha = self._level(x, n, alpha)
         test = sequential.Prediction(n, alpha, self.num_classes, adaptive=adaptive, tile=tile, skip=skip)
@@ -330,6 +335,7 @@ class Smooth:
 
     def cast(self, x: Tensor, ranges: Sequence[tuple[int, int]], batch_size: int, stream: int) -> list[Tensor]:
         """`votes`, those of a range fewer than its samples where logits were NaN."""
+        _check_calls(batch_size, stream)
         prepared = self.prepare(x)
         x = sent(self.check(x), prepared.device)
         where = (batch_size, stream, self.grid, self.noise)
@@ -342,6 +348,11 @@ class Smooth:
         if self.grid is not None:
             steps(x, self.grid)
         return x
+
+
+def _check_calls(batch_size: int, stream: int) -> None:
+    checks.integer("batch_size", batch_size, low=1)
+    checks.integer("stream", stream, low=0, high=2**32 - 1)
 
 
 def votes(
@@ -360,8 +371,7 @@ def votes(
     network's device; samples with NaN logits cast none. With a grid the noise is on it (`csam_kernels.grid_noise`).
     Only Gaussian noise off the grid is drawn by a network's head. Other arguments and errors as in `Smooth.counts`.
     """
-    batch_size = checks.integer("batch_size", batch_size, low=1)
-    stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
+    _check_calls(batch_size, stream)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
     x, head = sent(x, prepared.device), prepared.head if (grid, noise) == (None, "gaussian") else None
     out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
@@ -614,6 +624,8 @@ class TiledClassifier:
                     raise ValueError(f"{name} must be None or the prepared network's {own}, got {value}")
             if calibration is not None:
                 raise ValueError("calibration must be None for a prepared network, which has its own, got images")
+            if choices != "auto":
+                raise ValueError(f"choices must be 'auto' for a prepared network, which has its own, got {choices!r}")
             self.model, self.dtype, self.tile = nn.Module(), arithmetic, model.tile
             self._made = (model, None, [])
             return
@@ -631,6 +643,8 @@ class TiledClassifier:
         if (self.dtype is torch.int8) != (calibration is not None):
             got = "None" if calibration is None else "images"
             raise ValueError(f"calibration must be images for dtype int8 and None for others, got {got} for {dtype}")
+        if self.dtype is None and choices not in ("auto", "module"):
+            raise ValueError(f"choices must be 'auto' without a dtype, as modules run then, got {choices!r}")
         if opaque(model) and self.dtype not in (None, torch.float32):
             raise ValueError(
                 f"dtype must be None or torch.float32 for a callable, which is run as it is on float32, got {dtype}"

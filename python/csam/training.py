@@ -1,7 +1,7 @@
 """The epoch loop shared by every training stage: shuffling, augmentation, noise, optimiser, checkpoints.
 
 Everything random is drawn from generators seeded by (seed, purpose, epoch), so an epoch repeats bit for bit wherever
-the run starts again, and training noise never meets the noise of certification (a Philox stream of its own).
+the run starts again, and training noise never meets the noise of certification, whose seed is another.
 
 Where torch.distributed is initialised, its processes share every batch: gradients, logged values and the statistics of
 batch norm are those of the whole batch, so the network is that of one process up to rounding. After every epoch all
@@ -402,7 +402,7 @@ def _shared_statistics(stepper: Stepper, team: Team) -> Iterator[None]:
 
 
 def _batch_norms(model: nn.Module) -> list[Any]:
-    """Those that track running statistics."""
+    """The batch-norm layers."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from csam.data.source import Source
+from csam.runs import TEMPORARY, write_atomic
 
 _VERSION = "1"
 _ABANDONED_SECONDS = 3600
@@ -35,7 +36,11 @@ class Split(NamedTuple):
 
 
 def folder() -> Path:
-    return Path(os.environ.get("CSAM_CACHE") or "~/.cache/csam").expanduser()
+    """Where things are kept. Raises FileNotFoundError if `CSAM_CACHE` does not say it, and nobody knows a home."""
+    try:
+        return Path(os.environ.get("CSAM_CACHE") or "~/.cache/csam").expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error}; CSAM_CACHE says where to keep things instead") from error
 
 
 def fetch(source: Source, split: str) -> Split | None:
@@ -59,11 +64,11 @@ def keep(source: Source, split: str, found: Split) -> None:
         "checksum": _checksum(found),
         "classes": json.dumps(found.classes),
     }
-    file = _file(source, split)
     try:
+        file = _file(source, split)
         file.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(file)
-        _write_whole(file, safetensors.torch.save({"x": found.x, "y": found.y}, notes))
+        _remove_leftovers(file.parent)
+        write_atomic(file, safetensors.torch.save({"x": found.x, "y": found.y}, notes))
     except OSError as error:
         warnings.warn(f"decoded images are not kept: {error}; set CSAM_CACHE to a folder with space", stacklevel=2)
 
@@ -77,22 +82,9 @@ def _checksum(found: Split) -> str:
     return f"{zlib.crc32(found.y.numpy().data, zlib.crc32(found.x.numpy().data)):08x}"
 
 
-def _remove_leftovers(file: Path) -> None:
-    """Unfinished copies left by a killed process; younger ones may still be growing."""
-    for part in file.parent.glob(f"{file.stem}-*.part"):
-        if time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
-            part.unlink(missing_ok=True)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """The new file appears under its name complete, or not at all."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _remove_leftovers(place: Path) -> None:
+    """Unfinished files of killed processes; younger ones may still be growing."""
+    for part in place.glob(f"{TEMPORARY}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+                part.unlink()
