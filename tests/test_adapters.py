@@ -89,6 +89,24 @@ def test_a_callable_gets_whole_tiles_one_at_a_time() -> None:
     assert 1 < most[0] <= 3
 
 
+@pytest.mark.parametrize("stop", [{"adaptive": True, "target_radius": 0.05}, {}], ids=["adaptive", "fixed"])
+def test_no_tile_of_an_image_is_run_twice(stop: dict[str, Any]) -> None:
+    rows, owner = [], Owner()
+
+    def counting(x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return owner.net(x)
+
+    smooth = Smooth(csam.Opaque(counting), 5, SIGMA, tile=200)
+    smooth.prepare(picture())
+    rows.clear()
+    found = smooth.certificate(picture(), 150, 1000, **stop)  # those that choose the class end within a tile
+    assert sum(rows) == -(-found.samples // 200) * 200
+    votes = smooth.votes(picture(), ((150, 0), (50, 150), (333, 200), (10, 7)), 400, 0)
+    apart = [smooth.counts(picture(), n, first) for n, first in ((150, 0), (50, 150), (333, 200), (10, 7))]
+    assert [v.tolist() for v in votes] == [v.tolist() for v in apart]
+
+
 def test_one_call_at_a_time_whoever_certifies() -> None:
     inside, owner = threading.Lock(), Owner()
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save as to_safetensors
 
 from conftest import shared_data
@@ -144,6 +146,22 @@ import csam
 def module():
     return csam.models.build("digits", seed=SEED).eval()
 
+def spoilt():
+    net = module()
+    list(net.parameters())[2].data.view(-1)[3] = float("nan")
+    return net
+
+def choosy():
+    class Choosy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = module()
+
+        def forward(self, x):
+            return self.net(x) if x.sum() > 0 else self.net(-x)
+
+    return Choosy().eval()
+
 def function():
     net = module()
     return csam.Opaque(lambda x: net(x), name="net SEED")
@@ -201,6 +219,38 @@ def test_certify_takes_what_a_factory_gives(csam: Command, tmp_path: Path, monke
         assert csam("certify", "own1:broken", *options, "--out", tmp_path / "nan")[0] == 0
 
 
+def test_what_cannot_be_planned_is_told_and_nan_weights_are_refused(
+    csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own3.py").write_text(OWN.replace("SEED", "3"))
+    options = [*CERTIFY, "--test-subset", 20, "--train-subset", 64, "--sigma", 0.3, "--images", 1]
+    with pytest.warns(
+        UserWarning, match="is not for the sampling engine, but run by torch: control flow depends on va"
+    ):
+        code, _, err = csam("certify", "own3:choosy", *options, "--out", tmp_path / "a")
+    assert code == 0, err
+    code, _, err = csam("certify", "own3:spoilt", *options, "--out", tmp_path / "b")
+    assert (code, "csam: model must have finite weights, got NaN or inf in " in err) == (2, True), err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("each", [None, 1000])
+def test_a_bar_tells_what_is_left_of_long_steps(monkeypatch: pytest.MonkeyPatch, each: int | None) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "messages", Console(file=shown, width=200))
+    with cli.bar("smoothing", 100, each) as advance:
+        advance(10)  # from before
+        for i in range(360):
+            now[0] += 10
+            advance(i % 12 == 11, 1000 / 12)  # an image in two minutes
+    lines = [line for line in shown.getvalue().splitlines() if " left" in line]
+    assert len(lines) > 40
+    assert re.fullmatch(r"smoothing: 39/100 8 samples/s, (1:5\d|2:0\d):\d\d left", lines[-1]), lines[-1]
+
+
 def test_a_callable_that_fails_midway_is_one_line(
     csam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +270,7 @@ def made():
 
     def net(x):
         calls.append(1)
-        if len(calls) > 8:
+        if len(calls) > 7:
             raise RuntimeError("out of memory")
         return x.flatten(1)[:, :10]
 
@@ -412,8 +462,9 @@ def test_training_certificates_and_reports_are_of_the_law(
     code, out, err = csam("report", run, trained, "--plot", tmp_path / "p.png")
     assert code == 0, err
     lines = [line.split() for line in out.splitlines()]
-    assert any(line[:2] == ["run/smoothing", "ℓ1"] for line in lines)
-    assert any(line[:2] == ["demo/dense", "ℓ2"] for line in lines)
+    made = [noise, "σ=0.25", "n<=40", "α=0.001", "float32", "ℓ1"]
+    assert ["run/smoothing", *made] in [line[:7] for line in lines]
+    assert ["demo/dense", "σ=0.25", "n=40", "α=0.001", "float32", "ℓ2"] in [line[:6] for line in lines]
     assert "ℓ2 radii by smoothing with gaussian noise" in out
 
 

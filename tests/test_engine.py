@@ -58,7 +58,7 @@ def test_a_network_runs_where_it_is_predicted_to_be_faster(monkeypatch: pytest.M
     given(monkeypatch, module=1e-6)
     made, step = ready(Small())
     assert made is None
-    assert step.startswith("run by torch: 0.000 ms a sample predicted, ")
+    assert step.startswith("run by torch, which is faster: 0.000 ms a sample predicted, ")
     assert ready(Small(), choices="dense")[0] is not None  # as chosen, whatever is predicted
 
 
@@ -137,7 +137,7 @@ def test_torchs_convolutions_are_counted_in_networks_that_only_torch_export_trac
 ) -> None:
     given(monkeypatch, module=1e-6)
     network = Small(lambda x: F.relu(x) if x.shape[1] == 16 else x)
-    assert ready(network)[1].startswith("run by torch: 0.000 ms a sample predicted, ")
+    assert ready(network)[1].startswith("run by torch, which is faster: 0.000 ms a sample predicted, ")
     given(monkeypatch, module=1e6)
     assert ready(network)[0] is not None
 

@@ -276,7 +276,7 @@ def test_a_folder_of_certificates_takes_more_images_and_other_tables(
 
     shown: dict[str, list[int]] = {}
 
-    def titles(title: str, total: int) -> Any:
+    def titles(title: str, total: int, each: int | None = None) -> Any:
         steps = shown[title] = [total]
         return nullcontext(lambda count, samples=0: steps.extend([count] if count else []))
 

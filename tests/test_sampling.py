@@ -417,6 +417,19 @@ def test_int8_votes_as_the_model_does(choices: str) -> None:
     assert again.prepared.sampler is not None
     assert again.prepared.sampler.fingerprint == plan.prepared.sampler.fingerprint
     assert csam.Smooth(plan.prepared, num_classes=10, sigma=SIGMA).settings["dtype"] == "int8"
+    wanted = "must meet what it was calibrated on, noisy images of sigma 0.25, got "
+    with pytest.raises(ValueError, match=wanted + "noisy images of sigma 1.5; plan it anew"):
+        plan.votes(examples[0], 1.5, 10)
+    with pytest.raises(ValueError, match=wanted + "noisy images of sigma 0.25, laplace; plan it anew"):
+        csam.Smooth(plan.prepared, 10, SIGMA, noise="laplace")
+    with pytest.raises(ValueError, match=wanted + "images under rotation:10; plan it anew"):
+        csam.CCCert(plan.prepared, csam.transforms.Rotation(10))
+    with pytest.raises(
+        ValueError, match="choices must be 'auto' for a prepared network, which has its own, got 'dense'"
+    ):
+        csam.Smooth(plan.prepared, 10, SIGMA, choices="dense")
+    with pytest.raises(ValueError, match="choices must be 'auto' without a dtype, as modules run then, got 'sparse'"):
+        csam.Smooth(model, 10, SIGMA, choices="sparse")
 
 
 @pytest.fixture(scope="module")

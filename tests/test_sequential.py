@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import sys
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -408,3 +409,32 @@ def test_predict_refuses_votes_that_cannot_be() -> None:
             made.decide(votes, seen)
     with pytest.raises(ValueError, match="alpha must be at least 1e-50"):
         Prediction(1000, 1e-51, 3)
+
+
+@pytest.mark.parametrize("stop", [{"rtol": 0.05}, {"target_radius": 0.3}, {}], ids=["rtol", "target", "abstain"])
+def test_ten_million_samples_take_no_table_of_their_counts(stop: dict[str, float]) -> None:
+    rule(100_000, 0.001, 0.25, **stop)  # what is kept for all rules
+    tracemalloc.start()
+    try:
+        made = rule(10**7, 0.001, 0.25, **stop)
+        decision = next(
+            found
+            for k in range(1, len(made.looks) + 1)
+            if (found := made.decide([round(0.9 * look) for look in made.looks[:k]]))
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert decision.p_lower < 0.9
+    assert peak < 5e7, peak  # a byte for each count would be 8e7
+
+
+def test_blocks_of_counts_are_the_counts() -> None:
+    made = Exact(30_000, 0.001, 0.25, rtol=0.1)
+    for k, look in enumerate(made.looks):
+        whole = made._settled(k, np.arange(look + 1)) if look < made.n else np.ones(look + 1, bool)
+        low = look // 3
+        assert (made._stopping(k, 0, look) == whole).all()
+        assert (made._stopping(k, low, look - low) == whole[low : look - low + 1]).all()
+        counts = np.repeat(np.array([[low], [look]]), k + 1, 1)
+        assert made.settled(k, counts).tolist() == [made.stops([low] * (k + 1)), made.stops([look] * (k + 1))]

@@ -152,6 +152,8 @@ class CCCert:
         checks.seed(seed)
         self.seed = operator.index(seed)
         self.layout = checks.choice("layout", layout, LAYOUTS)
+        if isinstance(model, smoothing.Prepared):
+            model.refuse_uncalibrated(self._words)
         shown = None if calibration is None else self._shown(smoothing.nchw(calibration, layout))
         self._classifier = smoothing.TiledClassifier(model, dtype, tile, choices, shown, layout)
 
@@ -235,6 +237,10 @@ class CCCert:
         _in_range("x", low, high)
         return self._result(*rest)
 
+    @property
+    def _words(self) -> str:
+        return f"images under {self.transform}"
+
     def _shown(self, images: Tensor) -> quantization.Calibration:
         """What int8 is calibrated on: draws that no certificate takes."""
 
@@ -243,7 +249,7 @@ class CCCert:
             copies = csam_kernels.semantic_batch(x, rows)
             return self.transform.corrupted(copies, seed=0, first_sample=first_sample, stream=stream)
 
-        shown = quantization.calibration("calibration", images, draw, f"images under {self.transform}")
+        shown = quantization.calibration("calibration", images, draw, self._words)
         _in_range("calibration", *images.aminmax())
         return shown
 

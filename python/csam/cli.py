@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -40,6 +41,8 @@ from csam.nn import GRANULARITIES
 from csam.settings import DTYPES, OF_STOPPING, PRESETS, PRETRAINED, Settings, merged, override
 from csam_kernels import backend
 
+LONG_SECONDS = 600  # whose speed tells what is left
+TOLD_SECONDS = 60  # between lines where there is no bar to see
 T = TypeVar("T")
 Command = Callable[..., Any]
 messages = Console(stderr=True, highlight=False, markup=False)  # names of files may hold brackets
@@ -163,7 +166,7 @@ TRAIN_OPTIONS = (
 CERTIFY_OPTIONS = (
     ("--images", "certify.images", OrNone(int), "Certify this many test images, evenly spaced (none: all)."),
     ("--n0", "certify.n0", int, "Noise samples that choose the class."),
-    ("--n", "certify.n", int, "Noise samples that certify it."),
+    ("--n --samples", "certify.n", int, "Noise samples that certify it (under torchrun --n is ambiguous)."),
     ("--alpha", "certify.alpha", float, "Probability that a certificate is wrong."),
     ("--adaptive/--fixed", "certify.adaptive", bool, "Stop before n samples when the answer is settled."),
     (
@@ -216,9 +219,9 @@ def setting_options(*groups: Sequence[tuple[str, str, Any, str]]) -> Callable[[C
             values = {name: _shown(_lookup(PRESETS[name], place)) for name in PRESETS}
             same = len(set(values.values())) == 1
             shown = values["digits"] if same else ", ".join(f"{name}: {v}" for name, v in values.items())
-            command = click.option(flag, place.replace(".", "__"), type=kind, default=None, help=f"{text}  [{shown}]")(
-                command
-            )
+            command = click.option(
+                *flag.split(), place.replace(".", "__"), type=kind, default=None, help=f"{text}  [{shown}]"
+            )(command)
         return command
 
     return decorate
@@ -301,8 +304,10 @@ def _stored_settings(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
-    """A progress bar on standard error, with the speed of samples; where that is no terminal, one line at the end."""
+def bar(title: str, total: int, each: int | None = None) -> Iterator[pipeline.Advance]:
+    """A progress bar on standard error, with the speed of samples and the time left; where that is no terminal, a line
+    a minute. If it is known how many samples `each` step takes, the bar moves within a step.
+    """
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -311,20 +316,36 @@ def bar(title: str, total: int) -> Iterator[pipeline.Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=messages, refresh_per_second=1) as progress:
-        task, done, drawn = progress.add_task(title, total=total, speed=""), 0, 0
-        start = shown = time.monotonic()
+    # An image may take minutes, which count in what is left.
+    with Progress(
+        *columns,
+        console=messages,
+        refresh_per_second=1,
+        speed_estimate_period=LONG_SECONDS,
+        get_time=time.monotonic,
+    ) as progress:
+        task, done, known, drawn = progress.add_task(title, total=total, speed=""), 0, 0, 0
+        start = shown = told = time.monotonic()
 
         def show() -> None:
             speed = f"{drawn / max(time.monotonic() - start, 1e-9):,.0f} samples/s" if drawn else ""
-            progress.update(task, completed=done, speed=speed)
+            within = known + drawn / each if each else 0
+            progress.update(task, completed=min(total, max(done, within)), speed=speed)
 
         def advance(steps: int, samples: int = 0) -> None:
-            nonlocal done, drawn, shown
+            nonlocal done, known, drawn, shown, told
             done, drawn = done + steps, drawn + samples
-            if time.monotonic() - shown > 0.5:
-                shown = time.monotonic()
+            if not drawn:
+                known = done  # from before
+            now = time.monotonic()
+            if now - shown > 0.5:
+                shown = now
                 show()
+            if now - told > TOLD_SECONDS and not messages.is_terminal:
+                told = now
+                left = progress.tasks[task].time_remaining
+                hours = "" if left is None else f", {timedelta(seconds=round(left))} left"
+                messages.print(f"{title}: {done}/{total} {progress.tasks[task].fields['speed']}{hours}", soft_wrap=True)
 
         try:
             yield advance
@@ -574,6 +595,8 @@ def report_command(
         curve for place, title in zip(places, titles_of(places), strict=True) for curve in curves_of(place, title)
     ]
     bounds = [b for place, title in zip(places, titles_of(places), strict=True) for b in all_bounds_of(place, title)]
+    if not curves and not bounds:
+        raise ValueError("there must be a certificate in at least one of the places")
     tables = [report.certificates_table(curves, radii)] if curves else []
     if bounds:
         report.bounds_table(bounds, eps)  # refuses eps out of range before anything is printed
@@ -608,7 +631,8 @@ def curves_of(place: Path, title: str) -> list[report.Curve]:
     for file in files:
         rows = records.read_tsv(file)
         if not rows:
-            raise ValueError(f"{file} holds no certificates yet")
+            messages.print(f"csam: {file} holds no certificates yet", soft_wrap=True)
+            continue
         curves.append(curve_of(file, f"{title}/{file.stem}" if place.is_dir() else title, rows))
     return curves
 
@@ -628,8 +652,9 @@ def all_bounds_of(place: Path, title: str) -> list[report.Bounds]:
 def curve_of(file: Path, label: str, rows: Sequence[records.Row]) -> report.Curve:
     """The curve of a record's rows, with their samples and the norm of the radii where its votes lie beside it."""
     radii = [row.radius for row in rows if row.correct]
-    norm = records.read_votes(file)[0].get("norm", "")
-    return report.Curve(label, radii, len(rows), samples=records.mean_samples(file, rows), norm=norm)
+    recipe = records.read_votes(file)[0]
+    samples, norm = records.mean_samples(file, rows), recipe.get("norm", "")
+    return report.Curve(label, radii, len(rows), samples=samples, norm=norm, made=report.made_text(recipe))
 
 
 @cli.command()

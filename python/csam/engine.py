@@ -81,7 +81,7 @@ def ready(
         ours, torchs, how = *_raced(made, probe[0], rival), "measured"
     if ours <= torchs:
         return made, step
-    return None, f"run by torch: {torchs:.3f} ms a sample {how}, {ours:.3f} with samples innermost"
+    return None, f"run by torch, which is faster: {torchs:.3f} ms a sample {how}, {ours:.3f} with samples innermost"
 
 
 def _lowered(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[Program | None, int, str]:

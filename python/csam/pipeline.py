@@ -29,6 +29,7 @@ from csam.engine import Choices
 from csam.laws import LAWS
 from csam.nn import convert, fold, masked_layers
 from csam.processes import Team
+from csam.sampling import check_finite
 from csam.search import MaskSearch
 from csam.settings import OF_STOPPING, CertifySettings, Settings, TrainSettings
 from csam.smoothing import Smooth, certified_radius
@@ -42,7 +43,10 @@ class Advance(Protocol):
     def __call__(self, steps: int, samples: int = 0) -> None: ...
 
 
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
+class Progress(Protocol):
+    """Begins a progress bar of `total` steps, each of so many noise samples if that is known."""
+
+    def __call__(self, title: str, total: int, each: int | None = None) -> AbstractContextManager[Advance]: ...
 
 
 CERTIFICATES = ("smoothing", "cc-cert", "both")
@@ -60,7 +64,7 @@ OF_NONE = [
 ]
 
 
-def silent(description: str, total: int) -> AbstractContextManager[Advance]:
+def silent(title: str, total: int, each: int | None = None) -> AbstractContextManager[Advance]:
     """A progress bar that shows nothing."""
     return nullcontext(lambda steps, samples=0: None)
 
@@ -347,6 +351,8 @@ def _begun(
         return make(team.told("auto"))
     made = make(choices())
     team.told(made.recipe(data.to_unit(dataset.test_x[0]))["choices"])
+    if made.prepared and (reason := made.prepared.steps[-1]).startswith("run by torch: ") and choices() == "auto":
+        warnings.warn(f"the network is not for the sampling engine, but {reason}", stacklevel=2)
     return made
 
 
@@ -395,7 +401,7 @@ def smooth_images(
     title: str = "smoothing",
 ) -> list[records.Row]:
     """Certify the chosen test images into the TSV at `path`, which may hold some of them already."""
-    with progress(title, len(chosen)) as advance:
+    with progress(title, len(chosen), None if certify.adaptive else certify.n0 + certify.n) as advance:
         with suppress(FileNotFoundError, ValueError):  # none yet, or of another process; or to be mended or refused
             advance(len({row.idx for row in records.read_tsv(path)}.intersection(chosen)))
         return evaluation.certify_dataset(
@@ -453,7 +459,8 @@ def bound_images(
         }
         return record | ({"nan": result.nan} if result.nan else {})
 
-    with Team() as team, progress(title, len(chosen)) as advance:
+    draws = cert.n * cert.k
+    with Team() as team, progress(title, len(chosen), draws) as advance:
         recipe = cert.recipe(data.to_unit(dataset.test_x[0]))
         if cert.prepared and recipe["fingerprint"] is None:
             recipe["logits"] = evaluation.logits_digest(cert.prepared, dataset.test_x)
@@ -468,7 +475,7 @@ def bound_images(
                 done[record["idx"]] = record
                 if journal is not None:
                     journal.append(record)
-                advance(1)
+                advance(1, draws)
     broken = [done[i]["nan"] for i in chosen if "nan" in done[i]]
     if broken and team.first:
         warnings.warn(
@@ -572,6 +579,8 @@ def check_certificates(
     Where there are layers to choose for they run dense, which need not be measured.
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
+    if isinstance(model, nn.Module):
+        check_finite(model)
     data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify
     choices: Choices = "auto" if certify.dtype is None else "dense"

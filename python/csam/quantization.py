@@ -41,10 +41,11 @@ Draw = Callable[[Tensor, int, int, int], Tensor]
 
 
 class Calibration(NamedTuple):
-    """Images [n, C, H, W] as they will be labelled, and in words what they are."""
+    """Images [n, C, H, W] as they will be labelled, in words what each is, and how many copies of how many they are."""
 
     images: Tensor
     words: str
+    number: str
 
 
 class _Statistics(NamedTuple):
@@ -73,7 +74,7 @@ def calibration(name: str, images: Tensor, draw: Draw, words: str) -> Calibratio
         raise ValueError(f"{name} must have finite pixels, got {bad} that are NaN or inf in float32")
     copies = -(-_NOISY // len(images))
     drawn = [draw(x, copies, _APART, stream) for stream, x in enumerate(images)]
-    return Calibration(torch.cat(drawn), f"{len(images)} x {copies} {words}")
+    return Calibration(torch.cat(drawn), words, f"{len(images)} x {copies}")
 
 
 def quantize(program: Program, noisy: Tensor) -> Program:

@@ -31,6 +31,7 @@ class Curve:
     panel : curves of one panel are drawn together; those with panel "" in every panel
     samples : (mean noise samples an image, the most it may take), None if that is not known
     norm    : of the radii, "l1" or "l2"; "" where the record does not say
+    made    : sigma, n, alpha and so on in words; "" likewise
     """
 
     label: str
@@ -39,6 +40,7 @@ class Curve:
     panel: str = ""
     samples: tuple[float, int] | None = None
     norm: str = ""
+    made: str = ""
 
     def __post_init__(self) -> None:
         if self.total < 1 or len(self.radii) > self.total:
@@ -174,14 +176,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def certificates_table(curves: Sequence[Curve], radii: Sequence[float]) -> Table:
-    """One line a curve: norm of the radii, images, certified accuracy at each radius, average radius (ACR, Zhai et al.
-    2020).
+    """One line a curve: how it was made, norm of the radii, images, certified accuracy at each radius, average radius
+    (ACR, Zhai et al. 2020).
 
     Where samples are known: their mean an image, and how many times fewer that is than the most.
     """
     table = _compact_table()
     table.add_column("certificates", no_wrap=True)
     counted = ("samples", "saving") if any(curve.samples for curve in curves) else ()
+    said = any(curve.made for curve in curves)
+    if said:
+        table.add_column("of", no_wrap=True)
     for head in ("norm", "images", *(f"r={r:g}" for r in radii), "ACR", *counted):
         table.add_column(head, justify="right", no_wrap=True)
     for curve in curves:
@@ -189,8 +194,20 @@ def certificates_table(curves: Sequence[Curve], radii: Sequence[float]) -> Table
         if curve.samples:
             mean, most = curve.samples
             cells += [f"{mean:.0f}", f"{most / mean:.1f}×"]
-        table.add_row(curve.label, NORMS[curve.norm] if curve.norm else "?", str(curve.total), *cells)
+        how = [curve.made or "?"] if said else []
+        table.add_row(curve.label, *how, NORMS[curve.norm] if curve.norm else "?", str(curve.total), *cells)
     return table
+
+
+def made_text(recipe: Mapping[str, Any]) -> str:
+    """What a certificate of smoothing depends on besides the network and the image, in words; "" if nobody knows."""
+    if not {"sigma", "n", "alpha"} <= recipe.keys():
+        return ""
+    most = "" if recipe.get("method") == "fixed" else "<"
+    parts = [f"σ={recipe['sigma']:g}", f"n{most}={recipe['n']}", f"α={recipe['alpha']:g}", recipe.get("dtype")]
+    if recipe.get("noise", "gaussian") != "gaussian":
+        parts.insert(0, recipe["noise"])
+    return " ".join([*filter(None, parts), *(["sound"] if "sound_float" in recipe else [])])
 
 
 def check_picture(path: Path) -> None:

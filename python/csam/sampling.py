@@ -111,6 +111,7 @@ class Plan:
         self._refuse_changed()
         x = smoothing.image(x)
         sigma, noise = checks.real("sigma", sigma, above=0), checked_law("noise", noise)
+        self.prepared.refuse_uncalibrated(smoothing.noisy_words(sigma, noise))
         n = checks.integer("n", n, low=1)
         checks.seed(seed)
         where = (first_sample, batch_size, stream, None, noise)
@@ -221,6 +222,11 @@ def _check(model: nn.Module) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
     smoothing.refuse_meta(model)
+    check_finite(model)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming a weight or buffer that is NaN or inf; what masks a class may be -inf."""
     for prefix, module in model.named_modules():
         layer = type(module).__module__.startswith("torch.nn") or isinstance(module, MaskedConv2d | MaskedLinear)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

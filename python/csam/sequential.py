@@ -42,7 +42,8 @@ from csam_kernels.laws import checked_law
 FIRST_LOOK, GROWTH = 100, 1.15
 RARE, OUTLOOK = 0.01, float(special.ndtri(5 / 6))
 ABSTAIN, GO_ON = -1, -2
-MOST = 10**7  # samples; tables have an entry for each count
+MOST = 10**7  # samples: rules that stop early were checked up to there
+BLOCK = 4096  # counts
 LEAST = 1e-50  # of alpha: bounds were checked down to 1e-100, and at 1e-300 they are wrong or NaN
 Array = np.ndarray
 
@@ -367,16 +368,32 @@ class Exact(Rule):
         super().__init__(n, alpha, sigma, noise=noise, target_radius=target_radius, rtol=rtol, tile=tile, skip=skip)
         self._margin = rounding(self.n) * len(self.looks)
         self._bounds: dict[tuple[int, int], float] = {}
+        self._blocks: dict[tuple[int, int], Array] = {}
         if self.target_radius is not None and len(self.looks) > 1:
             self._calibrate()
-        self._stops = [self._settled(k, np.arange(look + 1)) for k, look in enumerate(self.looks)]
-        self._stops[-1][:] = True
 
     def stops(self, counts: Sequence[int]) -> bool:
-        return bool(self._stops[len(counts) - 1][counts[-1]])
+        return bool(self._stopping(len(counts) - 1, counts[-1], counts[-1])[0])
 
     def settled(self, k: int, counts: Array) -> Array:
-        return self._stops[k][counts[:, k]]
+        low = int(counts[:, k].min(initial=self.looks[k]))
+        return self._stopping(k, low, int(counts[:, k].max(initial=low)))[counts[:, k] - low]
+
+    def _stopping(self, k: int, low: int, high: int) -> Array:
+        """Whether counts from low to high stop at look k, bool [high - low + 1].
+
+        They are worked out in blocks, and only those that somebody asks for: of 10^7 samples there are 8 * 10^7 counts.
+        A count is always worked out among the same others, so that no two answers differ by a rounding.
+        """
+        blocks = [self._block(k, j) for j in range(low // BLOCK, high // BLOCK + 1)]
+        return np.concatenate(blocks)[low % BLOCK :][: high - low + 1]
+
+    def _block(self, k: int, j: int) -> Array:
+        if (k, j) not in self._blocks:
+            counts = np.arange(j * BLOCK, min((j + 1) * BLOCK, self.looks[k] + 1))
+            last = k == len(self.looks) - 1
+            self._blocks[k, j] = np.ones(len(counts), bool) if last else self._settled(k, counts)
+        return self._blocks[k, j]
 
     def bound(self, counts: Sequence[int]) -> float:
         k, count = len(counts) - 1, counts[-1]
@@ -391,11 +408,11 @@ class Exact(Rule):
         while high - low > 0.01:
             middle = (low + high) / 2
             self._reached = _certifying(looks, self._p_wanted, math.exp(middle))
-            self._stops = [self._settled(k, np.arange(look + 1)) for k, look in enumerate(looks)]
-            self._stops[-1][:] = True
+            self._blocks.clear()
             certify = [*map(int, self._reached[:-1]), self.n + 1]
             low, high = (low, middle) if self._chance(self._p_wanted, certify) > goal else (middle, high)
         self._reached = _certifying(looks, self._p_wanted, math.exp(low))
+        self._blocks.clear()
 
     def _bound(self, k: int, count: int) -> float:
         """The root in the probit of q: bracketed about Clopper and Pearson's bound, then on its safe side."""
@@ -432,7 +449,7 @@ class Exact(Rule):
         for k, look in enumerate(self.looks):
             low, votes = _binomial(look - seen, q, cut)
             alive, first, seen = np.convolve(alive, votes), first + low, look
-            stop = self._stops[k][first : first + len(alive)]
+            stop = self._stopping(k, first, first + len(alive) - 1)
             above = max(at_least[k] - first, 0)
             total += 2 * cut + float(alive[above:][stop[above:]].sum())
             alive[stop] = 0

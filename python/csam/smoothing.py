@@ -162,6 +162,8 @@ class Smooth:
         self.grid = sound.GRID if checks.flag("sound_float", sound_float) else None
         self.distance = None if self.grid is None else cells(self.sigma, self.grid, self.noise).distance
         self.layout = checks.choice("layout", layout, LAYOUTS)
+        if isinstance(model, Prepared):
+            model.refuse_uncalibrated(noisy_words(self.sigma, self.noise))
         shown = None
         if calibration is not None:
             shown = noisy("calibration", nchw(calibration, layout), self.sigma, self.noise)
@@ -338,9 +340,9 @@ class Smooth:
         _check_calls(batch_size, stream)
         prepared = self.prepare(x)
         x = sent(self.check(x), prepared.device)
-        where = (batch_size, stream, self.grid, self.noise)
-        found = [votes(prepared, x, self.sigma, n, self.seed, first, *where) for n, first in ranges]
-        return read(x, found)
+        where = (self.seed, batch_size, stream, self.grid, self.noise)
+        found = [votes_in_turn(prepared, x, self.sigma, together, *where) for together in _adjacent(ranges)]
+        return [v for part in read(x, found) for v in part]
 
     def check(self, x: Tensor) -> Tensor:
         """The image as float32 [C, H, W]. Raises TypeError or ValueError for one that cannot be certified."""
@@ -371,23 +373,54 @@ def votes(
     network's device; samples with NaN logits cast none. With a grid the noise is on it (`csam_kernels.grid_noise`).
     Only Gaussian noise off the grid is drawn by a network's head. Other arguments and errors as in `Smooth.counts`.
     """
+    return votes_in_turn(prepared, x, sigma, ((n, first_sample),), seed, batch_size, stream, grid, noise)[0]
+
+
+def _adjacent(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The ranges of (n, first sample), those together that follow each other."""
+    groups: list[list[tuple[int, int]]] = []
+    for n, first in ranges:
+        if groups and sum(groups[-1][-1]) == first:
+            groups[-1].append((n, first))
+        else:
+            groups.append([(n, first)])
+    return groups
+
+
+def votes_in_turn(
+    prepared: Prepared,
+    x: Tensor,
+    sigma: float,
+    ranges: Sequence[tuple[int, int]],
+    seed: int,
+    batch_size: int,
+    stream: int,
+    grid: int | None = None,
+    noise: str = "gaussian",
+) -> Tensor:
+    """`votes` of each (n, first sample), ranges that follow each other, int64 [ranges, num_classes]. No sample is run
+    for more than one of them, though a tile of a network that torch runs may hold samples of several.
+    """
     _check_calls(batch_size, stream)
+    first_sample, n = ranges[0][1], sum(n for n, _ in ranges)
     first_sample = checks.integer("first_sample", first_sample, low=0, high=2**62 - n)
     x, head = sent(x, prepared.device), prepared.head if (grid, noise) == (None, "gaussian") else None
-    out = torch.zeros(prepared.num_classes, dtype=torch.int64, device=prepared.device)
+    out = torch.zeros(len(ranges), prepared.num_classes, dtype=torch.int64, device=prepared.device)
     counting = threading.Lock()
 
     if prepared.sampler is not None:
         sampler, few = prepared.sampler, 4 * torch.get_num_threads() * prepared.sampler.lanes
         share = (1 if n <= few else _SHARE) * sampler.lanes
 
-        def tally(start: int) -> None:
-            left = min(share, first_sample + n - start)
+        def tally(row: int, end: int, start: int) -> None:
+            left = min(share, end - start)
             found = sampler.votes(x, sigma, left, seed=seed, first_sample=start, stream=stream, grid=grid, law=noise)
             with counting:
-                out.add_(found)
+                out[row].add_(found)
 
-        run_tiles(tally, range(first_sample, first_sample + n, share), prepared.workers(batch_size, share))
+        for row, (count, first) in enumerate(ranges):
+            tiles = range(first, first + count, share)
+            run_tiles(partial(tally, row, first + count), tiles, prepared.workers(batch_size, share))
         return out
 
     draw = csam_kernels.smoothing_noise if grid is None else partial(csam_kernels.grid_noise, grid=grid, on_grid=True)
@@ -408,11 +441,14 @@ def votes(
             law=noise,
         )
 
-    def count(logits: Tensor, start: int) -> None:
-        with counting:
-            csam_kernels.count_votes(logits, out=out)
+    def tell(logits: Tensor, start: int) -> None:
+        for row, (count, first) in enumerate(ranges):
+            mine = logits[max(first - start, 0) : max(first + count - start, 0)]
+            if len(mine):
+                with counting:
+                    csam_kernels.count_votes(mine, out=out[row])
 
-    prepared.run(noisy, count, first_sample, n, batch_size, head and head.rest)
+    prepared.run(noisy, tell, first_sample, n, batch_size, head and head.rest)
     return out
 
 
@@ -422,8 +458,12 @@ def noisy(name: str, images: Tensor, sigma: float, noise: str = "gaussian") -> q
     def draw(x: Tensor, n: int, first_sample: int, stream: int) -> Tensor:
         return csam_kernels.smoothing_noise(x, n, sigma, seed=0, first_sample=first_sample, stream=stream, law=noise)
 
-    law = "" if noise == "gaussian" else f", {noise}"
-    return quantization.calibration(name, images, draw, f"noisy images of sigma {sigma:g}{law}")
+    return quantization.calibration(name, images, draw, noisy_words(sigma, noise))
+
+
+def noisy_words(sigma: float, noise: str) -> str:
+    """What `noisy` calibrates on."""
+    return f"noisy images of sigma {sigma:g}{'' if noise == 'gaussian' else f', {noise}'}"
 
 
 def checked(votes: Tensor, n: int) -> Tensor:
@@ -503,6 +543,7 @@ class Prepared:
         head: the beginning of the network that draws the noise of its inputs itself, and the rest; None if none does.
         sampler: the network on samples that lie innermost, which then runs instead of `module`; None if that does.
         threads: that may run at once; None for as many as there are.
+        calibrated: what int8 was calibrated on, in words; None in other dtypes.
     """
 
     module: nn.Module
@@ -515,7 +556,15 @@ class Prepared:
     head: inference.NoiseHead | None = None
     sampler: SampleNetwork | None = None
     threads: int | None = None
+    calibrated: str | None = None
     _graphs: dict[Any, inference.Replayed] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def refuse_uncalibrated(self, words: str) -> None:
+        """Raise ValueError for images of another kind than those that int8 was calibrated on."""
+        if self.calibrated not in (None, words):
+            raise ValueError(
+                f"model in int8 must meet what it was calibrated on, {self.calibrated}, got {words}; plan it anew"
+            )
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -798,10 +847,19 @@ def _prepare(
             if sampler is None:
                 reason = made.steps[-1] if device.type == "cpu" else f"it runs on {device}"
                 raise ValueError(f"dtype int8 needs a network whose samples lie innermost: {reason}")
-            made.steps.append(f"int8, calibrated on {calibration.words}")
+            made.steps.append(f"int8, calibrated on {calibration.number} {calibration.words}")
     classes = wanted.shape[1]
     return Prepared(
-        made.network, exact or own, made.layout, device, classes, tile, tuple(made.steps), made.head, sampler
+        made.network,
+        exact or own,
+        made.layout,
+        device,
+        classes,
+        tile,
+        tuple(made.steps),
+        made.head,
+        sampler,
+        calibrated=calibration and calibration.words,
     )
 
 
