@@ -22,8 +22,8 @@ from torch.autograd import forward_ad
 
 PROVIDERS = ("cpu", "cuda", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_UNASKED = ("cpu", "cuda", "triton")
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda",)}
+_UNASKED = ("cpu", "cuda") if INTERPRETED else ("cpu", "cuda", "triton")
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
 _ON_HOST = ("philox_uniform",)  # takes no tensor and gives one on the CPU, whoever is forced for the rest
 _MISSING = {
     "cpu": "csam_kernels._C does not load ({}); build it with `pip install .` (needs g++)",
@@ -63,8 +63,8 @@ def _why_not(op: str, provider: str, where: device) -> str:
     module, reason = _load(provider)
     if module is None:
         return reason
-    if provider != "reference" and where.type not in _DEVICES[provider]:
-        return f"serves {_DEVICES[provider][0]} tensors, the call is on {where}"
+    if provider != "reference" and where.type != _DEVICE[provider]:
+        return f"serves {_DEVICE[provider]} tensors, the call is on {where}"
     if not hasattr(module, op):
         return f"has no {op}"
     return ""
@@ -76,7 +76,7 @@ def backends() -> dict[str, str]:
 
 
 def _no_device(provider: str) -> str:
-    if _DEVICES.get(provider) == ("cuda",) and not cuda.is_available():
+    if _DEVICE.get(provider) == "cuda" and not cuda.is_available():
         return "loads, but torch sees no CUDA device (torch.cuda.is_available() is False)"
     return ""
 
@@ -93,22 +93,28 @@ def serve(op: str, where: device) -> Callable[..., Any]:
 
 @cache
 def _function(op: str, forced: str, where: device) -> Callable[..., Any]:
+    asked = _asked(op, forced)
+    if taken := _first(op, asked, where):
+        function: Callable[..., Any] = getattr(_load(taken)[0], op)
+        return function
+    message = f"{op}: " + "; ".join(f"{name}: {_why_not(op, name, where)}" for name in asked)
+    if forced and (free := _first(op, _UNASKED, where)):
+        message += f"; unset CSAM_BACKEND={forced}, and {free} serves it"
+    raise BackendUnavailable(message)
+
+
+def _asked(op: str, forced: str) -> tuple[str, ...]:
+    """The providers that may serve `op`, the one to prefer first."""
     if forced and forced not in PROVIDERS:
         raise ValueError(f"CSAM_BACKEND must be one of {', '.join(PROVIDERS)}, got {forced!r}")
-    if op in _ON_HOST and forced in ("cuda", "triton") and not INTERPRETED:
-        forced = "cpu"
-    candidates = (forced,) if forced else _UNASKED
-    reasons = {}
-    for name in candidates:  # those after the first that serves are not imported
-        reasons[name] = _why_not(op, name, where)
-        if not reasons[name]:
-            function: Callable[..., Any] = getattr(_load(name)[0], op)
-            return function
-    message = f"{op}: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    if forced:
-        free = next((name for name in _UNASKED if not _why_not(op, name, where)), "")
-        message += f"; unset CSAM_BACKEND={forced}, and {free} serves it" if free else ""
-    raise BackendUnavailable(message)
+    if op in _ON_HOST and _DEVICE.get(forced) == "cuda":
+        return ("cpu",)
+    return (forced,) if forced else _UNASKED
+
+
+def _first(op: str, providers: tuple[str, ...], where: device) -> str:
+    """The first that serves, or none: those after it are not imported."""
+    return next((name for name in providers if not _why_not(op, name, where)), "")
 
 
 def plain(op: str) -> Callable[..., Any] | None:
@@ -126,7 +132,7 @@ def explain(op: str, *args: Any) -> str:
     """Who would serve `op` on these arguments, and why the others would not; one line a provider.
 
     Raises:
-        ValueError: `op` is not an operation of this library.
+        ValueError: `op` is not an operation of this library, or `CSAM_BACKEND` names no provider.
     """
     import csam_kernels
 
@@ -134,17 +140,12 @@ def explain(op: str, *args: Any) -> str:
         raise ValueError(f"op must be one of {', '.join(csam_kernels.OPERATIONS)}, got {op!r}")
     where = next((t.device for t in _tensors(args)), device("cpu"))
     forced = os.environ.get("CSAM_BACKEND", "")
-    lines, taken = [], False
+    asked = _asked(op, forced)
+    lines, taken = [], _first(op, asked, where)
     for name in PROVIDERS:
-        reason = _why_not(op, name, where)
-        if not reason and forced and name != forced:
-            reason = f"CSAM_BACKEND={forced}"
-        elif not reason and not forced and (name == "reference" or (name == "triton" and INTERPRETED)):
-            reason = f"only on request (CSAM_BACKEND={name})"
-        elif not reason and taken:
-            reason = "an earlier provider serves the call"
-        taken = taken or not reason
-        lines.append(f"{name}: {'serves ' + op if not reason else 'no, ' + reason}")
+        unasked = f"CSAM_BACKEND={forced}" if forced else f"only on request (CSAM_BACKEND={name})"
+        reason = _why_not(op, name, where) or ("an earlier provider serves the call" if name in asked else unasked)
+        lines.append(f"{name}: {'serves ' + op if name == taken else 'no, ' + reason}")
     return "\n".join(lines)
 
 

@@ -387,7 +387,7 @@ def _winograd(step: Step, images: Tensor, weight: Tensor, dtype: torch.dtype) ->
     return out if step.bias is None else out + step.bias.view(-1, 1, 1)
 
 
-def sample_network(program: Program, x: Tensor, dtype: torch.dtype) -> Tensor:
+def sample_logits(program: Program, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits float32 [n, K] of images [n, C, H, W], every value rounded to dtype."""
     return sample_values(program, x, dtype)[program.logits].flatten(0, 2).t().float()
 

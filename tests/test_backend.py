@@ -50,6 +50,48 @@ def test_forced_backend() -> None:
         assert message in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_what_takes_no_tensor_is_served_on_the_cpu_whoever_is_forced(name: str) -> None:
+    code = "import csam_kernels as ck; print(ck.philox_uniform(1, 2, seed=0).device, ck.explain('philox_uniform'))"
+    served = run(code, CSAM_BACKEND=name).stdout.splitlines()
+    assert served[0] == "cpu cpu: serves philox_uniform"
+    assert served[3] == f"reference: no, CSAM_BACKEND={name}"
+
+
+def test_triton_is_interpreted_on_request_only() -> None:
+    code = (
+        "import sys; sys.modules['csam_kernels._C'] = sys.modules['csam_kernels._CUDA'] = None\n"
+        "import torch, csam_kernels as ck\n"
+        "print(ck.explain('binarize'))\n"
+        "print(ck.binarize([torch.tensor([1., 2.])], 0.5))"
+    )
+    refused = run(code, TRITON_INTERPRET="1")
+    assert refused.stdout.splitlines()[2:] == [
+        "triton: no, only on request (CSAM_BACKEND=triton)",
+        "reference: no, only on request (CSAM_BACKEND=reference)",
+    ]
+    assert "BackendUnavailable: binarize: cpu: csam_kernels._C does not load" in refused.stderr
+    assert "triton: serves binarize" in run(code, TRITON_INTERPRET="1", CSAM_BACKEND="triton").stdout
+
+
+def test_who_comes_after_the_one_that_serves_is_not_imported() -> None:
+    code = (
+        "import sys, csam_kernels as ck; ck.philox_uniform(1, 1, seed=0)\n"
+        "print([n for n in ck.backend.PROVIDERS if f'csam_kernels.{n}' in sys.modules])"
+    )
+    assert run(code).stdout == "['cpu']\n"
+    assert run(code, CSAM_BACKEND="reference").stdout == "['reference']\n"
+
+
+def test_the_reference_has_no_sample_network() -> None:
+    """It gives logits of a program, `reference.sample_logits`, and is nothing to draw votes from."""
+    code = "import torch, csam_kernels as ck; ck.backend.serve('sample_network', torch.device('cpu'))"
+    assert run(code, CSAM_BACKEND="reference").stderr.splitlines()[-1] == (
+        "csam_kernels.backend.BackendUnavailable: sample_network: reference: has no sample_network; "
+        "unset CSAM_BACKEND=reference, and cpu serves it"
+    )
+
+
 def test_unserved_device_is_an_error_that_names_the_reasons() -> None:
     with pytest.raises(ck.BackendUnavailable, match=r"cpu: serves cpu tensors"):
         ck.backend.serve("binarize", torch.device("xpu"))

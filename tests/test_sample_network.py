@@ -170,10 +170,10 @@ def agrees(made: SampleNetwork, program: Program, x: Tensor) -> None:
     found = made.logits(x)
     in_fixed_point = any(fixed(step, made.dtype) for step in program.steps)
     direct = of_kind(copy.deepcopy(program), "dense") if in_fixed_point else program
-    wanted = reference.sample_network(direct, x, made.dtype)
+    wanted = reference.sample_logits(direct, x, made.dtype)
     halves = "float16 sparse" in made._native.format and any(step.engine == "sparse" for step in program.steps)
     if halves or in_fixed_point:
-        exact = reference.sample_network(program, x, torch.float32)
+        exact = reference.sample_logits(program, x, torch.float32)
         assert (found - exact).norm() <= 1.15 * (wanted - exact).norm()
     else:
         assert_close(found, wanted, made.dtype)
@@ -245,7 +245,7 @@ def test_winograd_covers_every_output(
         program = of_kind(Program(x, head.out, [step, head]), "winograd")
         assert step.engine == "winograd"
         found = ck.sample_network(program, dtype).logits(images)
-        assert_close(found, reference.sample_network(program, images, dtype), dtype)
+        assert_close(found, reference.sample_logits(program, images, dtype), dtype)
 
 
 def roundings(images: Tensor, stride: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -384,7 +384,7 @@ def test_a_layer_without_weights(isa: str, engine: str, dtype: torch.dtype) -> N
     program = of_kind(Program(x, head.out, [step, head]), engine)
     assert step.engine == engine
     found = ck.sample_network(program, dtype).logits(images)
-    assert_close(found, reference.sample_network(program, images, dtype), dtype)
+    assert_close(found, reference.sample_logits(program, images, dtype), dtype)
     assert len(step_costs(program, dtype)) == 2
 
 
@@ -402,7 +402,7 @@ def test_what_int8_is_calibrated_on_has_the_bits_of_float32(isa: str, name: str)
 def test_int8_bits_depend_neither_on_the_engine_nor_on_the_instruction_set(name: str) -> None:
     program, x = built(name, scaled=True), torch.rand(70, 3, 9, 7)
     program = quantize(program, x)
-    wanted = reference.sample_network(program, x, torch.int8)
+    wanted = reference.sample_logits(program, x, torch.int8)
     for isa in ISAS:
         _C.set_isa(isa)
         for engine in ENGINES:
@@ -429,7 +429,7 @@ def test_winograd_of_the_largest_integers(isa: str, channels: int) -> None:
     assert torch.equal(found, ck.sample_network(of_kind(program, "dense"), torch.int8).logits(images))
     if isa != "amx":
         assert (transformed != step_costs(program, torch.int8)[0]) == (channels * 9 * 127 * 255 < 2**25)
-    assert torch.equal(found, reference.sample_network(program, images, torch.int8))
+    assert torch.equal(found, reference.sample_logits(program, images, torch.int8))
 
 
 @DTYPES
@@ -638,7 +638,7 @@ def test_values_that_are_needed_at_the_same_time_do_not_overlap(seed: int) -> No
     x = torch.rand(5, program.image.channels, 4, 3)
     found = ck.sample_network(program, torch.float32).logits(x)
     rtol, atol = TOLERANCE[torch.float32]
-    wanted = reference.sample_network(program, x, torch.float32)
+    wanted = reference.sample_logits(program, x, torch.float32)
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol * max(1.0, float(wanted.abs().max())))
 
 
@@ -674,7 +674,7 @@ def test_depthwise_integers(isa: str, stride: tuple[int, int], padding: int) -> 
         assert program.steps[0].integers is not None
         assert program.steps[0].integers.zero > 0
         found = ck.sample_network(program, torch.int8).logits(images)
-        assert torch.equal(found, reference.sample_network(program, images, torch.int8))
+        assert torch.equal(found, reference.sample_logits(program, images, torch.int8))
 
 
 def read_while_made(dtype: torch.dtype, engine: str, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
