@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WORD = 2**64 - 1  # of a seed, which operators' schemas carry as an int64 and kernels take unsigned
 _MOST = 2**63 - 1  # of an int64
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,10 +39,28 @@ def tensors(name: str, value: Any, **kwargs: Any) -> list[Tensor]:
     return [tensor(f"{name}[{i}]", t, **kwargs) for i, t in enumerate(value)]
 
 
+def vector(name: str, value: Any, length: int, *, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """Refuse what is given and is no tensor [length]."""
+    if value is not None and tensor(name, value, dtypes=dtypes).shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
+
+
 def same_length(**lists: Sequence[Any]) -> None:
     if len({len(v) for v in lists.values()}) > 1:
         sizes = ", ".join(f"len({k})={len(v)}" for k, v in lists.items())
         raise ValueError(f"lists must have one entry a layer and equal length, got {sizes}")
+
+
+def no_float64(**named: Tensor | Sequence[Tensor]) -> None:
+    """Refuse what the GPU kernels of an operation have no arithmetic for."""
+    for name, value in named.items():
+        group = {name: value} if isinstance(value, Tensor) else {f"{name}[{i}]": t for i, t in enumerate(value)}
+        for which, t in group.items():
+            if t.dtype is torch.float64:
+                raise TypeError(
+                    f"{which} must not be float64 on a GPU: use float32, move all tensors to the CPU, or set "
+                    "CSAM_BACKEND=reference"
+                )
 
 
 def same_device(**named: Tensor | Sequence[Tensor] | None) -> torch.device:
@@ -75,7 +94,16 @@ def integer(name: str, value: Any, *, low: int, high: int = _MOST) -> int:
     return number
 
 
-def real(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
+def real(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> float:
+    """A finite number, > above or >= least, and < below or <= most."""
     try:
         if _is_truth(value) or isinstance(value, str | bytes):
             raise TypeError
@@ -86,11 +114,18 @@ def real(name: str, value: Any, *, above: float | None = None, least: float | No
         raise ValueError(f"{name} must be finite in float64, got an integer that is not") from None
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be > {above:g}, got {value:g}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be >= {least:g}, got {value:g}")
+    low, high = least if above is None else above, most if below is None else below
+    if value in (above, below) or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name} must be {_range(low, high, above is not None, below is not None)}, got {value:g}")
     return value
+
+
+def _range(low: float | None, high: float | None, above: bool, below: bool) -> str:
+    if high is None:
+        return f"{'>' if above else '>='} {low:g}"
+    if low is None:
+        return f"{'<' if below else '<='} {high:g}"
+    return f"in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
 
 
 def _is_truth(value: Any) -> bool:
@@ -105,16 +140,23 @@ def flag(name: str, value: Any) -> bool:
 
 
 def sparsity(value: Any) -> float:
-    value = real("sparsity", value)
-    if not 0 <= value < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {value:g}")
-    return value
+    return real("sparsity", value, least=0, below=1)
 
 
 def seed(value: Any) -> int:
-    """A seed of 0..2^64-1, as the signed 64-bit integer that operator schemas carry."""
-    value = integer("seed", value, low=0, high=2**64 - 1)
-    return value - 2**64 if value >= 2**63 else value
+    """A seed of 0..2^64-1."""
+    return integer("seed", value, low=0, high=WORD)
+
+
+def signed(value: Any) -> int:
+    """A seed as the int64 that operators' schemas carry."""
+    value = seed(value)
+    return value - 2**64 if value > _MOST else value
+
+
+def block_size(value: Any) -> int:
+    """Weights under one value of a mask, 0 where it has the weight's axes (None)."""
+    return 0 if value is None else integer("block_size", value, low=1)
 
 
 def mask_for(name: str, mask: Any, weight: Tensor, block_size: int) -> Tensor:

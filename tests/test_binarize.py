@@ -89,8 +89,8 @@ def test_empty_list_and_empty_layers() -> None:
 @pytest.mark.parametrize(
     ("scores", "sparsity", "scope", "message"),
     [
-        ([torch.rand(3)], 1.0, "global", r"sparsity must be in \[0, 1\)"),
-        ([torch.rand(3)], -0.1, "global", r"sparsity must be in \[0, 1\)"),
+        ([torch.rand(3)], 1.0, "global", r"^sparsity must be in \[0, 1\), got 1$"),
+        ([torch.rand(3)], -0.1, "global", r"^sparsity must be in \[0, 1\), got -0.1$"),
         ([torch.rand(3)], 0.5, "row", "scope must be one of"),
         ([torch.tensor([1.0, float("nan")])], 0.5, "global", "NaN"),
         ([torch.ones(3, dtype=torch.int64)], 0.5, "global", "must have dtype"),

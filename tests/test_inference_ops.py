@@ -135,6 +135,8 @@ def test_opcheck(name: str) -> None:
         (lambda x, w, m: ck.masked_conv2d_inference(x, w, m, scale=T(6), shift=T(6).to("meta")), "one device"),
         (lambda x, w, m: ck.masked_conv2d_inference(x, w, m, other=1), "other must be a torch.Tensor"),
         (lambda x, w, m: ck.masked_conv2d_inference(x, w, m, tiles=T(3)), "tiles must have dtype int32"),
+        (lambda x, w, m: ck.masked_conv2d_inference(x, w, m, relu="yes"), "^relu must be True or False, got 'yes'$"),
+        (lambda x, w, m: ck.smoothing_conv2d(x[0], 2, 0.1, w, m, seed=0, relu=1), "relu must be True or False, got 1$"),
         (lambda x, w, m: ck.smoothing_conv2d(x[0], 2, 0.1, w, m, seed=0, tiles=1), "tiles must be a torch.Tensor"),
         (
             lambda x, w, m: ck.masked_conv2d_inference(x, w, m, tiles=torch.zeros(6, dtype=torch.int32)[::2]),

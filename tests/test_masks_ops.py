@@ -255,7 +255,7 @@ def test_percentile_init(tau: float, dtype: torch.dtype) -> None:
         (lambda w, m: ck.mask_gradients([w.long()], [w], [m]), r"grad_weights\[0\] must have dtype"),
         (lambda w, m: ck.mask_gradients([w.to("meta")], [w], [m]), "one device"),
         (lambda w, m: ck.mask_gradients([w], [w], [m], need_weight="no"), "need_weight must be True or False"),
-        (lambda w, m: ck.percentile_init([w], 1.5), "tau must be in"),
+        (lambda w, m: ck.percentile_init([w], 1.5), r"^tau must be in \(0, 1\], got 1.5$"),
     ],
 )
 def test_bad_arguments(call, message: str) -> None:  # type: ignore[no-untyped-def]

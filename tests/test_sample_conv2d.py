@@ -256,6 +256,8 @@ def ints(*values: int) -> Tensor:
         ({"padding": -1}, ValueError, "padding must be >= 0"),
         ({"kernel_size": 65536, "padding": 32768}, ValueError, "kernel_size must hold at most 1048576 taps"),
         ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size must be an integer or a pair"),
+        ({"relu": "yes"}, TypeError, "^relu must be True or False, got 'yes'$"),
+        ({"dense": 1}, TypeError, "^dense must be True or False, got 1$"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

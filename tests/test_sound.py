@@ -166,6 +166,8 @@ def test_an_image_that_is_known_to_be_on_the_grid_is_not_looked_at() -> None:
     assert torch.equal(ck.grid_noise(x, 2, 0.5, seed=0, on_grid=True), ck.grid_noise(x, 2, 0.5, seed=0))
     x[0, 1, 2] = float("nan")
     assert ck.grid_noise(x, 2, 0.5, seed=0, on_grid=True).isnan().sum() == 2
+    with pytest.raises(TypeError, match=r"^on_grid must be True or False, got 'no'$"):
+        ck.grid_noise(x, 2, 0.5, seed=0, on_grid="no")  # type: ignore[arg-type]
 
 
 # Certificates

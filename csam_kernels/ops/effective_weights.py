@@ -49,7 +49,7 @@ def effective_weights(
     checks.choice("kind", kind, ("plain", *KINDS))
     masks = checks.tensors("masks", masks, dtypes=(torch.bool, *checks.FLOATS))
     checks.same_length(weights=weights, masks=masks)
-    block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
+    block = checks.block_size(block_size)
     masks = [checks.mask_for(f"masks[{i}]", m, weights[i], block) for i, m in enumerate(masks)]
     checks.same_device(weights=weights, masks=masks)
     if kind != "plain":
@@ -58,8 +58,7 @@ def effective_weights(
     if dtype is not None:
         checks.choice("dtype", dtype, checks.FLOATS)
     step = checks.integer("step", step, low=0)
-    signed_seed = checks.seed(seed)
-    args = (weights, masks, kind, float(radius), float(rho), grads, norm, signed_seed, step, dtype, block)
+    args = (weights, masks, kind, float(radius), float(rho), grads, norm, checks.signed(seed), step, dtype, block)
     result: list[Tensor] = _op(*args)
     return result
 

@@ -48,7 +48,7 @@ def grid_noise(
     """
     n, sigma, *where = checked_noise(x, n, sigma, seed, first_sample, stream, law)
     form = checked_form(x, dtype, memory_format)
-    numbers = (unchecked_steps if on_grid else steps)(x, checked_grid(grid))
+    numbers = (unchecked_steps if checks.flag("on_grid", on_grid) else steps)(x, checked_grid(grid))
     result: Tensor = _op(numbers, n, sigma, grid, *where, *form, law)
     return result
 

@@ -40,7 +40,7 @@ def mask_gradients(
     grad_weights = checks.tensors("grad_weights", grad_weights)
     masks = checks.tensors("masks", masks, dtypes=(torch.bool, *checks.FLOATS))
     checks.same_length(grad_weights=grad_weights, weights=weights, masks=masks)
-    block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
+    block = checks.block_size(block_size)
     masks = [checks.mask_for(f"masks[{i}]", m, weights[i], block) for i, m in enumerate(masks)]
     for i, (g, w) in enumerate(zip(grad_weights, weights, strict=True)):
         if g.shape != w.shape:

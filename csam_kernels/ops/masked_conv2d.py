@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,27 +73,20 @@ def checked_convolution(
     checks.tensor("weight", weight, ndim=4)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
-    groups = checks.integer("groups", groups, low=1)
-    out_channels, in_channels = weight.shape[0], weight.shape[1] * groups
+    groups = checked_groups(groups, weight)
+    in_channels = weight.shape[1] * groups
     if x.shape[-3] != in_channels:
         raise ValueError(
             f"x must have {in_channels} channels (weight {tuple(weight.shape)}, groups={groups}), "
             f"got shape {tuple(x.shape)}"
         )
-    if out_channels % groups:
-        raise ValueError(f"groups must divide the {out_channels} filters of weight, got {groups}")
-    block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
+    block = checks.block_size(block_size)
     checks.mask_for("mask", mask, weight, block)
-    if bias is not None and tuple(checks.tensor("bias", bias).shape) != (out_channels,):
-        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    checks.vector("bias", bias, len(weight))
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     x, padding = _pad(x, padding, weight.shape[2:], stride, dilation)
-    for axis, size, pad, kernel, step in zip("HW", x.shape[-2:], padding, weight.shape[2:], dilation, strict=True):
-        if size + 2 * pad < step * (kernel - 1) + 1:
-            raise ValueError(
-                f"x is too small along {axis}: {size} + 2*{pad} padding < kernel reach {step * (kernel - 1) + 1}"
-            )
+    check_reach(x.shape[-2:], weight.shape[2:], padding, dilation)
     return x, stride, padding, dilation, groups, block
 
 
@@ -109,6 +103,21 @@ def pair(name: str, value: Any, low: int) -> list[int]:
         raise ValueError(f"{name} must be an integer or a pair, got {value!r}")
     values = [checks.integer(name, v, low=low) for v in values]
     return values * 2 if len(values) == 1 else values
+
+
+def checked_groups(groups: int, weight: Tensor) -> int:
+    groups = checks.integer("groups", groups, low=1)
+    if len(weight) % groups:
+        raise ValueError(f"groups must divide the {len(weight)} filters of weight, got {groups}")
+    return groups
+
+
+def check_reach(size: Sequence[int], kernel: Sequence[int], padding: list[int], dilation: list[int]) -> None:
+    """Refuse images on which not one window fits."""
+    for axis, n, k, pad, step in zip("HW", size, kernel, padding, dilation, strict=True):
+        reach = step * (k - 1) + 1
+        if n + 2 * pad < reach:
+            raise ValueError(f"x is too small along {axis}: {n} + 2*{pad} padding < kernel reach {reach}")
 
 
 def _pad(

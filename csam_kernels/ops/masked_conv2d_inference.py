@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csam_kernels import backend, checks
 from csam_kernels.layout import conv2d_size
-from csam_kernels.ops.masked_conv2d import Pair, checked_convolution
+from csam_kernels.ops.masked_conv2d import Pair, checked_convolution, checked_groups
 
 
 def masked_conv2d_inference(
@@ -53,11 +53,12 @@ def masked_conv2d_inference(
     )
     scaling = checked_scaling("scale", scale, "shift", shift, len(weight))
     checked_tiles(tiles)
+    checks.flag("relu", relu)
     shape = (len(x), len(weight), *conv2d_size(x.shape[2:], weight.shape[2:], *window))
     if other is not None and checks.tensor("other", other, dtypes=(x.dtype,)).shape != shape:
         raise ValueError(f"other must have the result's shape {shape}, got {tuple(other.shape)}")
     checks.same_device(x=x, scale=scale, shift=shift, other=other, tiles=tiles)
-    result: Tensor = _op(x, weight, mask, bias, *scaling, bool(relu), *window, groups, block, other, tiles)
+    result: Tensor = _op(x, weight, mask, bias, *scaling, relu, *window, groups, block, other, tiles)
     return result
 
 
@@ -68,8 +69,7 @@ def checked_scaling(
     if (scale is None) != (shift is None):
         raise ValueError(f"{scale_name} and {shift_name} must be given together")
     for name, value in ((scale_name, scale), (shift_name, shift)):
-        if value is not None and checks.tensor(name, value).shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), got {tuple(value.shape)}")
+        checks.vector(name, value, channels)
     return scale, shift
 
 
@@ -102,10 +102,8 @@ def live_tiles(
     """
     checks.tensor("weight", weight, ndim=4)
     checks.choice("dtype", dtype, checks.FLOATS)
-    groups = checks.integer("groups", groups, low=1)
-    if len(weight) % groups:
-        raise ValueError(f"groups must divide the {len(weight)} filters of weight, got {groups}")
-    block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
+    groups = checked_groups(groups, weight)
+    block = checks.block_size(block_size)
     checks.mask_for("mask", mask, weight, block)
     where = checks.same_device(weight=weight, mask=mask)
     table: Tensor | None = backend.serve("live_tiles", where)(weight, mask, dtype, groups, block)

@@ -38,10 +38,9 @@ def masked_linear(
     checks.tensor("weight", weight, ndim=2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., {weight.shape[1]}] (weight {tuple(weight.shape)}), got {tuple(x.shape)}")
-    block = checks.integer("block_size", block_size, low=1) if block_size is not None else 0
+    block = checks.block_size(block_size)
     checks.mask_for("mask", mask, weight, block)
-    if bias is not None and tuple(checks.tensor("bias", bias).shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    checks.vector("bias", bias, weight.shape[0])
     checks.same_device(x=x, weight=weight, mask=mask, bias=bias)
     x = autocast(x)
     compute = backend.plain("masked_linear") or _op

@@ -27,9 +27,7 @@ def percentile_init(weights: Sequence[Tensor], tau: float = 0.9) -> list[Tensor]
         TypeError, ValueError: tau outside (0, 1], NaN or infinite weights.
     """
     weights = checks.tensors("weights", weights, dtypes=(torch.float32, torch.float64))
-    tau = checks.real("tau", tau, above=0)
-    if tau > 1:
-        raise ValueError(f"tau must be in (0, 1], got {tau:g}")
+    tau = checks.real("tau", tau, above=0, most=1)
     checks.same_device(weights=weights)
     result: list[Tensor] = _op([w.detach() for w in weights], tau)
     return result

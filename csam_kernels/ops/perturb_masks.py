@@ -51,8 +51,7 @@ def perturb_masks(
     checks.same_device(masks=masks)
     grads = check_perturbation(kind, masks, radius, rho, grads, norm)
     step = checks.integer("step", step, low=0)
-    signed_seed = checks.seed(seed)
-    result: list[Tensor] = _op(masks, kind, float(radius), float(rho), grads, norm, signed_seed, step)
+    result: list[Tensor] = _op(masks, kind, float(radius), float(rho), grads, norm, checks.signed(seed), step)
     return result
 
 

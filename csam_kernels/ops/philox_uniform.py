@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csam_kernels import backend, checks
+from csam_kernels.ops.smoothing_noise import checked_range
 
 
 def philox_uniform(n: int, k: int, *, seed: int, first_sample: int = 0, stream: int = 0) -> Tensor:
@@ -19,12 +20,8 @@ def philox_uniform(n: int, k: int, *, seed: int, first_sample: int = 0, stream: 
         TypeError, ValueError: n or k < 0, a seed outside [0, 2^64), a stream outside [0, 2^32), or a sample
             index beyond 2^63.
     """
-    n = checks.integer("n", n, low=0)
-    k = checks.integer("k", k, low=0)
-    signed_seed = checks.seed(seed)
-    first_sample = checks.integer("first_sample", first_sample, low=0, high=2**63 - 1 - n)
-    stream = checks.integer("stream", stream, low=0, high=2**32 - 1)
-    result: Tensor = _op(n, k, signed_seed, first_sample, stream)
+    n, first_sample, stream = checked_range(n, first_sample, stream)
+    result: Tensor = _op(n, checks.integer("k", k, low=0), checks.signed(seed), first_sample, stream)
     return result
 
 

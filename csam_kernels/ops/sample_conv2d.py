@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csam_kernels import backend, checks
 from csam_kernels.layout import conv2d_size
-from csam_kernels.ops.masked_conv2d import Pair, pair
+from csam_kernels.ops.masked_conv2d import Pair, check_reach, checked_groups, pair
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_TAPS = 2**20  # of a window
@@ -71,24 +71,21 @@ def sample_conv2d(
         checks.tensor("bias", bias, dtypes=(torch.float32,))
     if other is not None:
         checks.tensor("other", other, dtypes=(x.dtype,))
+    checks.flag("relu", relu)
+    checks.flag("dense", dense)
     checks.same_device(x=x, values=values, taps=taps, rows=rows, bias=bias, other=other)
     kernel, stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     padding, dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
     if kernel[0] * kernel[1] > MOST_TAPS:
         raise ValueError(f"kernel_size must hold at most {MOST_TAPS} taps, got {kernel}")
     compressed_rows(values, taps, rows, x.shape[0] * kernel[0] * kernel[1])
-    for axis, size, pad, taps_along, step in zip("HW", x.shape[1:3], padding, kernel, dilation, strict=True):
-        if size + 2 * pad < step * (taps_along - 1) + 1:
-            raise ValueError(
-                f"x is too small along {axis}: {size} + 2*{pad} padding < kernel reach {step * (taps_along - 1) + 1}"
-            )
+    check_reach(x.shape[1:3], kernel, padding, dilation)
     filters = len(rows) - 1
-    if bias is not None and bias.shape != (filters,):
-        raise ValueError(f"bias must have shape ({filters},), got {tuple(bias.shape)}")
+    checks.vector("bias", bias, filters)
     shape = (filters, *conv2d_size(x.shape[1:3], kernel, stride, padding, dilation), x.shape[3])
     if other is not None and other.shape != shape:
         raise ValueError(f"other must have the result's shape {shape}, got {tuple(other.shape)}")
-    result: Tensor = _op(x, values, taps, rows, bias, other, kernel, stride, padding, dilation, bool(relu), bool(dense))
+    result: Tensor = _op(x, values, taps, rows, bias, other, kernel, stride, padding, dilation, relu, dense)
     return result
 
 
@@ -117,9 +114,7 @@ def compress(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         TypeError, ValueError: a weight of another rank or dtype, or whose filters do not divide into groups.
     """
     checks.tensor("weight", weight, ndim=4)
-    groups = checks.integer("groups", groups, low=1)
-    if len(weight) % groups:
-        raise ValueError(f"groups must divide the {len(weight)} filters of weight, got {groups}")
+    groups = checked_groups(groups, weight)
     flat = weight.detach().to(torch.float32).flatten(1)
     filters, columns = flat.nonzero(as_tuple=True)
     counts = torch.bincount(filters, minlength=len(weight))

@@ -263,7 +263,7 @@ class SampleNetwork:
     ) -> Tensor:
         """`votes` of so many ranges of samples, int64 [ranges, K]; nothing but forward passes lies between them."""
         checked_law("law", law)
-        sigma, seed = checked_sigma(sigma, law), checks.seed(seed) % 2**64
+        sigma, seed = checked_sigma(sigma, law), checks.seed(seed)
         table = None if grid is None else cells(sigma, checked_grid(grid), law)
         noise = scaled(law, sigma) if table is None else table.native
         which = [(self._pixels(x, grid), *checked_range(n, first, stream)) for x, n, first, stream in ranges]

@@ -63,8 +63,9 @@ def smoothing_conv2d(
     scaling = checked_scaling("scale", scale, "shift", shift, len(weight))
     extra = {"input_scale": input_scale, "input_shift": input_shift, "scale": scale, "shift": shift, "tiles": tiles}
     checked_tiles(tiles)
+    checks.flag("relu", relu)
     checks.same_device(x=x, **extra)
-    result: Tensor = _op(x, *noise, weight, mask, bias, *options, *normalization, *scaling, bool(relu), dtype, tiles)
+    result: Tensor = _op(x, *noise, weight, mask, bias, *options, *normalization, *scaling, relu, dtype, tiles)
     return result
 
 

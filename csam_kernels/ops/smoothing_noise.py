@@ -63,7 +63,7 @@ def checked_noise(
     checked_law("law", law)
     checks.tensor("x", x, dtypes=DTYPES, ndim=3)
     n, first_sample, stream = checked_range(n, first_sample, stream)
-    return n, checked_sigma(sigma, law), checks.seed(seed), first_sample, stream
+    return n, checked_sigma(sigma, law), checks.signed(seed), first_sample, stream
 
 
 def checked_range(n: int, first_sample: int, stream: int) -> tuple[int, int, int]:
