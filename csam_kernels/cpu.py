@@ -14,9 +14,10 @@ from torch._prims_common import suggest_memory_format  # as the dispatcher decid
 
 from csam_kernels import _C
 from csam_kernels.cells import cells
+from csam_kernels.checks import WORD
 from csam_kernels.laws import scaled
 from csam_kernels.layout import MaskLayout, conv2d_size, expand_mask, mask_layout, reduce_to_mask
-from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride, wide
+from csam_kernels.native import DTYPE, KIND, Products, dense, flat, fusible, like, restride, wide
 from csam_kernels.ops.sample_network import ENGINES, Program, Value
 
 _LARGE = 1 << 20  # bytes from which a result's page faults cost more than taking its memory from the pool
@@ -153,14 +154,9 @@ def _lay(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor,
         mask = expand_mask(mask, weight.shape)
         layout = mask_layout(weight.shape, weight.shape)
         assert layout is not None
-    if not _elementwise(layout):
+    if not layout.elementwise:
         mask = mask.to(wide(weight.dtype))  # broadcast masks are small: kernels read them in the compute type
     return weight.contiguous(), mask.contiguous(), layout
-
-
-def _elementwise(layout: MaskLayout) -> bool:
-    rows, cols, row_stride, span, col_stride = layout
-    return span == 1 and col_stride == 1 and (row_stride == cols or rows == 1)
 
 
 def effective_weights(
@@ -208,7 +204,7 @@ def mask_gradients(
     odd = [m.shape != mask.shape for (_, m, _), mask in zip(laid, masks, strict=True)]  # expanded by _lay
     # A broadcast mask's own gradient is needed for the norm even when nobody reads it.
     dmask = [
-        _new(m, w.dtype) if need_mask or broadcast or not _elementwise(layout) else w.new_empty(0)
+        _new(m, w.dtype) if need_mask or broadcast or not layout.elementwise else w.new_empty(0)
         for (w, m, layout), broadcast in zip(laid, odd, strict=True)
     ]
     keys = [(w.dtype, m.dtype, g.dtype, o) for (w, m, _), g, o in zip(laid, grads, odd, strict=True)]

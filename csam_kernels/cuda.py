@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from csam_kernels import _CUDA
+from csam_kernels.checks import WORD, no_float64
 from csam_kernels.laws import scaled
 from csam_kernels.layout import MaskLayout, expand_mask, mask_layout, reduce_to_mask
-from csam_kernels.native import DTYPE, KIND, WORD, Products, dense, flat, fusible, like, restride
+from csam_kernels.native import DTYPE, KIND, Products, dense, flat, fusible, like, restride
 
 _Layer = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -30,15 +31,6 @@ def _run(function: Callable[..., None], where: torch.device, *args: Any) -> None
     """Launch on the device's current stream."""
     with torch.cuda.device(where):
         function(*args, _multiprocessors(where), torch.cuda.current_stream(where).cuda_stream)
-
-
-def _refuse_float64(name: str, tensors: list[Tensor]) -> None:
-    for i, t in enumerate(tensors):
-        if t.dtype is torch.float64:
-            raise TypeError(
-                f"{name}[{i}] must not be float64 on a GPU: use float32, move it to the CPU, "
-                "or set CSAM_BACKEND=reference"
-            )
 
 
 def _narrow(t: Tensor) -> Tensor:
@@ -128,7 +120,7 @@ def perturb_masks(
     seed: int,
     step: int,
 ) -> list[Tensor]:
-    _refuse_float64("masks", masks)
+    no_float64(masks=masks)
     masks = [m.contiguous() for m in masks]
     sources: list[Tensor | None] = [_narrow(g).contiguous() for g in grads]
     sources = sources or [None] * len(masks)
@@ -164,7 +156,7 @@ def effective_weights(
     dtype: torch.dtype | None,
     block_size: int,
 ) -> list[Tensor]:
-    _refuse_float64("weights", weights)
+    no_float64(weights=weights)
     if dtype is torch.float64:
         raise TypeError("dtype must not be float64 on a GPU: use float32, or set CSAM_BACKEND=reference")
     if kind != "plain" and not fusible(kind, weights, masks):
@@ -187,7 +179,7 @@ def mask_gradients(
     need_weight: bool,
     need_mask: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    _refuse_float64("weights", weights)
+    no_float64(weights=weights)
     where = weights[0].device
     laid = [_lay(w, m, block_size) for w, m in zip(weights, masks, strict=True)]
     grads = [like(_narrow(g), w) for g, (w, _, _) in zip(grad_weights, laid, strict=True)]

@@ -29,6 +29,11 @@ class MaskLayout(NamedTuple):
     span: int
     col_stride: int
 
+    @property
+    def elementwise(self) -> bool:
+        """The mask has a value for each weight, in the same order."""
+        return self.span == 1 and self.col_stride == 1 and (self.row_stride == self.cols or self.rows == 1)
+
 
 def mask_layout(weight_shape: torch.Size, mask_shape: torch.Size, block_size: int = 0) -> MaskLayout | None:
     """The strides above; None for a broadcast that has no such form (it is then expanded first)."""

@@ -19,7 +19,6 @@ DTYPE = {
     torch.int8: 5,
 }  # csrc/common/dtype.h
 KIND = {"plain": 0, "uniform": 1, "adversarial": 2}  # enum Perturbation
-WORD = 2**64 - 1  # a seed as the unsigned number that the kernels take
 
 
 def flat(n: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ TOLERANCE = {
     torch.bfloat16: (1.6e-2, 1e-2),
     torch.float16: (2e-3, 2e-3),
 }
+NO_FLOAT64 = "must not be float64 on a GPU: use float32, move all tensors to the CPU, or set CSAM_BACKEND=reference"
 ISAS = [name for name in ("generic", "avx2", "avx512", "amx") if not _C.isa_supported(name)]
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -22,6 +22,7 @@ from conftest import ISAS, TOLERANCE, assert_close
 from csam.quantization import _values as values
 from csam.quantization import quantize
 from csam_kernels import _C, reference
+from csam_kernels.layout import conv2d_size
 from csam_kernels.ops import sample_network
 from csam_kernels.ops.sample_network import (
     ENGINES,
@@ -29,7 +30,6 @@ from csam_kernels.ops.sample_network import (
     SampleNetwork,
     Step,
     Value,
-    outputs,
     step_costs,
     transformable,
     winograd_tile,
@@ -52,7 +52,7 @@ def convolution(
     weight = torch.randn(filters, x.channels, *kernel) / math.sqrt(density * x.channels * kernel[0] * kernel[1])
     weight[torch.rand(weight.shape) >= density] = 0
     step = Step(x, x, weight=ck.compress(weight), kernel=kernel, bias=torch.randn(filters), **options)
-    size = map(outputs, (x.height, x.width), kernel, step.stride, step.padding, step.dilation)
+    size = conv2d_size((x.height, x.width), kernel, step.stride, step.padding, step.dilation)
     step.out = out or Value(filters, *size)
     return step
 
@@ -238,7 +238,7 @@ def test_winograd_covers_every_output(
         weight[:, channels // 2 + 1 :: 4] = 0
         high, wide = (stride * s for s in size)
         x, images = Value(channels, high, wide), torch.rand(35, channels, high, wide)
-        out = Value(filters, *(outputs(s, 3, stride, p, 1) for s, p in zip((high, wide), padding, strict=True)))
+        out = Value(filters, *conv2d_size((high, wide), (3, 3), (stride, stride), padding, (1, 1)))
         step = Step(x, out, weight=ck.compress(weight), bias=torch.randn(filters), kernel=(3, 3), padding=padding)
         step.stride = (stride, stride)
         head = convolution(flattened(out), 5)
@@ -328,7 +328,7 @@ def test_bfloat16_winograd_of_weights_of_one_sign(isa: str, stride: int, channel
     weight[1] = 0.1 * torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
     weight[2] = 0.1 / 9
     images = torch.tensor([1.0, -1, 0.3]).view(3, 1, 1, 1).bfloat16().float().expand(3, channels, 9, 9)
-    out = Value(3, *(2 * [outputs(9, 3, stride, 0, 1)]))
+    out = Value(3, *conv2d_size((9, 9), (3, 3), (stride, stride), (0, 0), (1, 1)))
     step = Step(Value(channels, 9, 9), out, weight=ck.compress(weight), kernel=(3, 3), stride=(stride, stride))
     program = of_kind(Program(step.input, flattened(out), [step]), "winograd")
     exact = F.conv2d(images, weight, stride=stride).flatten(1)
@@ -340,7 +340,7 @@ def test_bfloat16_winograd_of_weights_of_one_sign(isa: str, stride: int, channel
 def test_bfloat16_winograd_hides_no_weight_that_is_no_number(isa: str, stride: int, value: float) -> None:
     weight = torch.randn(3, 5, 3, 3)
     weight[1, 2, 1, 1] = value
-    out = Value(3, *(2 * [outputs(9, 3, stride, 0, 1)]))
+    out = Value(3, *conv2d_size((9, 9), (3, 3), (stride, stride), (0, 0), (1, 1)))
     step = Step(Value(5, 9, 9), out, weight=ck.compress(weight), kernel=(3, 3), stride=(stride, stride))
     program = of_kind(Program(step.input, flattened(out), [step]), "winograd")
     found = ck.sample_network(program, torch.bfloat16).logits(torch.rand(4, 5, 9, 9)).view(4, 3, -1)
@@ -667,7 +667,7 @@ def test_depthwise_integers(isa: str, stride: tuple[int, int], padding: int) -> 
         x, pad = Value(5, 4, width), (1, padding)
         weight = torch.randn(5, 1, 3, 3)
         weight[2], weight[3, :, 0, 1:] = 0, 0
-        out = Value(5, *map(outputs, (4, width), (3, 3), stride, pad, (1, 1)))
+        out = Value(5, *conv2d_size((4, width), (3, 3), stride, pad, (1, 1)))
         alone = Step(x, out, weight=ck.compress(weight, 5), kernel=(3, 3), stride=stride, padding=pad)
         head, images = convolution(flattened(out), 5), torch.randn(70, 5, 4, width)
         program = quantize(Program(x, head.out, [alone, head]), images)

@@ -15,6 +15,7 @@ from torch import Tensor
 from csam_kernels import backend, checks
 from csam_kernels.cells import cells, steps
 from csam_kernels.laws import checked_law, checked_sigma, scaled
+from csam_kernels.layout import conv2d_size
 from csam_kernels.ops.grid_noise import checked_grid
 from csam_kernels.ops.sample_conv2d import DTYPES, MOST_TAPS, compressed_rows
 from csam_kernels.ops.smoothing_noise import checked_range
@@ -414,11 +415,6 @@ def winograd_tile(step: Step, dtype: torch.dtype) -> int:
     return 4 if fours or dtype is torch.int8 else 2
 
 
-def outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Length of a convolution's output along an axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def _check(name: str, step: Step) -> None:
     """Refuse a step by which anything would be read or written outside its values."""
 
@@ -442,7 +438,7 @@ def _check(name: str, step: Step) -> None:
         refuse(f"kernel must hold at most {MOST_TAPS} taps, got {kernel}")
     if not step.low <= step.high:
         refuse(f"low must be <= high, got {step.low} and {step.high}")
-    size = tuple(map(outputs, (step.input.height, step.input.width), *windows))
+    size = conv2d_size((step.input.height, step.input.width), *windows)
     if step.weight is None:
         if (step.other, step.bias, step.low, step.high) != (None, None, -math.inf, math.inf):
             refuse("a maximum takes no other, bias or bounds")
@@ -533,4 +529,4 @@ def _shape(value: Value) -> tuple[int, int, int]:
     return value.channels, value.height, value.width
 
 
-__all__: list[Any] = ["Integers", "Program", "Rows", "SampleNetwork", "Step", "Value", "outputs", "sample_network"]
+__all__: list[Any] = ["Integers", "Program", "Rows", "SampleNetwork", "Step", "Value", "sample_network"]

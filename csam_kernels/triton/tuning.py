@@ -92,9 +92,7 @@ def tile(where: str, kernel: str, arithmetic: str, rows: int, columns: int) -> C
 
 # programs: enough to fill the card for several waves; samples: at most so many share one reading of the image.
 SMOOTHING_NOISE = {
-    "sm80": {"QUADS": 256, "num_warps": 4, "programs": 108 * 32, "samples": 32},
-    "sm90": {"QUADS": 256, "num_warps": 4, "programs": 132 * 32, "samples": 32},
-    "sm100": {"QUADS": 256, "num_warps": 4, "programs": 148 * 32, "samples": 32},
+    name: {"QUADS": 256, "num_warps": 4, "programs": 32 * n, "samples": 32} for name, n in MULTIPROCESSORS.items()
 }
 GRID_NOISE = {name: {**row, "QUADS": 128} for name, row in SMOOTHING_NOISE.items()}  # a thread holds its words longer
 PHILOX_UNIFORM = {name: {"QUADS": 256, "num_warps": 4} for name in CLASSES.values()}
@@ -104,10 +102,10 @@ _FEW_CLASSES = {"BLOCK": 128, "values": 1024, "num_warps": 4, "histogram": True}
 _MANY_CLASSES = {"BLOCK": 512, "values": 2048, "num_warps": 4, "histogram": False}
 COUNT_VOTES = {
     name: {
-        128: {**_FEW_CLASSES, "programs": programs},
-        2**31: {**_MANY_CLASSES, "programs": programs},
+        128: {**_FEW_CLASSES, "programs": 8 * n},
+        2**31: {**_MANY_CLASSES, "programs": 8 * n},
     }
-    for name, programs in (("sm80", 108 * 8), ("sm90", 132 * 8), ("sm100", 148 * 8))
+    for name, n in MULTIPROCESSORS.items()
 }
 SEMANTIC_BATCH = {name: {"BLOCK": 512, "num_warps": 4} for name in CLASSES.values()}
 

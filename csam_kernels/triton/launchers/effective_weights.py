@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csam_kernels.checks import no_float64
 from csam_kernels.layout import mask_layout
-from csam_kernels.triton.launchers.mask_layers import lay, like, refuse_float64
+from csam_kernels.triton.launchers.mask_layers import lay, like
 from csam_kernels.triton.launchers.mask_step import mask_step
 from csam_kernels.triton.launchers.perturb_masks import perturb_masks
 
@@ -24,9 +25,9 @@ def effective_weights(
     dtype: torch.dtype | None,
     block_size: int,
 ) -> list[Tensor]:
-    refuse_float64(weights=weights)
+    no_float64(weights=weights)
     if kind != "plain":
-        refuse_float64(masks=masks)
+        no_float64(masks=masks)
         if any(mask_layout(w.shape, m.shape, block_size) is None for w, m in zip(weights, masks, strict=True)):
             masks = perturb_masks(masks, kind, radius, rho, grads, norm, seed, step)
             kind, grads = "plain", []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csam_kernels.checks import no_float64
 from csam_kernels.layout import reduce_to_mask
 from csam_kernels.triton import tables, tuning
 from csam_kernels.triton.kernels import mask_gradients as kernels
@@ -18,7 +19,6 @@ from csam_kernels.triton.launchers.mask_layers import (
     grouped,
     lay,
     like,
-    refuse_float64,
     row,
     total,
 )
@@ -32,7 +32,7 @@ def mask_gradients(
     need_weight: bool,
     need_mask: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    refuse_float64(weights=weights)
+    no_float64(weights=weights)
     layers = [_lay(w, m, block_size) for w, m in zip(weights, masks, strict=True)]
     odd = [layer.mask.shape != m.shape for layer, m in zip(layers, masks, strict=True)]  # expanded by lay
     grads = [like(g, layer.weight) for g, layer in zip(grad_weights, layers, strict=True)]
@@ -45,7 +45,7 @@ def mask_gradients(
         (
             _cover_class(layer),
             layer.flat,
-            layer.elementwise and aligned(g.numel(), layer.weight, layer.mask, g),
+            layer.layout.elementwise and aligned(g.numel(), layer.weight, layer.mask, g),
             layer.weight.dtype,
             layer.mask.dtype,
             g.dtype,
@@ -76,7 +76,7 @@ def _lay(weight: Tensor, mask: Tensor, block_size: int) -> Laid:
     """Where a mask value covers columns that a channels_last weight holds apart, the weight is copied."""
     laid = lay(weight, mask, block_size)
     _, cols, _, span, col_stride = laid.layout
-    apart = laid.channels and not laid.elementwise and col_stride and span * laid.channels != cols
+    apart = laid.channels and not laid.layout.elementwise and col_stride and span * laid.channels != cols
     return lay(weight.contiguous(), mask, block_size) if apart else laid
 
 
@@ -93,7 +93,7 @@ def _cover(laid: Laid) -> tuple[int, int, int, int]:
 
 def _cover_class(laid: Laid) -> int:
     """0 for a full mask, else the tile's length over what a value covers."""
-    if laid.elementwise:
+    if laid.layout.elementwise:
         return 0
     *_, repeats, span = _cover(laid)
     return next(c for c in tuning.COVER if c >= repeats * span or c == max(tuning.COVER))

@@ -26,16 +26,6 @@ Key = TypeVar("Key")
 _WIDEST = 2**30  # weights of a filter: offsets inside one are 32-bit
 
 
-def refuse_float64(**lists: list[Tensor]) -> None:
-    for name, tensors in lists.items():
-        for i, t in enumerate(tensors):
-            if t.dtype is torch.float64:
-                raise TypeError(
-                    f"{name}[{i}] must not have dtype float64 on the GPU; "
-                    "cast it, or move all tensors to the CPU (CSAM_BACKEND=cpu or reference)"
-                )
-
-
 class Laid(NamedTuple):
     """A weight and its mask as dense memory, and how one lies over the other."""
 
@@ -46,14 +36,9 @@ class Laid(NamedTuple):
     in_place: bool  # the mask has the weight's memory order
 
     @property
-    def elementwise(self) -> bool:
-        rows, cols, row_stride, span, col_stride = self.layout
-        return span == 1 and col_stride == 1 and (row_stride == cols or rows == 1)
-
-    @property
     def flat(self) -> bool:
         """The index in memory of a weight is that of its mask value."""
-        return self.in_place or (self.elementwise and not self.channels)
+        return self.in_place or (self.layout.elementwise and not self.channels)
 
 
 def alone(t: Tensor) -> Laid:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from csam_kernels.checks import WORD
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels.mask_step import mask_step as kernel
 from csam_kernels.triton.launch import launch
 from csam_kernels.triton.launchers.mask_layers import TYPES, Laid, aligned, ascent_scales, chunked, grouped, row
 
-_WORD = 2**64 - 1
 _FLOPS = {"plain": 1, "uniform": 5, "adversarial": 5}
 
 
@@ -55,7 +55,7 @@ def mask_step(
             chunks_ptr=work.chunks,
             scales_ptr=work.rows if scales is None else scales,
             noise=radius * 2.0**-31,
-            seed=seed & _WORD,
+            seed=seed & WORD,
             step=step,
             KIND=kind,
             FLAT=flat,

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import are_strides_like_channels_last_or_false as channels_last  # as in csam_kernels.cpu
 
-from csam_kernels.layout import MaskLayout, mask_layout, memory_format
+from csam_kernels.checks import no_float64
+from csam_kernels.layout import MaskLayout, conv2d_size, mask_layout, memory_format
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels import masked_conv2d as kernels
 from csam_kernels.triton.kernels import masked_depthwise as depthwise
@@ -93,15 +95,6 @@ def _blocks(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def _refuse(**tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        if t.dtype is torch.float64:
-            raise TypeError(
-                f"{name} must have dtype float32, bfloat16 or float16 on the GPU, got float64; "
-                "cast it, or move all tensors to the CPU (CSAM_BACKEND=cpu or reference)"
-            )
-
-
 def _bounded(name: str, shape: torch.Size, stride: tuple[int, ...]) -> None:
     """Offsets inside an image or a weight, and a result like it, are 32-bit; only the batch is addressed with 64."""
     reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -115,21 +108,9 @@ def _strides(prefix: str, stride: tuple[int, ...], axes: str = "bchw") -> dict[s
     return {f"{prefix}_{axis}": step for axis, step in zip(axes, stride, strict=True)}
 
 
-def _channels_last(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """torch's suggest_memory_format: strides that ascend in the order C, W, H, B."""
-    least = 0
-    if 0 in shape or stride[1] == 0:
-        return False
-    for axis in (1, 3, 2, 0):
-        if stride[axis] < least or (axis == 0 and least == stride[1]):
-            return False
-        least = stride[axis] * max(shape[axis], 1)
-    return True
-
-
 def _suggested(x: _Meta, weight: _Meta, empty: bool) -> torch.memory_format:
     """The memory format that torch's convolution gives its results."""
-    asks = not empty and (_channels_last(*x[:2]) or _channels_last(*weight[:2]))
+    asks = not empty and (channels_last(*x[:2]) or channels_last(*weight[:2]))
     return torch.channels_last if asks else torch.contiguous_format
 
 
@@ -146,12 +127,8 @@ def _geometry(
     x: _Meta, weight: _Meta, mask: _Meta, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int, block: int
 ) -> Geometry:
     batch, _, height, width = x[0]
-    filters, channels, kernel_h, kernel_w = weight[0]
-    kernel = (kernel_h, kernel_w)
-    out_height, out_width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
-    )
+    filters, channels, *kernel = weight[0]
+    out_height, out_width = conv2d_size((height, width), kernel, stride, padding, dilation)
     if batch * max(height * width, out_height * out_width) > LIMIT:
         raise ValueError(
             f"x must have at most 2^31 - 2^22 pixels in a batch, and its result too, got shape {tuple(x[0])}; "
@@ -342,7 +319,7 @@ def _forward(
     tiles: Tensor | None = None,
     convolution: bool = True,
 ) -> Tensor:
-    _refuse(x=x, weight=weight, mask=mask)
+    no_float64(x=x, weight=weight, mask=mask)
     dtype, mask = x.dtype, _raw(mask)
     where = tuning.device_class(x.device)
     plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, tiles is not None)
@@ -433,7 +410,7 @@ def live_tiles(weight: Tensor, mask: Tensor, dtype: torch.dtype, groups: int = 1
     options = _options((1, 1), (0, 0), (1, 1), groups, block_size)
     mask, (channels, *kernel) = _raw(mask), weight.shape[1:]
     x = torch.empty((1, channels * groups, *kernel), dtype=dtype, device="meta")
-    _refuse(x=x, weight=weight, mask=mask)
+    no_float64(x=x, weight=weight, mask=mask)
     where = tuning.device_class(weight.device)
     plan = _forward_plan(where, _meta(x), _meta(weight), _meta(mask), dtype, options, True)
     return None if plan.table is None else _live_tiles(weight, mask, plan)
@@ -589,7 +566,7 @@ def _weight_plan(
         "SUMS": _sums(layout),
     }
     if g.depthwise:
-        t = tuning.DEPTHWISE[_channels_last(*x[:2])]
+        t = tuning.DEPTHWISE[channels_last(*x[:2])]
         filters = g.groups * g.filters
         columns, rows, step, numbers = g.taps, _blocks(filters, t.rows), t.columns, t.rows
         common |= {"filters": filters, "multiplier": g.filters, "BLOCK_R": t.rows, "BLOCK_P": t.columns}
@@ -729,7 +706,7 @@ def _backward(
     need: list[bool],
     convolution: bool = True,
 ) -> list[Tensor]:
-    _refuse(grad=grad, x=x, weight=weight, mask=mask)
+    no_float64(grad=grad, x=x, weight=weight, mask=mask)
     need_x, need_weight, need_mask = need
     grads = [_input_gradient(grad, x, weight, _raw(mask), options, convolution)] if need_x else []
     if need_weight or need_mask:

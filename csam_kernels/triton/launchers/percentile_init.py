@@ -8,15 +8,16 @@ import struct
 import torch
 from torch import Tensor
 
+from csam_kernels.checks import no_float64
 from csam_kernels.triton import tables, tuning
 from csam_kernels.triton.kernels.percentile_init import scale_by_quantile
 from csam_kernels.triton.launch import launch
-from csam_kernels.triton.launchers.mask_layers import aligned, refuse_float64
+from csam_kernels.triton.launchers.mask_layers import aligned
 from csam_kernels.triton.launchers.selection import select
 
 
 def percentile_init(weights: list[Tensor], tau: float) -> list[Tensor]:
-    refuse_float64(weights=weights)
+    no_float64(weights=weights)
     weights = [w.contiguous() for w in weights]
     outs = [torch.empty_like(w) for w in weights]
     pairs = [(w, out) for w, out in zip(weights, outs, strict=True) if w.numel()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csam_kernels.triton.launchers.mask_layers import alone, refuse_float64
+from csam_kernels.checks import no_float64
+from csam_kernels.triton.launchers.mask_layers import alone
 from csam_kernels.triton.launchers.mask_step import mask_step
 
 
@@ -19,7 +20,7 @@ def perturb_masks(
     seed: int,
     step: int,
 ) -> list[Tensor]:
-    refuse_float64(masks=masks)
+    no_float64(masks=masks)
     masks = [m.contiguous() for m in masks]
     grads = [g.contiguous() for g in grads]
     outs = [torch.empty_like(m) for m in masks]

@@ -7,11 +7,10 @@ import triton
 from torch import Tensor
 
 from csam_kernels import backend
+from csam_kernels.checks import WORD
 from csam_kernels.triton import tuning
 from csam_kernels.triton.kernels.philox_uniform import philox_uniform as kernel
 from csam_kernels.triton.launch import launch
-
-_WORD = 2**64 - 1
 
 
 def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) -> Tensor:
@@ -27,7 +26,7 @@ def philox_uniform(n: int, k: int, seed: int, first_sample: int, stream: int) ->
         n=n,
         k=k,
         first_sample=first_sample,
-        seed=seed & _WORD,
+        seed=seed & WORD,
         stream_word=stream,
         **row,
     )

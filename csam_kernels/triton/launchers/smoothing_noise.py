@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from csam_kernels.checks import WORD
 from csam_kernels.laws import scaled
 from csam_kernels.triton import tables, tuning
 from csam_kernels.triton.kernels.philox import CELLS
 from csam_kernels.triton.kernels.smoothing_noise import smoothing_noise as kernel
 from csam_kernels.triton.launch import LIMIT, launch
 
-_WORD = 2**64 - 1
 _CELLS = CELLS.value
 # A deviate, and x + scale * that: 25, 4, 20 and 9; 15 integer ones of Philox take the same slots.
 _FLOPS = (40, 19, 35, 24)
@@ -108,7 +108,7 @@ def _noisy(
         bits=bits,
         scale=scale,
         first_sample=first_sample,
-        seed=seed & _WORD,
+        seed=seed & WORD,
         stream_word=stream,
         LAW=code,
         QUADS=quads,
