@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def without_tiles() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_what_is_predicted_falls_with_the_weights(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     given(monkeypatch)
+    monkeypatch.setattr(engine, "_CLOSE", 0.0)  # nothing is timed
     totals: dict[str, list[float]] = {"sparse": [], "dense": [], "winograd": [], "auto": []}
     for left in ({"share": 1.0}, {"share": 0.4}, {"share": 0.1}, {"share": 0.02}, {"share": 1.0, "filters": 0.5}):
         made = program(**left)
@@ -216,6 +218,37 @@ def test_what_is_predicted_falls_with_the_weights(monkeypatch: pytest.MonkeyPatc
     for kind in ("sparse", "dense", "winograd"):
         assert totals[kind][4] < 0.6 * totals[kind][0]
         assert all(best <= other for best, other in zip(totals["auto"], totals[kind], strict=True))
+
+
+@pytest.mark.usefixtures("without_tiles")
+def test_of_two_ways_that_are_close_the_one_that_was_faster_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch)
+    made = program(share=0.3)
+    monkeypatch.setattr(engine, "_CLOSE", 0.0)
+    engine.choose(made, torch.float32, "auto")
+    predicted = {step.name: step.engine for step in made.steps if step.weight is not None}
+    for name, limit in (("_CLOSE", math.inf), ("_LEAST_MS", 0.0)):
+        monkeypatch.setattr(engine, name, limit)
+    asked = []
+
+    def kept(name: str, about: Any, measure: Any, valid: Any) -> dict[str, float]:
+        times = measure()
+        assert (name, valid(times)) == ("layers", True)
+        assert all(0 < ms < 1e3 for ms in times.values())
+        asked.append((about, times))
+        return {way: float(way in slow) for way in times}
+
+    monkeypatch.setattr(engine, "kept", kept)
+    slow = {f"{name} {kind}" for name, kind in predicted.items()}
+    engine.choose(made, torch.float32, "auto")
+    chosen = {step.name: step.engine for step in made.steps if step.weight is not None}
+    assert all(chosen[name] != kind for name, kind in predicted.items())
+    slow = {f"{name} {kind}" for name, kind in chosen.items()}
+    engine.choose(made, torch.float32, "auto")
+    assert {step.name: step.engine for step in made.steps if step.weight is not None} == predicted
+    assert asked[0][0] == asked[1][0]
+    engine.choose(program(share=0.1), torch.float32, "auto")
+    assert asked[2][0] != asked[0][0]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The sampling engine: which network runs on samples that lie innermost, and which way each of its layers.
 
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
-cost model (`csam.costs`) says is fastest: sparse, in time proportional to the surviving weights; dense, filters sharing
+cost model (`csam.costs`) says is fastest, or of two that it takes for about as fast the one that was measured to be:
+sparse, in time proportional to the surviving weights; dense, filters sharing
 what they load; or dense after Winograd's transform, with half to a quarter of the multiplications. Where torch's own
 convolutions are predicted to be faster still, the network is left to them. Where torch.fx cannot trace a network, or
 traces what has no steps, torch.export is asked.
@@ -9,7 +10,8 @@ traces what has no steps, torch.export is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,9 @@ from csam_kernels.ops.sample_network import ENGINES, Program, SampleNetwork, Ste
 
 Choices = Mapping[str, str] | str
 _ROUNDS = 3
+_CLOSE = 1.5  # of a predicted time: another that is less may be the faster one
+_SHARE, _LEAST_MS = 0.05, 0.01  # of such layers in a sample's time, and of that, from which it pays to measure them
+_TIMED_MS, _MOST_ROUNDS = 5.0, 10  # of a sample: how many tiles of each way are timed
 
 
 class Rival(NamedTuple):
@@ -145,7 +150,7 @@ def checked_choices(choices: Choices) -> Choices:
 
 
 def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
-    """Set every step's kind: the one predicted to be faster, or as chosen by name.
+    """Set every step's kind: the one that is fastest here (`_fastest`), or as chosen by name.
 
     Raises:
         TypeError, ValueError: as in `checked_choices`, and choices that are not of this network.
@@ -153,14 +158,7 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
     choices = checked_choices(choices)
     layers = [step for step in program.steps if step.weight is not None]
     if choices == "auto":
-        times = {}
-        for engine in ENGINES:
-            for step in layers:
-                step.engine = _nearest(engine, step, dtype)
-            times[engine] = dict(zip(program.steps, milliseconds(program, dtype), strict=True))
-        for step in layers:
-            step.engine = _nearest(min(ENGINES, key=lambda engine: times[engine][step]), step, dtype)
-        return
+        choices = _fastest(program, layers, dtype)
     if isinstance(choices, str):
         choices = {step.name: _nearest(choices, step, dtype) for step in layers}
     offered = {step.name: [_nearest(engine, step, dtype) for engine in ENGINES] for step in layers}
@@ -175,16 +173,74 @@ def choose(program: Program, dtype: torch.dtype, choices: Choices) -> None:
         step.engine = choices[step.name]
 
 
+class _Way(NamedTuple):
+    """How a layer may run: the predicted milliseconds a sample, and the cost that they are of."""
+
+    ms: float
+    cost: float
+    engine: str
+
+
+def _fastest(program: Program, layers: Sequence[Step], dtype: torch.dtype) -> dict[str, str]:
+    """Layer -> the engine that is predicted to be fastest; of two that are close, the one that was measured to be."""
+    found: dict[Step, set[_Way]] = {step: set() for step in layers}
+    for engine in ENGINES:
+        for step in layers:
+            step.engine = _nearest(engine, step, dtype)
+        costs = step_costs(program, dtype)
+        for step, ms, cost in zip(program.steps, milliseconds(program, dtype, costs), costs, strict=True):
+            if step in found:
+                found[step].add(_Way(ms, cost, step.engine))
+    ways = {step: sorted(way) for step, way in found.items()}
+    total = sum(first.ms for first, *_ in ways.values())
+    close = [(s, way[0], way[1]) for s, way in ways.items() if len(way) > 1 and way[1].ms < _CLOSE * way[0].ms]
+    best = {step.name: way[0].engine for step, way in ways.items()}
+    if total >= _LEAST_MS and sum(first.ms for _, first, _ in close) >= _SHARE * total:
+        rounds = min(_MOST_ROUNDS, 1 + int(_TIMED_MS / total))
+        best |= _timed(program, dtype, best, close, rounds)
+    return best
+
+
+def _timed(
+    program: Program, dtype: torch.dtype, best: dict[str, str], close: Sequence[tuple[Step, _Way, _Way]], rounds: int
+) -> dict[str, str]:
+    """The faster one of two ways of these layers, timed within the network: once a machine and network, in which layers
+    may have other weights, but about as many.
+    """
+    pairs = [[f"{step.name} {way.engine}" for way in both] for step, *both in close]
+
+    def measure() -> dict[str, float]:
+        networks = []
+        for which in (0, 1):
+            for step in program.steps:
+                step.engine = best.get(step.name, step.engine)
+            for step, *both in close:
+                step.engine = both[which].engine
+            networks.append(sample_network(program, dtype))
+        times: dict[str, float] = {}
+        for which in (0, 1) * rounds:
+            measured = dict(zip(program.steps, networks[which].times(1), strict=True))
+            for (step, *_), pair in zip(close, pairs, strict=True):
+                times[pair[which]] = min(measured[step], times.get(pair[which], math.inf))
+        return times
+
+    shapes = [(s.out.channels, s.out.height, s.out.width, s.kernel, s.stride) for s in program.steps]
+    about = (str(dtype), shapes, pairs, [[f"{way.cost:.2g}" for way in both] for _, *both in close])
+    found = kept("layers", about, measure, lambda times: times.keys() == {name for pair in pairs for name in pair})
+    faster = (min(pair, key=lambda name: found[name]) for pair in pairs)
+    return dict(name.rsplit(" ", 1) for name in faster)
+
+
 def _nearest(engine: str, step: Step, dtype: torch.dtype) -> str:
     """The engine, or dense where Winograd's is not offered."""
     return "dense" if engine == "winograd" and not winograd_tile(step, dtype) else engine
 
 
-def milliseconds(program: Program, dtype: torch.dtype) -> list[float]:
-    """Predicted times a sample of the steps, on one thread."""
+def milliseconds(program: Program, dtype: torch.dtype, costs: Sequence[float] | None = None) -> list[float]:
+    """Predicted times a sample of the steps, on one thread; `costs` are their `step_costs` if these are known."""
     rate = rates(dtype)
     each = (rate.sparse if step.engine == "sparse" else rate.dense for step in program.steps)
-    return [1e-6 * ns * cost for ns, cost in zip(each, step_costs(program, dtype), strict=True)]
+    return [1e-6 * ns * cost for ns, cost in zip(each, costs or step_costs(program, dtype), strict=True)]
 
 
 def module_ms(network: nn.Module, probe: Tensor, dtype: torch.dtype) -> float:
