@@ -14,7 +14,6 @@ interval of a stated level. Report n, k, delta and the t grid with every number 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +69,7 @@ def cc_cert_bound(
     if not (np.isfinite(y).all() and (y >= 0).all()):
         raise ValueError("discrepancy must be finite and >= 0")
     margin = checks.real("margin", margin, least=0)
-    delta = _delta(delta)
+    delta = checks.real("delta", delta, above=0, below=1)
     grid = _grid(t)
     ratios = [(logsumexp(np.outer(grid, block - margin), axis=1) - np.log(block.size)).min() for block in y]
     return float(max(np.exp(min(max(ratios) - np.log(delta), 0.0)), SMALLEST))
@@ -147,10 +146,9 @@ class CCCert:
         self.transform = transform
         self.n = checks.integer("n", n, low=1)
         self.k = checks.integer("k", k, low=1)
-        self.delta = _delta(delta)
+        self.delta = checks.real("delta", delta, above=0, below=1)
         self.t = _grid(t)
-        checks.seed(seed)
-        self.seed = operator.index(seed)
+        self.seed = checks.seed(seed)
         self.layout = checks.choice("layout", layout, LAYOUTS)
         if isinstance(model, smoothing.Prepared):
             model.refuse_uncalibrated(self._words)
@@ -283,13 +281,6 @@ def _array(name: str, values: Tensor | ArrayLike) -> NDArray[np.float64]:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}: {error}") from error
-
-
-def _delta(delta: float) -> float:
-    delta = checks.real("delta", delta)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta:g}")
-    return delta
 
 
 def _grid(t: Tensor | ArrayLike | None) -> NDArray[np.float64]:

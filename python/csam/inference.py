@@ -109,7 +109,6 @@ def ready(network: nn.Module, probe: Tensor, wanted: Tensor, dtype: torch.dtype,
     pack(network, probe, tile)
     if head is not None:
         head = head.to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
-        head.pack()
     return Ready(network, layout, steps, head, exact)
 
 
@@ -389,18 +388,11 @@ class NoiseHead(nn.Module):
     """
 
     normalization: tuple[Tensor, Tensor] | tuple[None, None]
-    tiles: Tensor | None
 
     def __init__(self, first: KernelConv2d, normalization: tuple[Tensor, Tensor] | None, rest: nn.Module) -> None:
         super().__init__()
-        self.first, self.rest, self.tiles = first, rest, None
+        self.first, self.rest = first, rest
         self.normalization = normalization or (None, None)  # not buffers: they stay float32
-
-    def pack(self) -> None:
-        layer = self.first
-        self.tiles = csam_kernels.live_tiles(
-            layer.weight, layer.everything, dtype=layer.weight.dtype, groups=layer.groups
-        )
 
     def forward(self, x: Tensor, n: int, sigma: float, seed: int, first_sample: int, stream: int) -> Tensor:
         layer, (input_scale, input_shift) = self.first, self.normalization
@@ -421,7 +413,7 @@ class NoiseHead(nn.Module):
             scale=layer.scale,
             shift=layer.shift,
             relu=layer.activation == "relu",
-            tiles=self.tiles,
+            tiles=layer.tiles,
         )
 
 

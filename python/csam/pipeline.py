@@ -327,17 +327,14 @@ def make_smooth(model: Classifier, dataset: data.Dataset, settings: Settings, ch
 
 def begun_smooth(team: Team, model: Classifier, dataset: data.Dataset, settings: Settings, path: Path) -> Smooth:
     """The smoothed classifier that goes on with the record at `path`, its layers running alike in all processes."""
-    return _begun(team, dataset, partial(make_smooth, model, dataset, settings), partial(begun_choices, path))
+    make = partial(make_smooth, model, dataset, settings)
+    return _begun(team, dataset, make, lambda: begun_choices(records.read_votes, path))
 
 
 def begun_cc_cert(team: Team, model: Classifier, dataset: data.Dataset, settings: Settings, path: Path) -> CCCert:
     """CC-Cert that goes on with the journal at `path`, its layers running alike in all processes."""
-
-    def choices() -> Choices:
-        begun: Choices = records.read_bounds(path)[0].get("choices", "auto")
-        return begun
-
-    return _begun(team, dataset, partial(make_cc_cert, model, dataset, settings), choices)
+    make = partial(make_cc_cert, model, dataset, settings)
+    return _begun(team, dataset, make, lambda: begun_choices(records.read_bounds, path))
 
 
 Certifier = TypeVar("Certifier", Smooth, CCCert)
@@ -346,7 +343,7 @@ Certifier = TypeVar("Certifier", Smooth, CCCert)
 def _begun(
     team: Team, dataset: data.Dataset, make: Callable[[Choices], Certifier], choices: Callable[[], Choices]
 ) -> Certifier:
-    """What the first process makes of the choices in its record, and the others of how its layers run."""
+    """Process 0's, with the choices of its record; in the others with those that process 0 ended up with."""
     if not team.first:
         return make(team.told("auto"))
     made = make(choices())
@@ -369,9 +366,9 @@ def calibration(dataset: data.Dataset, settings: Settings) -> Tensor | None:
     return data.to_unit(dataset.train_x[data.evenly_spaced(total, min(CALIBRATION, total))])
 
 
-def begun_choices(path: Path) -> Choices:
+def begun_choices(read: Callable[[Path], tuple[dict[str, Any], Any]], path: Path) -> Choices:
     """How the layers ran in the record at `path`, to go on in the same way; "auto" if there is none."""
-    choices: Choices = records.read_votes(path)[0].get("choices", "auto")
+    choices: Choices = read(path)[0].get("choices", "auto")
     return choices
 
 

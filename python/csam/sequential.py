@@ -125,7 +125,7 @@ class Rule(ABC):
         if (radius or 0.0) >= most:
             asked = f"{radius:g} under {noise} noise of sigma {sigma:g}"
             raise ValueError(f"target_radius must be below {most:g}, got {asked}")
-        return n, alpha, sigma, law, radius, None if rtol is None else fraction("rtol", rtol)
+        return n, alpha, sigma, law, radius, None if rtol is None else checks.real("rtol", rtol, above=0, below=1)
 
     def decide(self, counts: Sequence[int]) -> Decision | None:
         """The decision at look len(counts), None to go on.
@@ -788,17 +788,9 @@ def _log_factorial_table(size: int) -> Array:
     return special.gammaln(np.arange(1.0, size + 1))
 
 
-def fraction(name: str, value: float) -> float:
-    """The number, which must be in (0, 1)."""
-    value = checks.real(name, value)
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value:g}")
-    return value
-
-
 def checked_alpha(alpha: float) -> float:
     """The number, which must be in [LEAST, 1)."""
-    alpha = fraction("alpha", alpha)
+    alpha = checks.real("alpha", alpha, above=0, below=1)
     if alpha < LEAST:
         raise ValueError(f"alpha must be at least {LEAST:g}, bounds at lower levels are not reliable, got {alpha:g}")
     return alpha

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -157,8 +156,7 @@ class Smooth:
         self.noise = checked_law("noise", noise)
         self.sigma = checked_sigma(sigma, self.noise)
         self.norm = LAWS[self.noise].norm
-        checks.seed(seed)
-        self.seed = operator.index(seed)
+        self.seed = checks.seed(seed)
         self.grid = sound.GRID if checks.flag("sound_float", sound_float) else None
         self.distance = None if self.grid is None else cells(self.sigma, self.grid, self.noise).distance
         self.layout = checks.choice("layout", layout, LAYOUTS)

@@ -16,7 +16,6 @@ All take pixels in [0, 1] and give such, clipped: a model that wants others norm
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping
 
@@ -136,40 +135,37 @@ class Transform:
 
 def Rotation(degrees: float) -> Transform:
     """About the image centre, by an angle in [-degrees, degrees]; degrees in (0, 180]."""
-    d = _inside("rotation", degrees, 0, 180)
+    d = checks.real("rotation", degrees, above=0, most=180)
     return Transform(_text("rotation", d), {"rotation": (-d, d)})
 
 
 def Translation(fraction: float) -> Transform:
     """By up to `fraction` of the width and of the height, each either way; fraction in (0, 1]."""
-    f = _inside("translation", fraction, 0, 1)
+    f = checks.real("translation", fraction, above=0, most=1)
     return Transform(_text("translation", f), {"translate_x": (-f, f), "translate_y": (-f, f)})
 
 
 def Scale(factor: float) -> Transform:
     """Enlarged by a factor in 1 ± |1 - factor|: 0.9 and 1.1 are the same. factor in (0, 2), not 1."""
-    v = _inside("scale", factor, 0, 2)
-    low, high = _around_one("scale", v)
-    if low == 0:
-        raise ValueError("scale must be < 2: the interval 1 ± |1 - scale| would hold 0")
-    return Transform(_text("scale", v), {"scale": (low, high)})
+    v = checks.real("scale", factor, above=0, below=2)  # 1 ± |1 - 2| would hold 0
+    return Transform(_text("scale", v), {"scale": _around_one("scale", v)})
 
 
 def Contrast(factor: float) -> Transform:
     """Pixels times a factor in 1 ± |1 - factor|, clipped to [0, 1]; factor in (0, 2], not 1."""
-    v = _inside("contrast", factor, 0, 2)
+    v = checks.real("contrast", factor, above=0, most=2)
     return Transform(_text("contrast", v), {"contrast": _around_one("contrast", v)})
 
 
 def Brightness(shift: float) -> Transform:
     """A shift in [-shift, shift] added to every pixel, clipped to [0, 1]; shift in (0, 1]."""
-    b = _inside("brightness", shift, 0, 1)
+    b = checks.real("brightness", shift, above=0, most=1)
     return Transform(_text("brightness", b), {"brightness": (-b, b)})
 
 
 def Gamma(gamma: float) -> Transform:
     """Pixels to a power between gamma and 1/gamma; gamma > 0, not 1."""
-    g = _inside("gamma", gamma, 0, math.inf)
+    g = checks.real("gamma", gamma, above=0)
     if g == 1:
         raise ValueError("gamma must not be 1: that leaves the image as it is")
     return Transform(_text("gamma", g), {"gamma": (min(g, 1 / g), max(g, 1 / g))})
@@ -177,13 +173,13 @@ def Gamma(gamma: float) -> Transform:
 
 def Blur(sigma: float) -> Transform:
     """Gaussian blur with a standard deviation in [0, sigma] pixels; sigma in (0, 32]."""
-    s = _inside("blur", sigma, 0, 32)
+    s = checks.real("blur", sigma, above=0, most=32)
     return Transform(_text("blur", s), {"blur": (0.0, s)})
 
 
 def GaussianNoise(sigma: float) -> Transform:
     """Normal noise with a standard deviation in [0, sigma]; sigma in (0, 1]. CIFAR-10-C: .04 .06 .08 .09 .10."""
-    s = _inside("gaussian_noise", sigma, 0, 1)
+    s = checks.real("gaussian_noise", sigma, above=0, most=1)
     return Transform(_text("gaussian_noise", s), {"gaussian_noise": (0.0, s)})
 
 
@@ -192,13 +188,13 @@ def ShotNoise(photons: float) -> Transform:
 
     Normal of variance pixel / photons, the limit of Poisson's. CIFAR-10-C, by Poisson's: 500 250 100 75 50.
     """
-    p = _inside("shot_noise", photons, 0, math.inf)
+    p = checks.real("shot_noise", photons, above=0)
     return Transform(_text("shot_noise", p), {"shot_noise": (0.0, 1 / p)})
 
 
 def ImpulseNoise(share: float) -> Transform:
     """A share in [0, share] of the values made 0 or 1, as many of each; in (0, 1]. CIFAR-10-C: .01 .02 .03 .05 .07."""
-    s = _inside("impulse_noise", share, 0, 1)
+    s = checks.real("impulse_noise", share, above=0, most=1)
     return Transform(_text("impulse_noise", s), {"impulse_noise": (0.0, s)})
 
 
@@ -207,7 +203,7 @@ def DefocusBlur(radius: float) -> Transform:
 
     CIFAR-10-C: .3 .4 .5 1 1.5, its edges smoothed by a Gaussian of .4 .5 .6 .2 .1.
     """
-    r = _inside("defocus_blur", radius, 0, 32)
+    r = checks.real("defocus_blur", radius, above=0, most=32)
     return Transform(_text("defocus_blur", r), {"defocus_blur": (0.0, r)})
 
 
@@ -216,7 +212,7 @@ def MotionBlur(length: float) -> Transform:
 
     CIFAR-10-C draws the same angles, but spreads to one side by a Gaussian of 1 1.5 2 2 2.5 pixels.
     """
-    v = _inside("motion_blur", length, 0, 64)
+    v = checks.real("motion_blur", length, above=0, most=64)
     return Transform(_text("motion_blur", v), {"motion_blur": (0.0, v), "motion_angle": (-45.0, 45.0)})
 
 
@@ -225,7 +221,7 @@ def Fog(thickness: float) -> Transform:
 
     CIFAR-10-C: .2 .5 .75 1 1.5, with a field by midpoint displacement, whose detail grows with the severity.
     """
-    t = _inside("fog", thickness, 0, 10)
+    t = checks.real("fog", thickness, above=0, most=10)
     return Transform(_text("fog", t), {"fog": (0.0, t)})
 
 
@@ -234,9 +230,7 @@ def Pixelate(kept: float) -> Transform:
 
     CIFAR-10-C: .95 .9 .85 .75 .65, resampling by boxes down and up again.
     """
-    k = _inside("pixelate", kept, 0, 1)
-    if k == 1:
-        raise ValueError("pixelate must be < 1: 1 leaves the image as it is")
+    k = checks.real("pixelate", kept, above=0, below=1)
     return Transform(_text("pixelate", k), {"pixelate": (k, 1.0)})
 
 
@@ -245,7 +239,7 @@ def JpegCompression(quality: float) -> Transform:
 
     For 1 or 3 channels; colours keep their resolution. CIFAR-10-C: 80 65 58 50 40, with half of it each way.
     """
-    q = _inside("jpeg_compression", quality, 0, 100)
+    q = checks.real("jpeg_compression", quality, above=0, most=100)
     return Transform(_text("jpeg_compression", q), {"jpeg_compression": (q, 100.0)})
 
 
@@ -288,13 +282,6 @@ def parse(text: str) -> Transform:
             raise ValueError(f"transform {kind} must have a number, as {kind}:0.5, got {value!r}") from None
         transforms.append(KINDS[kind](number))
     return functools.reduce(operator.or_, transforms)
-
-
-def _inside(name: str, value: float, low: float, high: float) -> float:
-    value = checks.real(name, value, above=low)
-    if value > high:
-        raise ValueError(f"{name} must be in ({low:g}, {high:g}], got {value:g}")
-    return value
 
 
 def _around_one(name: str, value: float) -> tuple[float, float]:
