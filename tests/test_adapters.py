@@ -52,7 +52,7 @@ CALLABLES: dict[str, Callable[[Owner], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("kind", CALLABLES)
 def test_a_callable_is_certified_as_its_network(kind: str, threads: int) -> None:
     owner, x = Owner(), picture()
-    want = Smooth(owner.net, 5, SIGMA)
+    want = Smooth(owner.net, 5, SIGMA, choices="module")
     for batch_size in (1, 400):
         smooth = Smooth(CALLABLES[kind](owner), 5, SIGMA)
         assert torch.equal(smooth.counts(x, 777, 33, batch_size), want.counts(x, 777, 33))
@@ -62,7 +62,8 @@ def test_a_callable_is_certified_as_its_network(kind: str, threads: int) -> None
         assert smooth.predict(x, 500) == want.predict(x, 500)
     assert smooth.prepared is not None
     assert smooth.prepared.steps[-1].startswith("run as it is: ")
-    bounds = [csam.CCCert(f, Brightness(0.2), n=20, k=2).certify(x) for f in (CALLABLES[kind](owner), owner.net)]
+    cc_cert = functools.partial(csam.CCCert, transform=Brightness(0.2), n=20, k=2, choices="module")
+    bounds = [cc_cert(f).certify(x) for f in (CALLABLES[kind](owner), owner.net)]
     assert bounds[0].bound == bounds[1].bound
 
 
@@ -262,7 +263,7 @@ def test_an_interrupted_run_of_a_callable_ends_with_the_same_rows(
     tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, stop: dict[str, Any]
 ) -> None:
     owner = Owner()
-    certify_dataset(Smooth(owner.net, 5, SIGMA), *images, tmp_path / "whole.tsv", **N, **stop)
+    certify_dataset(Smooth(owner.net, 5, SIGMA, choices="module"), *images, tmp_path / "whole.tsv", **N, **stop)
     monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)  # votes are saved whenever a few tiles are done
     path, left, stops, drawn = tmp_path / "r.tsv", [0], 0, []
 
@@ -419,7 +420,7 @@ def test_a_pixel_gets_the_same_noise_in_both_layouts() -> None:
 def test_certificates_are_the_same_in_both_layouts(dtype: torch.dtype | str | None, threads: int) -> None:
     model, x = classifier(), torch.rand(3, 8, 8)
     shown = torch.rand(4, 3, 8, 8) if dtype == "int8" else None
-    options: dict[str, Any] = {"dtype": dtype, "choices": "dense" if dtype else "auto"}
+    options: dict[str, Any] = {"dtype": dtype, "choices": "dense"}
     first = Smooth(model, 4, SIGMA, calibration=shown, **options)
     last = Smooth(
         Last(model),

@@ -193,7 +193,7 @@ def laplace() -> Smooth:
 
 def modules() -> Smooth:
     """The same, run by torch."""
-    return Smooth(Net(), 3, 0.5, tile=8)
+    return Smooth(Net(), 3, 0.5, tile=8, choices="module")
 
 
 def run(path: Path, images: tuple[Tensor, Tensor], make: Callable[[], Smooth] = lanes, **kwargs: Any) -> list[Row]:
@@ -629,18 +629,21 @@ STOPS = [{}, {"adaptive": False, "rtol": None}, {"target_radius": 0.2}]
 
 
 @pytest.mark.parametrize(
-    "options", [{"tile": 8}, {"dtype": torch.float32, "choices": "dense"}], ids=["torch", "engine"]
+    "options",
+    [{"tile": 8, "choices": "module"}, {"dtype": torch.float32, "choices": "dense"}],
+    ids=["torch", "engine"],
 )
 @pytest.mark.parametrize("stop", STOPS, ids=str)
 def test_nan_logits_count_as_votes_for_no_class(
     tmp_path: Path, images: tuple[Tensor, Tensor], stop: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """All is as if they had voted for a fourth class, but that this one is never named."""
+    plain: dict[str, Any] = {"tile": 8, "choices": "module"}
     with pytest.warns(
         RuntimeWarning, match=r"samples of \d of 8 images had NaN logits and voted for no class; r\.votes"
     ):
         rows = run(tmp_path / "r.tsv", bright(images), lambda: Smooth(Overflowing(), 3, 0.5, **options), **stop)
-    twin = run(tmp_path / "twin.tsv", bright(images), lambda: Smooth(Overflowing(other=True), 4, 0.5, tile=8), **stop)
+    twin = run(tmp_path / "twin.tsv", bright(images), lambda: Smooth(Overflowing(other=True), 4, 0.5, **plain), **stop)
     silent = [row.idx for row in twin if row.predict == 3]
     assert all(rows[i].predict == ABSTAIN for i in silent)
     if "tile" in options:
@@ -670,7 +673,7 @@ def test_a_run_that_was_stopped_counts_each_nan_once(
     images, drawn = bright(images), []
 
     def make() -> Smooth:
-        return Smooth(Overflowing(), 3, 0.5, tile=8)
+        return Smooth(Overflowing(), 3, 0.5, tile=8, choices="module")
 
     run(tmp_path / "whole.tsv", images, make)
     monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)

@@ -384,7 +384,9 @@ def test_adaptive_certificates_stop_early_and_go_on_with_the_plan_they_began_wit
     record = tmp_path / "whole" / "certificates" / "smoothing.tsv"
     record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
     began = {"module": "dense"}.get(str(recipe["choices"]), "module")
-    monkeypatch.setattr(pipeline, "begun_choices", lambda read, path: began)  # as if the cost model had changed its mind
+    monkeypatch.setattr(
+        pipeline, "begun_choices", lambda read, path: began
+    )  # as if the cost model had changed its mind
     with pytest.raises(runs.RunError, match="votes of two plans must not be mixed"):
         pipeline.certify(settings, path, tmp_path / "whole")
     monkeypatch.undo()

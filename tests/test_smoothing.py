@@ -275,7 +275,7 @@ def test_prepared_network_is_the_model(dtype: torch.dtype | None, tolerance: flo
     model, x = net(), torch.rand(64, *SHAPE)
     with torch.no_grad():
         want = model.eval()(x)
-    smooth = Smooth(model, 5, SIGMA, dtype=dtype)
+    smooth = Smooth(model, 5, SIGMA, dtype=dtype, choices="auto" if dtype else "module")
     assert (logits_of(smooth, x) - want).abs().max() <= tolerance
     if dtype is not None:
         assert Smooth(model, 5, SIGMA, dtype=str(dtype).removeprefix("torch.")).settings == smooth.settings
@@ -283,13 +283,35 @@ def test_prepared_network_is_the_model(dtype: torch.dtype | None, tolerance: flo
         assert not any(isinstance(m, nn.BatchNorm2d) for m in smooth.prepared.module.modules())
 
 
+def test_unasked_the_engine_runs_what_it_can_in_float32() -> None:
+    model, x = net(), picture()
+    unasked, asked = Smooth(model, 5, SIGMA, choices="dense"), Smooth(model, 5, SIGMA, dtype="float32", choices="dense")
+    plain = Smooth(model, 5, SIGMA, choices="module")
+    assert torch.equal(unasked.counts(x, 500), asked.counts(x, 500))
+    assert torch.equal(unasked.counts(x, 500), plain.counts(x, 500))
+    assert (unasked.prepared.sampler is None, plain.prepared.sampler is None) == (False, True)
+    assert unasked.recipe(x)["fingerprint"] == asked.recipe(x)["fingerprint"]
+    assert (unasked.settings["dtype"], plain.prepared.steps) == (None, ("the model's own modules",))
+    assert isinstance(unasked.prepared.module, nn.Module)
+    for other in (net().double(), Constant()):  # another dtype; no steps for it
+        left = Smooth(other, 4 if isinstance(other, Constant) else 5, SIGMA)
+        left.counts(x, 10)
+        assert left.prepared.sampler is None
+        assert left.prepared.steps[0] == "the model's own modules"
+    bounds = [
+        csam.CCCert(model, csam.transforms.Rotation(10), n=10, k=2, choices=c).certify(x) for c in ("dense", "module")
+    ]
+    assert bounds[0].bound == pytest.approx(bounds[1].bound, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_masked_model_votes_like_the_folded_one(dtype: torch.dtype | None) -> None:
     model, x = csam.nn.convert(net()), picture()
     for layer in csam.nn.masked_layers(model).values():
         layer.set_mask(torch.rand(layer.mask.shape) < 0.6)
-    smooth = Smooth(model, 5, SIGMA, dtype=dtype)
-    assert torch.equal(smooth.counts(x, 200), Smooth(csam.nn.fold(model), 5, SIGMA, dtype=dtype).counts(x, 200))
+    how: dict[str, Any] = {"dtype": dtype, "choices": "auto" if dtype else "module"}
+    smooth = Smooth(model, 5, SIGMA, **how)
+    assert torch.equal(smooth.counts(x, 200), Smooth(csam.nn.fold(model), 5, SIGMA, **how).counts(x, 200))
     assert ("3 of 3 masked layers folded" in smooth.prepared.steps) == (dtype is not None)
 
 

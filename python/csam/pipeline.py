@@ -319,7 +319,7 @@ def make_smooth(model: Classifier, dataset: data.Dataset, settings: Settings, ch
         noise=settings.train.noise,
         dtype=settings.certify.dtype,
         seed=derive_seed(settings.seed, "smoothing"),
-        choices=choices,
+        choices="module" if settings.certify.dtype is None else choices,
         calibration=calibration(dataset, settings),
         sound_float=settings.certify.sound_float,
     )
@@ -383,7 +383,7 @@ def make_cc_cert(model: Classifier, dataset: data.Dataset, settings: Settings, c
         delta=certify.delta,
         seed=derive_seed(settings.seed, "cc-cert"),
         dtype=certify.dtype,
-        choices=choices,
+        choices="module" if certify.dtype is None else choices,
         calibration=calibration(dataset, settings),
     )
 
@@ -573,20 +573,19 @@ def check_certificates(
 ) -> None:
     """The same for a certificate, one of CERTIFICATES, of the settings' network unless a model and its name are given.
 
-    Where there are layers to choose for they run dense, which need not be measured.
+    Layers run dense, which need not be measured.
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
     if isinstance(model, nn.Module):
         check_finite(model)
     data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify
-    choices: Choices = "auto" if certify.dtype is None else "dense"
     try:
         if certificate != "cc-cert":
-            smooth = make_smooth(model, dataset, settings, choices)
+            smooth = make_smooth(model, dataset, settings, "dense")
             smooth.rule(x, certify.n0, certify.n, certify.alpha, **_stops(certify))
         if certificate != "smoothing":
-            cert = make_cc_cert(model, dataset, settings, choices)
+            cert = make_cc_cert(model, dataset, settings, "dense")
             cert.recipe(x)
             if cert.prepared and cert.prepared.num_classes != dataset.num_classes:
                 raise ValueError(f"model must give {dataset.num_classes} logits, got {cert.prepared.num_classes}")

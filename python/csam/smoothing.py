@@ -5,11 +5,11 @@ eps ~ N(0, I). If g(x)'s class has probability at least p_A > 1/2, then g is con
 radius sigma Phi^-1(p_A) around x (their Theorem 1 with p_B = 1 - p_A). With uniform or Laplace noise the ball is
 one of the l1 norm (`csam.laws`).
 
-Certificates are a function of (network, x, noise, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i
-of an image always has the same noise. In the sampling engine (with a dtype, on a CPU) its bits depend on no other
-sample. Where torch runs the network it is always evaluated in the same canonical tile: `tile` consecutive sample
-indices starting at a multiple of `tile`, in full even when only some of its rows are wanted, from the noise to the
-logits on one thread. So neither the batch size nor the number of threads can reorder a sum inside a matrix library.
+Certificates are a function of (network, x, noise, sigma, seed, stream, n0, n, alpha) and of nothing else. Sample i of
+an image always has the same noise. In the sampling engine (on a CPU) its bits depend on no other sample. Where torch
+runs the network it is always evaluated in the same canonical tile: `tile` consecutive sample indices starting at a
+multiple of `tile`, in full even when only some of its rows are wanted, from the noise to the logits on one thread. So
+neither the batch size nor the number of threads can reorder a sum inside a matrix library.
 
 The theorem is about real numbers. `Smooth(..., sound_float=True)` is proved for what the program computes, on images
 that are whole numbers / 255; without, nothing is claimed about rounding (`csam.sound` says what holds in each mode).
@@ -84,17 +84,17 @@ def certified_radius(successes: int, n: int, sigma: float, alpha: float, noise: 
 class Smooth:
     """The smoothed classifier g of a network, with Cohen's `certify` and `predict`.
 
-    The base classifier that is certified is the network as it is executed. With `dtype=None` that is a frozen
-    copy of `model` in eval mode, computed by its own modules in its own dtype (noise is drawn in float32).
-    With a `dtype` it is that copy rewritten for speed (`csam.inference`): masks and batch norms folded, cast to
-    `dtype`; on a CPU the sampling engine runs it (`csam.sampling`) where every node has a step; elsewhere it is
-    channels_last, convolutions fused with what follows, on a GPU in the library's own kernel, the first of
-    which draws the noise that it reads. Its logits are the model's up to rounding in `dtype`, and `prepared.steps`
-    lists what could be done; one with hooks is cast and no more. The copy is made at the first image and again when a
-    parameter or buffer of `model` has changed (seen through torch's version counters; a change through `.data`
-    or of a plain attribute is not: build a new Smooth then). `model` itself is never run and keeps its mode.
-    `forward` must not keep state between calls: tiles run on several threads at once, outside the caller's
-    autocast.
+    The base classifier that is certified is the network as it is executed: a frozen copy of `model` in eval mode. On a
+    CPU the sampling engine (`csam.sampling`) runs it where every node has a step and torch is not faster, in float32
+    if no `dtype` is given. Otherwise, with `dtype=None`, it is computed by its own modules in its own dtype (noise is
+    drawn in float32), as always with `choices="module"`. With a `dtype` it is rewritten for speed (`csam.inference`):
+    masks and batch norms folded, cast to `dtype`, channels_last, convolutions fused with what follows, on a GPU in the
+    library's own kernel, the first of which draws the noise that it reads. Its logits are the model's up to rounding
+    in `dtype`, and `prepared.steps` lists what could be done; one with hooks is cast and no more. The copy is made at
+    the first image and again when a parameter or buffer of `model` has changed (seen through torch's version counters;
+    a change through `.data` or of a plain attribute is not: build a new Smooth then). `model` itself is never run and
+    keeps its mode. `forward` must not keep state between calls: tiles run on several threads at once, outside the
+    caller's autocast.
 
     Any other callable is run as it is, one call at a time, on the CPU, and never looked into: `csam.Opaque` says what
     that takes for granted, and gives it a name, another device or more threads. It is also what a module is made of
@@ -114,7 +114,7 @@ class Smooth:
         seed: 0 .. 2^64-1.
         tile: samples evaluated together; part of what fixes the result, to the last bit of a near tie. Default 50
             for a model on the CPU, 1000 on a GPU.
-        choices: how each layer runs, as in `csam.sampling.plan`; with a dtype only.
+        choices: how each layer runs, as in `csam.sampling.plan`; "module" for torch's own.
         calibration: for "int8", and for it alone: images [N, C, H, W] that set the ranges of its values, such as
             training images; pixels without noise, that of `sigma` is added.
         sound_float: noise on the grid of the pixels, so that the guarantee covers floating point (`csam.sound`); for
@@ -638,8 +638,8 @@ class TiledClassifier:
     Args:
         model: maps [B, C, H, W] to logits [B, K], a module or any callable; or a `Prepared` network, which fixes dtype
             and tile.
-        dtype: None to run the model's own modules; otherwise masks and batch-norm are folded, the copy cast; "int8" is
-            torch.int8.
+        dtype: None for float32 in the sampling engine or else the model's own modules; otherwise masks and batch-norm
+            are folded, the copy cast; "int8" is torch.int8.
         tile: rows of a canonical tile, >= 1; None for the default of the model's device.
         choices: as in `csam.engine.ready`.
         calibration: for int8 and for no other.
@@ -690,8 +690,6 @@ class TiledClassifier:
         if (self.dtype is torch.int8) != (calibration is not None):
             got = "None" if calibration is None else "images"
             raise ValueError(f"calibration must be images for dtype int8 and None for others, got {got} for {dtype}")
-        if self.dtype is None and choices not in ("auto", "module"):
-            raise ValueError(f"choices must be 'auto' without a dtype, as modules run then, got {choices!r}")
         if opaque(model) and self.dtype not in (None, torch.float32):
             raise ValueError(
                 f"dtype must be None or torch.float32 for a callable, which is run as it is on float32, got {dtype}"
@@ -807,7 +805,7 @@ def _prepare(
     parts = opaque(network)
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     probe = torch.rand(2, *shape, **plain)
-    if dtype is not None:
+    if dtype is not None or choices != "module":
         probe += torch.randn(probe.shape, **plain)
     tried = torch.rand(tile if parts else min(tile, _TRIED), *shape, **plain) / 2 + 0.25
     probe, tried = (tried if parts else probe).to(device, own), tried.to(device, own)
@@ -828,24 +826,18 @@ def _prepare(
     if parts:
         made.steps.append(f"run as it is: {', '.join(part.extra_repr() for part in parts)}")
     elif dtype is not None and exact is not None:
-        quantized = partial(quantization.quantize, noisy=calibration.images) if calibration is not None else None
-        made = inference.ready(network, probe, wanted, exact, tile)
-        if made.exact is not None:
-            pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
-
-            def label() -> Tensor:
-                noisy = csam_kernels.smoothing_noise(pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout)
-                logits: Tensor = made.network(noisy)
-                return logits
-
-            rival = engine.Rival(label, tile, made.layout)
-            sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival, quantized)
-            made.steps.append(step)
+        made, sampler = _fast(network, probe, wanted, exact, dtype, tile, choices, calibration)
         if calibration is not None:
             if sampler is None:
                 reason = made.steps[-1] if device.type == "cpu" else f"it runs on {device}"
                 raise ValueError(f"dtype int8 needs a network whose samples lie innermost: {reason}")
             made.steps.append(f"int8, calibrated on {calibration.number} {calibration.words}")
+    elif device.type == "cpu" and own is torch.float32 and choices != "module":
+        fast, sampler = _fast(copied(network), probe, wanted, own, own, tile, choices, None)
+        if sampler is None:
+            made.steps.append(fast.steps[-1])
+        else:
+            made = fast
     classes = wanted.shape[1]
     return Prepared(
         made.network,
@@ -859,6 +851,34 @@ def _prepare(
         sampler,
         calibrated=calibration and calibration.words,
     )
+
+
+def _fast(
+    network: nn.Module,
+    probe: Tensor,
+    wanted: Tensor,
+    exact: torch.dtype,
+    dtype: torch.dtype,
+    tile: int,
+    choices: engine.Choices,
+    calibration: quantization.Calibration | None,
+) -> tuple[inference.Ready, SampleNetwork | None]:
+    """The network rewritten for speed in `exact`, and what runs it in `dtype` on samples that lie innermost, if so."""
+    made = inference.ready(network, probe, wanted, exact, tile)
+    if made.exact is None:
+        return made, None
+    pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
+
+    def label() -> Tensor:
+        noisy = csam_kernels.smoothing_noise(pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout)
+        logits: Tensor = made.network(noisy)
+        return logits
+
+    quantized = partial(quantization.quantize, noisy=calibration.images) if calibration is not None else None
+    rival = engine.Rival(label, tile, made.layout)
+    sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival, quantized)
+    made.steps.append(step)
+    return made, sampler
 
 
 def _widened(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
