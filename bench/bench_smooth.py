@@ -38,6 +38,6 @@ def test_smooth(benchmark: Any, name: str, dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
     model = csam.models.build(name).eval()
     x = torch.rand(3, 32, 32)
-    smooth = csam.Smooth(model, num_classes=10, sigma=SIGMA, dtype=dtype)
+    smooth = csam.Smooth(model, num_classes=10, sigma=SIGMA, dtype=dtype, choices="auto" if dtype else "module")
     rounds = 5 if name == "resnet20" else 3
     versus(benchmark, lambda: smooth.counts(x, N, batch_size=BATCH), cohen_counts(model, x), rounds=rounds, warmup=1)

@@ -42,7 +42,7 @@ def smoothed(removed: float, kind: str) -> Smooth:
             p.mul_(torch.rand_like(p) >= removed if p.dim() == 4 else 1)
     if kind == "engine":
         return Smooth(model, 10, SIGMA, dtype=torch.bfloat16, choices="auto" if not removed else "sparse")
-    return Smooth(model if kind == "modules" else lambda x: model(x), 10, SIGMA)
+    return Smooth(model if kind == "modules" else lambda x: model(x), 10, SIGMA, choices="module")
 
 
 def run(smooth: Smooth, x: Tensor, place: Path, n: int, stop: dict[str, Any]) -> None:

@@ -420,7 +420,7 @@ def test_a_pixel_gets_the_same_noise_in_both_layouts() -> None:
 def test_certificates_are_the_same_in_both_layouts(dtype: torch.dtype | str | None, threads: int) -> None:
     model, x = classifier(), torch.rand(3, 8, 8)
     shown = torch.rand(4, 3, 8, 8) if dtype == "int8" else None
-    options: dict[str, Any] = {"dtype": dtype, "choices": "dense"}
+    options: dict[str, Any] = {"dtype": dtype, "choices": "dense" if dtype else "module"}
     first = Smooth(model, 4, SIGMA, calibration=shown, **options)
     last = Smooth(
         Last(model),

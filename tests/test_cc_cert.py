@@ -188,7 +188,7 @@ def test_certificate_does_not_depend_on_batch_size_or_threads(dtype: torch.dtype
     try:
         for threads, batch_size in ((1, 1), (1, 400), (2, 16), (2, 400)):
             torch.set_num_threads(threads)
-            cert = CCCert(model, transform, n=20, k=3, dtype=dtype, tile=8)
+            cert = CCCert(model, transform, n=20, k=3, dtype=dtype, tile=8, choices="auto" if dtype else "module")
             results.append(cert.certify(x, stream=2, batch_size=batch_size))
     finally:
         torch.set_num_threads(before)

@@ -248,7 +248,7 @@ def test_a_bar_tells_what_is_left_of_long_steps(monkeypatch: pytest.MonkeyPatch,
             advance(i % 12 == 11, 1000 / 12)  # an image in two minutes
     lines = [line for line in shown.getvalue().splitlines() if " left" in line]
     assert len(lines) > 40
-    assert re.fullmatch(r"smoothing: 39/100 8 samples/s, (1:5\d|2:0\d):\d\d left", lines[-1]), lines[-1]
+    assert re.fullmatch(r"smoothing: 39/100, 8 samples/s, (1:5\d|2:0\d):\d\d left", lines[-1]), lines[-1]
 
 
 def test_a_callable_that_fails_midway_is_one_line(

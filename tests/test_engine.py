@@ -354,8 +354,8 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CSAM_CACHE", str(tmp_path / "file" / "cache"))
-    assert again() != again()
-    assert len(measured) == 2
+    assert again() == again()  # in one process
+    assert len(measured) == 1
     monkeypatch.setenv("CSAM_CACHE", str(cache))
 
     def refuse(*_: Any, **__: Any) -> None:

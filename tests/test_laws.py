@@ -252,7 +252,11 @@ def test_int8_is_calibrated_under_the_law(noise: str) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32, "choices": "sparse"}], ids=["torch", "engine"])
+@pytest.mark.parametrize(
+    "options",
+    [{"choices": "module"}, {"dtype": torch.float32, "choices": "sparse"}],
+    ids=["torch", "engine"],
+)
 def test_a_record_names_its_law_and_goes_on_under_no_other(tmp_path: Path, noise: str, options: dict[str, Any]) -> None:
     x, path = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), tmp_path / "r.tsv"
     stop = {"n": 2000, "adaptive": True, "rtol": 0.2}

@@ -623,7 +623,7 @@ def test_the_search_finds_the_weights_that_matter(perturbation: str | None) -> N
         ({"rho": math.inf}, "rho must be finite"),
         ({"norm": "filter"}, "norm must be one of"),
         ({"scope": "block"}, "scope must be one of"),
-        ({"tau": 0.0}, "tau must be > 0"),
+        ({"tau": 0.0}, r"tau must be in \(0, 1\], got 0"),
         ({"task": -1.0}, "task must be >= 0"),
         ({"margin": 1.0}, "margin > 0 needs a transform, got margin=1 and transform=None"),
         (OFF, "one of task, structural, consistency, margin, budget must be > 0"),

@@ -212,9 +212,10 @@ def test_predict_through_a_network() -> None:
 # The same answer whatever the batch size and the number of threads
 
 
+@pytest.mark.parametrize("choices", ["module", "dense"])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
-def test_counts_do_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None) -> None:
-    smooth, x = Smooth(net(), 5, SIGMA, dtype=dtype, seed=2**64 - 1, tile=16), picture()
+def test_counts_do_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None, choices: str) -> None:
+    smooth, x = Smooth(net(), 5, SIGMA, dtype=dtype, seed=2**64 - 1, tile=16, choices=choices), picture()
     want = smooth.counts(x, 333, 21, stream=4)
     assert (want > 0).sum() >= 2
     before = torch.get_num_threads()
@@ -229,7 +230,7 @@ def test_counts_do_not_depend_on_batch_size_or_threads(dtype: torch.dtype | None
 
 
 def test_counts_add_up_over_any_split() -> None:
-    smooth, x = Smooth(net(), 5, SIGMA, tile=16), picture()
+    smooth, x = Smooth(net(), 5, SIGMA, tile=16, choices="module"), picture()
     whole = smooth.counts(x, 100)
     parts = [smooth.counts(x, n, first) for first, n in ((0, 7), (7, 25), (32, 1), (33, 67))]
     assert torch.equal(sum(parts), whole)
@@ -283,6 +284,21 @@ def test_prepared_network_is_the_model(dtype: torch.dtype | None, tolerance: flo
         assert not any(isinstance(m, nn.BatchNorm2d) for m in smooth.prepared.module.modules())
 
 
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.double())
+
+
+class Pixels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.min() >= 0
+        return x
+
+
 def test_unasked_the_engine_runs_what_it_can_in_float32() -> None:
     model, x = net(), picture()
     unasked, asked = Smooth(model, 5, SIGMA, choices="dense"), Smooth(model, 5, SIGMA, dtype="float32", choices="dense")
@@ -298,6 +314,19 @@ def test_unasked_the_engine_runs_what_it_can_in_float32() -> None:
         left.counts(x, 10)
         assert left.prepared.sampler is None
         assert left.prepared.steps[0] == "the model's own modules"
+    hooked = net()
+    next(m for m in hooked.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda *_: None)
+    wide = nn.Sequential(net(), Double())
+    for other, steps in (
+        (hooked, ["the model's own modules, since layer 'conv1' has a forward hook"]),
+        (wide, ["the model's own modules"]),
+        (nn.Sequential(Pixels(), net()), ["the model's own modules", "run by torch: AssertionError: "]),
+    ):
+        cert = csam.CCCert(other, csam.transforms.Rotation(10), n=10, k=2)
+        assert 0 <= cert.certify(x).bound <= 1
+        assert cert.prepared.sampler is None
+        assert len(cert.prepared.steps) == len(steps)
+        assert all(map(str.startswith, cert.prepared.steps, steps))
     bounds = [
         csam.CCCert(model, csam.transforms.Rotation(10), n=10, k=2, choices=c).certify(x) for c in ("dense", "module")
     ]
@@ -486,10 +515,11 @@ def test_other_threads_keep_their_number_of_threads() -> None:
         in_a_thread(lambda: torch.set_num_threads(others))
 
 
-def test_one_smooth_serves_several_threads() -> None:
-    smooth, x = Smooth(net(), 5, SIGMA, tile=8), picture()
+@pytest.mark.parametrize("choices", ["module", "dense"])
+def test_one_smooth_serves_several_threads(choices: str) -> None:
+    smooth, x = Smooth(net(), 5, SIGMA, tile=8, choices=choices), picture()
     want = [smooth.certify(x, 10, 50, 0.1, stream=i) for i in range(8)]
-    again = Smooth(net(), 5, SIGMA, tile=8)
+    again = Smooth(net(), 5, SIGMA, tile=8, choices=choices)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda i: again.certify(x, 10, 50, 0.1, stream=i), range(8))) == want
 

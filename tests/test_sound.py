@@ -265,7 +265,11 @@ def network() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32, "choices": "sparse"}], ids=["torch", "engine"])
+@pytest.mark.parametrize(
+    "options",
+    [{"choices": "module"}, {"dtype": torch.float32, "choices": "sparse"}],
+    ids=["torch", "engine"],
+)
 def test_a_record_says_how_it_was_drawn_and_goes_on_in_no_other_way(tmp_path: Path, options: dict[str, Any]) -> None:
     x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     for known, other in ((False, True), (True, False)):

@@ -147,7 +147,7 @@ def test_str_keeps_every_bit() -> None:
         ("rotation", "rotation must have a number"),
         ("rotation:ten", "rotation must have a number, as rotation:0.5, got 'ten'"),
         ("rotation:10,rotation:5", "rotation twice"),
-        ("rotation:-3", "rotation must be > 0"),
+        ("rotation:-3", r"rotation must be in \(0, 180\], got -3"),
         ("rotation:10,", "transform must be one of"),
     ],
 )

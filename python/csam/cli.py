@@ -94,8 +94,8 @@ class OrNone(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "none" else self.kind.convert(value, param, ctx)
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return self.kind.get_metavar(param, ctx)
+    def get_metavar(self, *args: Any, **named: Any) -> str | None:  # a context from click 8.2 on
+        return self.kind.get_metavar(*args, **named)
 
 
 NUMBERS = Values(float, "NUMBER,...")
@@ -126,8 +126,8 @@ DATA_OPTIONS = (
     ("--seed", "seed", int, "Seed of everything random."),
 )
 CORRUPTION_OPTIONS = (
-    ("--corruption", "corruption", str, "Of CIFAR-10-C: the name of a file, such as fog."),
-    ("--severity", "severity", int, "Of the corruption, 1 to 5."),
+    ("--corruption", "corruption", OrNone(str), "Of CIFAR-10-C: the name of a file, such as fog."),
+    ("--severity", "severity", OrNone(int), "Of the corruption, 1 to 5."),
 )
 TRAIN_OPTIONS = (
     ("--weights", "weights", FILE, "Start from this safetensors file (then --epochs 3, --lr 0.02 if not given)."),
@@ -344,8 +344,9 @@ def bar(title: str, total: int, each: int | None = None) -> Iterator[pipeline.Ad
             if now - told > TOLD_SECONDS and not messages.is_terminal:
                 told = now
                 left = progress.tasks[task].time_remaining
-                hours = "" if left is None else f", {timedelta(seconds=round(left))} left"
-                messages.print(f"{title}: {done}/{total} {progress.tasks[task].fields['speed']}{hours}", soft_wrap=True)
+                parts = [f"{title}: {done}/{total}", progress.tasks[task].fields["speed"]]
+                parts += [] if left is None else [f"{timedelta(seconds=round(left))} left"]
+                messages.print(", ".join(filter(None, parts)), soft_wrap=True)
 
         try:
             yield advance

@@ -54,8 +54,8 @@ def ready(
     Args:
         network: folded, in its own dtype.
         probe: images [B, C, H, W]; wanted: the network's logits on them.
-        choices: "auto", by predicted times; "module" for torch's own; "sparse", "dense", "winograd" (dense where that
-            is not offered), or layer -> one of these.
+        choices: "auto", by predicted times, and by measured ones where these are close; "module" for torch's own;
+            "sparse", "dense", "winograd" (dense where that is not offered), or layer -> one of these.
         rival: how torch would run it. Where that is predicted to be faster, both are measured, once a machine and
             architecture.
         quantized: gives the program in int8; for dtype torch.int8, which torch is not asked for.
@@ -183,15 +183,15 @@ class _Way(NamedTuple):
 
 def _fastest(program: Program, layers: Sequence[Step], dtype: torch.dtype) -> dict[str, str]:
     """Layer -> the engine that is predicted to be fastest; of two that are close, the one that was measured to be."""
-    found: dict[Step, set[_Way]] = {step: set() for step in layers}
+    found: dict[Step, dict[float, _Way]] = {step: {} for step in layers}  # by time: what takes the same is the same
     for engine in ENGINES:
         for step in layers:
             step.engine = _nearest(engine, step, dtype)
         costs = step_costs(program, dtype)
         for step, ms, cost in zip(program.steps, milliseconds(program, dtype, costs), costs, strict=True):
             if step in found:
-                found[step].add(_Way(ms, cost, step.engine))
-    ways = {step: sorted(way) for step, way in found.items()}
+                found[step].setdefault(ms, _Way(ms, cost, step.engine))
+    ways = {step: sorted(way.values()) for step, way in found.items()}
     total = sum(first.ms for first, *_ in ways.values())
     close = [(s, way[0], way[1]) for s, way in ways.items() if len(way) > 1 and way[1].ms < _CLOSE * way[0].ms]
     best = {step.name: way[0].engine for step, way in ways.items()}

@@ -32,7 +32,7 @@ from csam.processes import Team
 from csam.sampling import check_finite
 from csam.search import MaskSearch
 from csam.settings import OF_STOPPING, CertifySettings, Settings, TrainSettings
-from csam.smoothing import Smooth, certified_radius
+from csam.smoothing import Smooth, certified_radius, refuse_meta
 from csam.training import Feed, Optimizer, derive_seed
 from csam_kernels import checks
 
@@ -577,7 +577,8 @@ def check_certificates(
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
     if isinstance(model, nn.Module):
-        check_finite(model)
+        refuse_meta(model)
+        check_finite(model, buffers=False)
     data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify
     try:

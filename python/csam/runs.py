@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises OSError naming `path` (a full disk, no permission); the old file is then untouched, the temporary removed.
     """
     path = Path(path)
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}"
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -446,9 +447,9 @@ class Run:
             *groups, name = key.split(".")
             there, here = stored["config"], self.config
             for group in groups:
-                there, here = there.get(group, {}), here[group]
+                there, here = there.get(group) if isinstance(there, dict) else None, here[group]
             here.pop(name, None)
-            here |= {name: there[name]} if name in there else {}
+            here |= {name: there[name]} if isinstance(there, dict) and name in there else {}
         changes = differences(stored["config"], self.config)
         different = [change for change in changes if not f"{change[0]}.".startswith(tuple(f"{k}." for k in self.free))]
         if different:

@@ -1,7 +1,7 @@
 """The sampling engine, looked into: what runs when a network certifies, and why.
 
 A certificate is thousands of forward passes of one image plus noise. `csam.Smooth` and `csam.CCCert` ready a network
-for that when they are given a dtype; `plan` does the same ahead of time, for one kind of image, with a choice of how
+for that; `plan` does the same ahead of time, for one kind of image, with a choice of how
 each layer runs, and explains it. On a CPU the samples lie innermost in memory and each thread takes its own tile of
 them through all layers, noise and votes included, in time proportional to the surviving weights (`csam.engine`).
 
@@ -57,7 +57,8 @@ class Plan:
     """A network ready to vote: see `plan`.
 
     Attributes:
-        prepared: what runs; `csam.Smooth(plan.prepared, ...)` and `csam.CCCert(plan.prepared, ...)` take it.
+        prepared: what runs; `csam.Smooth(plan.prepared, ...)` and `csam.CCCert(plan.prepared, ...)` take it,
+            the latter but in int8, which `plan` calibrates on noise.
         layers: in the order they run; empty where torch runs the network.
         model: that was planned.
         made_of: its parameters and buffers then, with their versions.
@@ -178,9 +179,9 @@ def plan(
             soft ones are refused. It is copied.
         example: image [C, H, W]; or images [N, C, H, W], all of which calibrate int8.
         dtype: torch.bfloat16, float16 or float32, or its name; or "int8".
-        choices: "auto" takes what the cost model predicts to be fastest; "module" leaves all layers to torch; "dense",
-            "sparse" or "winograd" (dense where that does not go) is for all layers; or a plan's `choices`, to make that
-            plan again.
+        choices: "auto" takes what is predicted, or of two that are close measured, to be fastest; "module" leaves all
+            layers to torch; "dense", "sparse" or "winograd" (dense where that does not go) is for all layers; or a
+            plan's `choices`, to make that plan again.
         sigma: of the noise of the calibration, > 0; for "int8" alone.
         noise: its law, as in `csam.Smooth`.
         memory: bytes that voting may take for values and sums, all threads together; fewer threads run if need be.
@@ -225,13 +226,17 @@ def _check(model: nn.Module) -> None:
     check_finite(model)
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise ValueError naming a weight or buffer that is NaN or inf; what masks a class may be -inf."""
+def check_finite(model: nn.Module, buffers: bool = True) -> None:
+    """Raise ValueError naming a weight or buffer that is NaN or inf; what masks a class may be -inf.
+
+    Without `buffers` those of layers of one's own are left out: nobody knows what they are for.
+    """
     for prefix, module in model.named_modules():
         layer = type(module).__module__.startswith("torch.nn") or isinstance(module, MaskedConv2d | MaskedLinear)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        kept = module.named_buffers(recurse=False) if layer or buffers else ()
+        for name, tensor in (*module.named_parameters(recurse=False), *kept):
             masks = name == "bias" or not layer  # a class that cannot win has -inf added to its logit
-            if tensor.is_floating_point() and not bool(_finite(tensor.detach(), masks).all()):
+            if tensor.is_floating_point() and not bool(_finite(tensor.detach().float(), masks).all()):
                 raise ValueError(
                     f"model must have finite weights, got NaN or inf in {f'{prefix}.{name}' if prefix else name}"
                 )

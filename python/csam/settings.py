@@ -204,13 +204,16 @@ PRETRAINED = {"train": {"epochs": 3, "lr": 0.02}}
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested values of all layers; those of a later layer win."""
+    """The nested values of all layers; those of a later layer win. What is no group where one should be stays, to be
+    refused.
+    """
     found: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            before = found.get(key)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            found[key] = merged(before, value) if both else value  # type: ignore[arg-type]
+            if key in found and isinstance(value, Mapping):
+                found[key] = merged(found[key], value) if isinstance(found[key], Mapping) else found[key]
+            else:
+                found[key] = value
     return found
 
 

@@ -805,7 +805,7 @@ def _prepare(
     parts = opaque(network)
     plain: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     probe = torch.rand(2, *shape, **plain)
-    if dtype is not None or choices != "module":
+    if dtype is not None:
         probe += torch.randn(probe.shape, **plain)
     tried = torch.rand(tile if parts else min(tile, _TRIED), *shape, **plain) / 2 + 0.25
     probe, tried = (tried if parts else probe).to(device, own), tried.to(device, own)
@@ -826,18 +826,18 @@ def _prepare(
     if parts:
         made.steps.append(f"run as it is: {', '.join(part.extra_repr() for part in parts)}")
     elif dtype is not None and exact is not None:
-        made, sampler = _fast(network, probe, wanted, exact, dtype, tile, choices, calibration)
+        made = inference.ready(network, probe, wanted, exact, tile)
+        sampler = _sampler(made, probe, wanted, dtype, tile, choices, calibration)
         if calibration is not None:
             if sampler is None:
                 reason = made.steps[-1] if device.type == "cpu" else f"it runs on {device}"
                 raise ValueError(f"dtype int8 needs a network whose samples lie innermost: {reason}")
             made.steps.append(f"int8, calibrated on {calibration.number} {calibration.words}")
-    elif device.type == "cpu" and own is torch.float32 and choices != "module":
-        fast, sampler = _fast(copied(network), probe, wanted, own, own, tile, choices, None)
-        if sampler is None:
-            made.steps.append(fast.steps[-1])
-        else:
-            made = fast
+    elif choices != "module" and device.type == "cpu" and all(t.dtype is own for t in tensors if t.is_floating_point()):
+        if reason := inference.hooked(network):
+            made.steps[0] += f", since {reason}"
+        elif own is torch.float32:
+            made, sampler = _unasked(made, probe + torch.randn(probe.shape, **plain), tile, choices)
     classes = wanted.shape[1]
     return Prepared(
         made.network,
@@ -853,21 +853,19 @@ def _prepare(
     )
 
 
-def _fast(
-    network: nn.Module,
+def _sampler(
+    made: inference.Ready,
     probe: Tensor,
     wanted: Tensor,
-    exact: torch.dtype,
     dtype: torch.dtype,
     tile: int,
     choices: engine.Choices,
-    calibration: quantization.Calibration | None,
-) -> tuple[inference.Ready, SampleNetwork | None]:
-    """The network rewritten for speed in `exact`, and what runs it in `dtype` on samples that lie innermost, if so."""
-    made = inference.ready(network, probe, wanted, exact, tile)
+    calibration: quantization.Calibration | None = None,
+) -> SampleNetwork | None:
+    """What runs the rewritten network on samples that lie innermost, if that is faster; what was decided is a step."""
     if made.exact is None:
-        return made, None
-    pixels, drawn = probe[0].float(), exact if exact in DTYPES else torch.float32
+        return None
+    pixels, drawn = probe[0].float(), dtype if dtype in DTYPES else torch.float32
 
     def label() -> Tensor:
         noisy = csam_kernels.smoothing_noise(pixels, tile, 1.0, seed=0, dtype=drawn, memory_format=made.layout)
@@ -878,7 +876,29 @@ def _fast(
     rival = engine.Rival(label, tile, made.layout)
     sampler, step = engine.ready(made.exact, probe, wanted, dtype, choices, rival, quantized)
     made.steps.append(step)
-    return made, sampler
+    return sampler
+
+
+def _unasked(
+    made: inference.Ready, probe: Tensor, tile: int, choices: engine.Choices
+) -> tuple[inference.Ready, SampleNetwork | None]:
+    """The network in float32 with what runs it on samples that lie innermost; or as it is, and why.
+
+    The probe has noise, which leaves the pixels' range, and need not be what the network takes.
+    """
+    try:
+        with torch.inference_mode():
+            wanted = checked_logits(made.network(probe.clone()), probe)
+        fast = inference.ready(copied(made.network), probe, wanted, torch.float32, tile)
+    except Exception as error:  # of the model's own code
+        made.steps.append(f"run by torch: {told(error)}")
+        return made, None
+    sampler = _sampler(fast, probe, wanted, torch.float32, tile, choices)
+    if sampler is not None:
+        return fast, sampler
+    if fast.exact is not None:
+        made.steps.append(fast.steps[-1])
+    return made, None
 
 
 def _widened(network: nn.Module, probe: Tensor, wanted: Tensor) -> tuple[nn.Module, Tensor, Tensor]:

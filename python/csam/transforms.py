@@ -147,8 +147,11 @@ def Translation(fraction: float) -> Transform:
 
 def Scale(factor: float) -> Transform:
     """Enlarged by a factor in 1 ± |1 - factor|: 0.9 and 1.1 are the same. factor in (0, 2), not 1."""
-    v = checks.real("scale", factor, above=0, below=2)  # 1 ± |1 - 2| would hold 0
-    return Transform(_text("scale", v), {"scale": _around_one("scale", v)})
+    v = checks.real("scale", factor, above=0, below=2)
+    low, high = _around_one("scale", v)
+    if low == 0:
+        raise ValueError(f"scale must be farther from 2: 1 ± |1 - {v!r}| would hold 0")
+    return Transform(_text("scale", v), {"scale": (low, high)})
 
 
 def Contrast(factor: float) -> Transform:
