@@ -2,10 +2,10 @@
 
 A network is lowered to steps (`csam.lanes`), checked against the network itself, and every step runs the way that the
 cost model (`csam.costs`) says is fastest, or of two that it takes for about as fast the one that was measured to be:
-sparse, in time proportional to the surviving weights; dense, filters sharing
-what they load; or dense after Winograd's transform, with half to a quarter of the multiplications. Where torch's own
-convolutions are predicted to be faster still, the network is left to them. Where torch.fx cannot trace a network, or
-traces what has no steps, torch.export is asked.
+sparse, in time proportional to the surviving weights; dense, filters sharing what they load; or dense after Winograd's
+transform, with half to a quarter of the multiplications. Where torch's own convolutions are predicted to be faster
+still, the network is left to them. Where torch.fx cannot trace a network, or traces what has no steps, torch.export is
+asked.
 """
 
 from __future__ import annotations

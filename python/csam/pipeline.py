@@ -32,7 +32,7 @@ from csam.processes import Team
 from csam.sampling import check_finite
 from csam.search import MaskSearch
 from csam.settings import OF_STOPPING, CertifySettings, Settings, TrainSettings
-from csam.smoothing import Smooth, certified_radius, refuse_meta
+from csam.smoothing import Smooth, certified_radius
 from csam.training import Feed, Optimizer, derive_seed
 from csam_kernels import checks
 
@@ -346,9 +346,10 @@ def _begun(
     """Process 0's, with the choices of its record; in the others with those that process 0 ended up with."""
     if not team.first:
         return make(team.told("auto"))
-    made = make(choices())
+    begun = choices()
+    made = make(begun)
     team.told(made.recipe(data.to_unit(dataset.test_x[0]))["choices"])
-    if made.prepared and (reason := made.prepared.steps[-1]).startswith("run by torch: ") and choices() == "auto":
+    if made.prepared and (reason := made.prepared.steps[-1]).startswith("run by torch: ") and begun == "auto":
         warnings.warn(f"the network is not for the sampling engine, but {reason}", stacklevel=2)
     return made
 
@@ -417,7 +418,7 @@ def smooth_images(
 
 
 def _stops(certify: CertifySettings) -> dict[str, Any]:
-    return {name: getattr(certify, name) for name in ("adaptive", "target_radius", "rtol", "method")}
+    return {name: getattr(certify, name) for name in ("adaptive", *OF_STOPPING)}
 
 
 def bound_images(
@@ -577,7 +578,6 @@ def check_certificates(
     """
     model, name = build(settings, dataset) if model is None else model, name or settings.model
     if isinstance(model, nn.Module):
-        refuse_meta(model)
         check_finite(model, buffers=False)
     data.evenly_spaced(len(dataset.test_x), settings.certify.images)
     x, certify = data.to_unit(dataset.test_x[0]), settings.certify

@@ -222,15 +222,15 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode, got one in train mode; call model.eval() first")
-    smoothing.refuse_meta(model)
     check_finite(model)
 
 
 def check_finite(model: nn.Module, buffers: bool = True) -> None:
-    """Raise ValueError naming a weight or buffer that is NaN or inf; what masks a class may be -inf.
+    """Raise ValueError naming a weight or buffer that is NaN or inf, or has no values; what masks a class may be -inf.
 
     Without `buffers` those of layers of one's own are left out: nobody knows what they are for.
     """
+    smoothing.refuse_meta(model)
     for prefix, module in model.named_modules():
         layer = type(module).__module__.startswith("torch.nn") or isinstance(module, MaskedConv2d | MaskedLinear)
         kept = module.named_buffers(recurse=False) if layer or buffers else ()
